@@ -1,0 +1,194 @@
+"""Registers a backend's forward, backward and statistics functions as PyTorch operators.
+
+Backends bring three functions; this file makes them operators with fake (shape-only) implementations and one
+autograd formula, so that ``torch.compile(fullgraph=True)``, autocast and ``opcheck`` work for every backend
+alike. Operators have a fixed number of outputs: what was not asked for is a tensor with an empty axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .api import AttentionStatistics, JointAttention, MapRequest
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor? value, Tensor? text_query, Tensor text_key, Tensor? text_value, "
+    "Tensor? text_value_for_image"
+)
+_REQUEST = "float scale, str? scores, str heads, SymInt start, SymInt stop"
+_FORWARD_SCHEMA = f"({_INPUTS}, {_REQUEST}) -> (Tensor image, Tensor text, Tensor lse, Tensor maps)"
+_BACKWARD_SCHEMA = (
+    f"(Tensor? d_image, Tensor? d_text, Tensor? d_maps, {_INPUTS}, Tensor image, Tensor text, Tensor lse, "
+    f"{_REQUEST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_BUDGET_SCHEMA = (
+    "(Tensor query, Tensor text_query, Tensor text_key, Tensor lse, float scale) "
+    "-> (Tensor image_to_text, Tensor text_to_text)"
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call, [B, tokens, H, D]; values are None for maps alone, ``text_query`` may be."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    text_query: Tensor | None
+    text_key: Tensor
+    text_value: Tensor | None
+    text_value_for_image: Tensor | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compute: the scale of the scores and the map, if any (``scores`` is None without a map)."""
+
+    scale: float
+    scores: str | None
+    heads: str
+    start: int
+    stop: int
+
+
+Forward = Callable[[Inputs, Request], tuple[Tensor, Tensor, Tensor, Tensor]]
+Backward = Callable[
+    [Tensor | None, Tensor | None, Tensor | None, Inputs, Tensor, Tensor, Tensor, Request], tuple[Tensor, ...]
+]
+Budget = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+ValueNorm = Callable[[Tensor], Tensor]
+Attend = Callable[..., JointAttention]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of maps, log-sum-exps and statistics for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised image output, text output, log-sum-exp and maps, with an empty axis where not wanted."""
+    query, text_key = inputs.query, inputs.text_key
+    batch, tokens, heads, width = query.shape
+    text_tokens = text_key.shape[1]
+    wide = wide_dtype(query.dtype)
+    with_values = inputs.value is not None
+    image = query.new_empty((batch, tokens if with_values else 0, heads, width))
+    text = query.new_empty((batch, text_tokens if with_values else 0, heads, width))
+    image_rows = with_values or inputs.text_query is not None or request.scores == "probability"
+    rows = (tokens if image_rows else 0) + (text_tokens if inputs.text_query is not None else 0)
+    lse = query.new_empty((batch, heads, rows), dtype=wide)
+    columns = request.stop - request.start
+    if request.scores is None:
+        maps = query.new_empty((0,), dtype=wide)
+    elif request.heads == "each":
+        maps = query.new_empty((batch, heads, tokens, columns), dtype=wide)
+    else:
+        maps = query.new_empty((batch, tokens, columns), dtype=wide)
+    return image, text, lse, maps
+
+
+def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Uninitialised, contiguous gradients of the seven inputs, with zero elements for absent ones."""
+    tensors = (
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.text_query,
+        inputs.text_key,
+        inputs.text_value,
+        inputs.text_value_for_image,
+    )
+    return tuple(inputs.query.new_empty((0,) if t is None else tuple(t.shape)) for t in tensors)
+
+
+def register(name: str, forward: Forward, backward: Backward, budget: Budget, value_norm: ValueNorm) -> Attend:
+    """Register ``seg4diff::{name}_forward``, ``_backward`` and ``_budget``; return the backend's ``attend``."""
+    namespace = f"seg4diff::{name}"
+
+    def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return forward(Inputs(*args[:7]), Request(*args[7:]))
+
+    def run_backward(*args: Any) -> tuple[Tensor, ...]:
+        return backward(*args[:3], Inputs(*args[3:10]), *args[10:13], Request(*args[13:]))
+
+    custom_op: Any = torch.library.custom_op
+    forward_op = custom_op(f"{namespace}_forward", run_forward, mutates_args=(), schema=_FORWARD_SCHEMA)
+    backward_op = custom_op(f"{namespace}_backward", run_backward, mutates_args=(), schema=_BACKWARD_SCHEMA)
+    budget_op = custom_op(f"{namespace}_budget", budget, mutates_args=(), schema=_BUDGET_SCHEMA)
+
+    forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:7]), Request(*args[7:])))
+    backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:10])))
+
+    def fake_budget(query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Any:
+        batch, heads = query.shape[0], query.shape[2]
+        return tuple(lse.new_empty((batch, heads, rows.shape[1])) for rows in (query, text_query))
+
+    budget_op.register_fake(fake_budget)
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        image, text, lse, _ = output
+        ctx.save_for_backward(*inputs[:7], image, text, lse)
+        ctx.request = inputs[7:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+
+    def differentiate(ctx: Any, d_image: Any, d_text: Any, d_lse: Any, d_maps: Any) -> Any:
+        saved = ctx.saved_tensors
+        inputs, outputs = saved[:7], saved[7:]
+        if inputs[2] is None:  # no values, hence no outputs to differentiate
+            d_image = d_text = None
+        if ctx.request[1] is None:
+            d_maps = None
+        if d_image is None and d_text is None and d_maps is None:
+            return (None,) * 12
+        gradients = call_backward(d_image, d_text, d_maps, *inputs, *outputs, *ctx.request)
+        return *(None if t is None else g for t, g in zip(inputs, gradients, strict=True)), *(None,) * 5
+
+    forward_op.register_autograd(differentiate, setup_context=setup_context)
+    # Dynamo traces calls of the operators themselves, not of the objects that define them.
+    call_forward = getattr(torch.ops.seg4diff, f"{name}_forward").default
+    call_backward = getattr(torch.ops.seg4diff, f"{name}_backward").default
+    call_budget = getattr(torch.ops.seg4diff, f"{name}_budget").default
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        text_query: Tensor | None,
+        text_key: Tensor,
+        text_value: Tensor | None,
+        text_value_for_image: Tensor | None,
+        scale: float,
+        maps: MapRequest | None,
+        statistics: bool,
+    ) -> JointAttention:
+        tensors = (query, key, value, text_query, text_key, text_value, text_value_for_image)
+        if maps is None:
+            request: tuple[Any, ...] = (scale, None, "mean", 0, 0)
+        else:
+            request = (scale, maps.scores, maps.heads, *maps.columns(text_key.shape[1]))
+        image, text, lse, result_maps = call_forward(*tensors, *request)
+        result_statistics = None
+        if statistics and text_query is not None:
+            with torch.no_grad():
+                image_to_text, text_to_text = call_budget(query, text_query, text_key, lse, scale)
+                result_statistics = AttentionStatistics(
+                    image_to_text=image_to_text,
+                    text_to_text=text_to_text,
+                    image_value_norm=None if value is None else value_norm(value),
+                    text_value_norm=None if text_value is None else value_norm(text_value),
+                )
+        return JointAttention(
+            image=None if value is None else image,
+            text=None if value is None else text,
+            maps=None if maps is None else result_maps,
+            statistics=result_statistics,
+            lse=lse if lse.shape[-1] > 0 else None,
+        )
+
+    return attend
