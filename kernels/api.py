@@ -2,8 +2,8 @@
 
 One softmax attention runs over the concatenation of N image tokens and T text tokens, as in MM-DiT
 (Stable Diffusion 3, Flux). Besides the output, a caller can ask for the image-to-text (I2T) map, the part of
-the attention in which image tokens read text tokens, and for statistics of the whole attention matrix. Neither
-needs the (N + T) x (N + T) matrix: with the log-sum-exp of every row, any entry is ``exp(score - lse)``.
+the attention in which image tokens read text tokens, and for statistics of the whole attention matrix.
+Neither needs the (N + T) x (N + T) matrix: with the log-sum-exp of every row, any entry is ``exp(score - lse)``.
 
 Three backends compute the same function:
 
@@ -33,7 +33,8 @@ class MapRequest:
 
     Attributes:
         scores: what an entry is before the reduction. ``"probability"``: the softmax over all N + T keys;
-            ``"logit"``: ``scale * <q_n, k_t>``; ``"text_probability"``: the softmax over the T text keys alone.
+            ``"logit"``: ``scale * <q_n, k_t>``; ``"text_probability"``: the softmax over the T text
+            keys alone.
         heads: ``"mean"`` -> [B, N, T'], ``"each"`` -> [B, H, N, T'], ``"max"`` -> [B, N, T'].
         text: the T' text columns to return, a contiguous range within [0, T). Columns are chosen after the
             softmax, so a slice of ``"text_probability"`` is still normalised over all T.
@@ -151,13 +152,13 @@ def joint_attention(
     Differentiable through ``image``, ``text`` and ``maps`` with respect to all seven tensors.
 
     Args:
-        query, key, value: image tokens, [B, N, H, D], float16, bfloat16, float32 or float64. Strides are free.
+        query, key, value: image tokens, [B, N, H, D], float16, bfloat16, float32 or float64; any strides.
         text_query, text_key, text_value: text tokens, [B, T, H, D], same dtype and device.
         scale: factor of the scores; 1 / sqrt(D) when None.
         maps: the I2T map to return; None for no map.
         statistics: also return the attention budget and the value norms.
-        text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``. A
-            linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value`` here.
+        text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
+            A linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value`` here.
         backend: ``"auto"`` takes Triton on a GPU it supports and ATen elsewhere.
 
     Under autocast, tensors are cast to the autocast dtype, as PyTorch's own attention does.
@@ -257,13 +258,19 @@ def _validate(tensors: dict[str, Tensor], maps: MapRequest | None, scale: float 
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [batch, tokens, heads, head_dim]")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; expected [batch, tokens, heads, head_dim]"
+            )
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: float16, bfloat16, float32, float64")
         if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, but query has {query.dtype}; cast them to one dtype")
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, but query has {query.dtype}; cast them to one dtype"
+            )
         if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}; move them together")
+            raise ValueError(
+                f"{name} is on {tensor.device}, but query is on {query.device}; move them together"
+            )
         if tensor.shape[1] == 0:
             raise ValueError(f"{name} has shape {list(tensor.shape)}: zero tokens")
         for axis, what in ((0, "batch size"), (2, "number of heads"), (3, "head dim")):

@@ -54,7 +54,9 @@ def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[T
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
         out = out[..., :width]
     elif q.device.type == "cuda" and q.dtype == torch.float32 and width % 4 == 0:
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[
+            :2
+        ]
         lse = lse[..., : q.shape[2]]  # padded to a multiple of 32
     else:
         out, lse = _attention_in_blocks(q, k, v, scale)
@@ -91,13 +93,19 @@ def _write_maps(maps: Tensor, query: Tensor, text_key: Tensor, lse: Tensor, requ
     wide = wide_dtype(query.dtype)
     tokens, heads = query.shape[1:3]
     start, stop = request.start, request.stop
-    if request.scores == "logit" and request.heads == "mean":  # linear: one product of the un-split projections
+    if (
+        request.scores == "logit" and request.heads == "mean"
+    ):  # linear: one product of the un-split projections
         columns = text_key[:, start:stop].flatten(2).to(wide) * (request.scale / heads)
         torch.bmm(query.flatten(2).to(wide), columns.transpose(1, 2), out=maps)
         return
     for head in range(heads):
-        columns = text_key[:, :, head] if request.scores == "text_probability" else text_key[:, start:stop, head]
-        entries = query[:, :, head].to(wide) @ (columns.to(wide) * request.scale).transpose(1, 2)  # [B, N, columns]
+        columns = (
+            text_key[:, :, head] if request.scores == "text_probability" else text_key[:, start:stop, head]
+        )
+        entries = query[:, :, head].to(wide) @ (columns.to(wide) * request.scale).transpose(
+            1, 2
+        )  # [B, N, columns]
         if request.scores == "probability":
             entries.sub_(lse[:, head, :tokens, None]).exp_()
         elif request.scores == "text_probability":
@@ -248,7 +256,9 @@ def _write_value_gradients(
         totals["value"] = totals["value"] + by_token[:, :tokens]
         read = "text_value_for_image" if stream == "image" and edited else "text_value"
         totals[read] = totals[read] + by_token[:, tokens:]
-    for destination, total in zip((d_value, d_text_value, d_text_value_for_image), totals.values(), strict=True):
+    for destination, total in zip(
+        (d_value, d_text_value, d_text_value_for_image), totals.values(), strict=True
+    ):
         if destination.dim() == 4:
             destination.copy_(total) if isinstance(total, Tensor) else destination.zero_()
 

@@ -106,8 +106,10 @@ def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(inputs.query.new_empty((0,) if t is None else tuple(t.shape)) for t in tensors)
 
 
-def register(name: str, forward: Forward, backward: Backward, budget: Budget, value_norm: ValueNorm) -> Attend:
-    """Register ``seg4diff::{name}_forward``, ``_backward`` and ``_budget``; return the backend's ``attend``."""
+def register(
+    name: str, forward: Forward, backward: Backward, budget: Budget, value_norm: ValueNorm
+) -> Attend:
+    """Register ``seg4diff::{name}_forward``, ``_backward``, ``_budget``; return the backend's ``attend``."""
     namespace = f"seg4diff::{name}"
 
     def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def attend(
 
 
 def value_norm(value: Tensor) -> Tensor:
-    """Euclidean norm of every value vector: [B, tokens, H, D] -> [B, H, tokens], float32 (float64 for float64)."""
+    """Euclidean norm of every value vector, [B, tokens, H, D] -> [B, H, tokens], in the wide dtype."""
     return torch.linalg.vector_norm(_wide(value.detach()), dim=-1).transpose(1, 2)
 
 

@@ -1,0 +1,151 @@
+"""How exact a result must be: an error budget against float64, shared by tests and benchmarks.
+
+A result may be at most twice as far from the float64 answer as PyTorch's own computation in the same
+precision, plus one rounding of its dtype. An absolute tolerance has no place here: the entries of an attention
+map are about 1 / (N + T), so all zeros would pass any that is usually picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .api import JointAttention, MapRequest, attention_maps, joint_attention
+from .reference import attend
+
+STREAMS = ("query", "key", "value", "text_query", "text_key", "text_value", "text_value_for_image")
+
+
+def budget_used(actual: Tensor, exact: Tensor, baseline: Tensor) -> float:
+    """Error of ``actual`` as a fraction of what it may be: above 1 is a failure, infinite for NaN.
+
+    The larger of two fractions, one for the greatest error and one for the root mean square of the errors.
+
+    Args:
+        actual: the result to judge; one rounding of *its* dtype is granted.
+        exact: the float64 answer, same shape, not all zeros.
+        baseline: PyTorch's own computation in the same precision (for maps: a float32 softmax).
+
+    Raises:
+        ValueError: shapes differ, ``exact`` is not float64 or has nothing but zeros to compare with.
+    """
+    if actual.shape != exact.shape or baseline.shape != exact.shape:
+        raise ValueError(f"shapes {[list(t.shape) for t in (actual, exact, baseline)]} are not equal")
+    if exact.dtype != torch.float64:
+        raise ValueError(f"exact has dtype {exact.dtype}; expected float64")
+    exact = exact.detach()
+    if not bool(exact.any()):
+        raise ValueError("exact is all zeros: no error can be relative to it")
+    error, baseline_error = actual.detach().double() - exact, baseline.detach().double() - exact
+    if not bool(error.isfinite().all()):
+        return float("inf")
+    rounding = torch.finfo(actual.dtype).eps
+
+    def used(size: Callable[[Tensor], Tensor]) -> float:
+        return float(size(error) / (2 * size(baseline_error) + rounding * size(exact)))
+
+    return max(used(lambda t: t.abs().max()), used(lambda t: t.square().mean().sqrt()))
+
+
+def assert_within_budget(actual: Tensor, exact: Tensor, baseline: Tensor, *, name: str = "") -> None:
+    """Raise ``AssertionError`` when :func:`budget_used` is above 1; the arguments are the same."""
+    used = budget_used(actual, exact, baseline)
+    if used > 1:
+        raise AssertionError(
+            f"{name or 'result'} {list(actual.shape)} {actual.dtype}: error is {used:.3g} times the budget "
+            "(twice PyTorch's own error plus one rounding)"
+        )
+
+
+def attention_inputs(
+    batch: int,
+    tokens: int,
+    text_tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    edited: bool = False,
+    sharpness: float = 2.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensors under the argument names of :func:`joint_attention`, [B, tokens, H, D].
+
+    ``sharpness`` is the standard deviation of the scaled scores: 1 is near uniform attention, trained models
+    are at 2 to 4. ``edited`` adds ``text_value_for_image``.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = {}
+    for name in STREAMS if edited else STREAMS[:-1]:
+        shape = (batch, text_tokens if name.startswith("text_") else tokens, heads, head_dim)
+        tensor = torch.randn(shape, generator=generator, device=device)
+        inputs[name] = (tensor * sharpness if name.endswith("query") else tensor).to(dtype)
+    return inputs
+
+
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    text_query: Tensor,
+    text_key: Tensor,
+    text_value: Tensor | None,
+    *,
+    text_value_for_image: Tensor | None = None,
+    **options: Any,
+) -> JointAttention:
+    """:func:`joint_attention` in float64 by the reference backend; without values :func:`attention_maps`.
+
+    Differentiable: pass float64 leaves to read exact gradients from them.
+    """
+    query, key, text_query, text_key = query.double(), key.double(), text_query.double(), text_key.double()
+    if value is None or text_value is None:
+        return attention_maps(query, key, text_query, text_key, backend="reference", **options)
+    if text_value_for_image is not None:
+        options["text_value_for_image"] = text_value_for_image.double()
+    value, text_value = value.double(), text_value.double()
+    return joint_attention(
+        query, key, value, text_query, text_key, text_value, backend="reference", **options
+    )
+
+
+def pytorch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    text_query: Tensor | None,
+    text_key: Tensor,
+    text_value: Tensor | None,
+    *,
+    text_value_for_image: Tensor | None = None,
+    scale: float | None = None,
+    maps: MapRequest | None = None,
+    statistics: bool = False,
+) -> JointAttention:
+    """The baseline: outputs by ``scaled_dot_product_attention``, maps by a float32 softmax of the inputs.
+
+    Differentiable by PyTorch's autograd, in the precision of the inputs. Materialises the scores if asked for
+    a map or statistics.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    image = text = None
+    if value is not None and text_query is not None and text_value is not None:
+        keys = torch.cat([key, text_key], dim=1)
+        read_by_image = text_value if text_value_for_image is None else text_value_for_image
+        image = _flash(query, keys, torch.cat([value, read_by_image], dim=1), factor)
+        text = _flash(text_query, keys, torch.cat([value, text_value], dim=1), factor)
+    if maps is None and not statistics:
+        return JointAttention(image=image, text=text, maps=None, statistics=None, lse=None)
+    counted = text_query if statistics else None
+    shown = attend(query, key, value, counted, text_key, text_value, None, factor, maps, statistics)
+    return JointAttention(image=image, text=text, maps=shown.maps, statistics=shown.statistics, lse=shown.lse)
+
+
+def _flash(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (rows, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
