@@ -70,7 +70,8 @@ def as_rgb(image: ImageInput) -> Image.Image:
             raise TypeError(_wrong_dtype(name))
         return _from_array((pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels).numpy(), name)
     raise TypeError(
-        f"image={_shorten(image)} is a {type(image).__name__}: a path, PIL image, numpy array or tensor expected"
+        f"image={_shorten(image)} is a {type(image).__name__}: "
+        "a path, PIL image, numpy array or tensor expected"
     )
 
 
