@@ -1,0 +1,50 @@
+"""See, use and train what a text-to-image transformer attends to."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seg4diff import demo
+    from seg4diff.capturing import Capture, Record, capture
+    from seg4diff.kernels.api import MapRequest
+    from seg4diff.patching import is_patched, patch, unpatch
+    from seg4diff.segmentation import Segmentation, segment
+
+# name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
+_PUBLIC = {
+    "Capture": "seg4diff.capturing",
+    "MapRequest": "seg4diff.kernels.api",
+    "Record": "seg4diff.capturing",
+    "Segmentation": "seg4diff.segmentation",
+    "capture": "seg4diff.capturing",
+    "demo": "",
+    "is_patched": "seg4diff.patching",
+    "patch": "seg4diff.patching",
+    "segment": "seg4diff.segmentation",
+    "unpatch": "seg4diff.patching",
+}
+__all__ = [
+    "Capture",
+    "MapRequest",
+    "Record",
+    "Segmentation",
+    "capture",
+    "demo",
+    "is_patched",
+    "patch",
+    "segment",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _PUBLIC[name]
+    return getattr(import_module(module), name) if module else import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,150 @@
+"""Tiny random pipelines of real diffusers classes: seconds of import, milliseconds to build and to run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = ("cat", "sofa", "dog", "red", "tree")
+
+
+@cache
+def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
+    """A byte-level CLIP tokenizer in which the words above are one token each and all others many."""
+    import tokenizers
+    from transformers import CLIPTokenizer
+
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {s: i for i, s in enumerate(symbols + [s + "</w>" for s in symbols])}
+    merges = []
+    for word in WORDS:
+        left = word[0]
+        for position, letter in enumerate(word[1:], start=1):
+            right = letter + ("</w>" if position == len(word) - 1 else "")
+            merges.append(f"{left} {right}")
+            left += right
+            vocabulary.setdefault(left, len(vocabulary))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "vocab.json").write_text(json.dumps(vocabulary))
+        (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(dict.fromkeys(merges)) + "\n")
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad}
+        (path / "tokenizer_config.json").write_text(json.dumps(config))
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+@cache
+def t5_tokenizer() -> Any:
+    from transformers import T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁"] + ["▁" + w for w in (*WORDS, "a", "on")]
+    pieces += list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ,.!'-")
+    return T5TokenizerFast(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0)
+
+
+def transformer(
+    layers: int = 3,
+    heads: int = 2,
+    head_dim: int = 8,
+    dual: tuple[int, ...] = (),
+    qk_norm: str | None = None,
+    sample_size: int = 8,
+    seed: int = 0,
+) -> Any:
+    """A random SD3 transformer; ``dual=(0,), qk_norm="rms_norm"`` makes it SD3.5-shaped."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(seed)
+    return SD3Transformer2DModel(
+        sample_size=sample_size,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=64,
+        caption_projection_dim=heads * head_dim,
+        pooled_projection_dim=64,
+        pos_embed_max_size=32,
+        dual_attention_layers=dual,
+        qk_norm=qk_norm,
+    ).eval()
+
+
+def transformer_inputs(
+    batch: int = 2, height: int = 8, width: int = 12, text: int = 9, seed: int = 1
+) -> dict[str, Any]:
+    """Random arguments of a call; 24 image tokens on a 4 x 6 grid."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 64, generator=generator),
+        "pooled_projections": torch.randn(batch, 64, generator=generator),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> Any:
+    """A random StableDiffusion3Pipeline that draws 64 x 64 pictures; without T5 unless asked."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer("!")
+
+    def clip() -> Any:
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=32,
+                projection_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ).eval()
+
+    text_encoder, text_encoder_2 = clip(), clip()
+    text_encoder_3 = tokenizer_3 = None
+    if t5:
+        tokenizer_3 = t5_tokenizer()
+        configuration = T5Config(
+            vocab_size=len(tokenizer_3), d_model=64, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+        )
+        text_encoder_3 = T5EncoderModel(configuration).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=1,
+        layers_per_block=1,
+        latent_channels=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=1.5,
+    ).eval()
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer(seed=seed, **transformer_arguments),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
