@@ -1,0 +1,227 @@
+"""The command ``seg4diff``. Heavy imports wait until a command runs, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import tyro
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: all went well; something failed; what was asked for makes no sense; Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Find things by name in pictures.
+
+    For each picture NAME this writes NAME.png (the labels, with a palette), NAME-overlay.png (to look at) and
+    what --formats asks for. Put the pictures before --classes:
+
+        seg4diff segment kitchen.jpg --classes cat "wooden table" sofa
+    """
+
+    images: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
+    ]
+    """The pictures, in any format that Pillow reads."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+    """What to look for. Every pixel gets the name that fits best, so name the background too."""
+    model: str = "stabilityai/stable-diffusion-3-medium-diffusers"
+    """A name on the Hugging Face hub, a folder in diffusers' format, or `demo` for the small bundled model,
+    which knows only its own drawn scenes."""
+    out: Path = Path("segmentation-output")
+    """Folder for what is written."""
+    formats: tuple[Literal["png", "npz", "json"], ...] = ("png",)
+    """Labels as palette PNG; labels and scores for numpy; COCO run-length masks as JSON."""
+    lora: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """A LoRA in diffusers' format, file or folder."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
+    """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
+    ] = None
+    """By default bfloat16 on a GPU, float32 elsewhere."""
+    offload: bool = False
+    """Keep on the GPU only the part of the model that is running: slower, and fits small GPUs."""
+    preset: Literal["default", "paper", "reference"] = "default"
+    """`default` keeps the picture whole, `paper` crops it to a square, `reference` squashes it to one."""
+    layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = (
+        None
+    )
+    """Transformer layers whose attention is read; by default the model's expert layer."""
+    batch_size: int = 1
+    """Pictures in one pass through the model."""
+    seed: int = 0
+    """Seed of the noise; the same seed gives the same result."""
+    debug: bool = False
+    """Show where an error came from."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Segment drawn scenes with the small bundled model: pictures to look at, and numbers."""
+
+    scenes: int = 24
+    """How many of the scenes that training never saw."""
+    out: Path = Path("demo-output")
+    """Folder for the pictures."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
+    """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
+    debug: bool = False
+    """Show where an error came from."""
+
+
+Command: TypeAlias = (
+    Annotated[Segment, tyro.conf.subcommand("segment")] | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: the words after ``seg4diff``; those of the process by default.
+
+    Returns:
+        An exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"seg4diff {version('seg4diff')}")
+        return DONE
+    command: Segment | Demo = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        args=words or ["--help"],
+        prog="seg4diff",
+        description="Words in, segmentation out: what a text-to-image transformer attends to.",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        match command:
+            case Segment():
+                _segment(command)
+            case Demo():
+                _demo(command)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if command.debug:
+            traceback.print_exc()
+        return _report(error)
+    return DONE
+
+
+def _report(error: Exception) -> int:
+    """One line on stderr, and the exit code."""
+    wrong_input = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    code = WRONG_INPUT if isinstance(error, wrong_input) else FAILED
+    message = " ".join(str(error).split()) or type(error).__name__
+    if code == FAILED:
+        from .loading import is_out_of_memory, out_of_memory_remedy
+
+        if is_out_of_memory(error) and "out of memory while" not in message:
+            message = f"{out_of_memory_remedy('running the model')} ({message})"
+    print(f"seg4diff: error: {message}", file=sys.stderr)
+    return code
+
+
+def _segment(options: Segment) -> None:
+    if not options.images:
+        raise ValueError("no picture given; put at least one before --classes")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
+    _check_folder(options.out)
+
+    from .images import as_rgb
+
+    for path in options.images:  # before anything large is loaded
+        as_rgb(path)
+
+    from tqdm import tqdm
+
+    import seg4diff
+
+    from .loading import load_lora, load_pipeline
+
+    pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
+    if options.lora is not None:
+        load_lora(pipe, options.lora)
+    seg4diff.patch(pipe)
+    targets = dict(zip(options.images, _names(options.images), strict=True))
+    with tqdm(total=len(targets), unit="picture", disable=None) as progress:
+        for batch in _batches(list(targets), options.batch_size):
+            results = seg4diff.segment(
+                pipe,
+                [as_rgb(path) for path in batch],
+                list(options.classes),
+                preset=options.preset,
+                layers=options.layers,
+                seed=options.seed,
+                batch_size=options.batch_size,
+            )
+            for path, result in zip(batch, results, strict=True):
+                for suffix in options.formats:
+                    result.save(options.out / f"{targets[path]}.{suffix}")
+                _save_picture(result.overlay(), options.out / f"{targets[path]}-overlay.png")
+                progress.write(f"{path}: {_shares(result)} -> {options.out / targets[path]}-overlay.png")
+                progress.update()
+
+
+def _demo(options: Demo) -> None:
+    if options.scenes < 1:
+        raise ValueError(f"--scenes {options.scenes} must be at least 1")
+    _check_folder(options.out)
+
+    from .demo.showcase import show
+
+    show(options.scenes, options.out, options.device)
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The stem of each path, numbered where two are alike."""
+    names: list[str] = []
+    for path in paths:
+        stem = name = Path(path).stem
+        number = 2
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _batches(paths: Sequence[str], size: int) -> Iterable[Sequence[str]]:
+    return (paths[start : start + size] for start in range(0, len(paths), size))
+
+
+def _shares(result: object) -> str:
+    text = repr(result)
+    return text[text.index(": ") + 2 : -1] if ": " in text else text
+
+
+def _save_picture(picture: object, path: str | os.PathLike[str]) -> None:
+    from .saving import write_atomically
+
+    write_atomically(path, lambda temporary: picture.save(temporary))  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""A pipeline from a name: the bundled model, a local folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "stabilityai/stable-diffusion-3-medium-diffusers"
+"""Stable Diffusion 3 medium on the Hugging Face hub; its licence has to be accepted there once."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The precisions that a model can be loaded in, by name."""
+
+_FAMILY = "StableDiffusion3"
+_T5 = ("text_encoder_3", "tokenizer_3")
+_SMALLER = (
+    "lower --batch-size, use --dtype bfloat16, or --offload, which keeps on the GPU only the part that is running "
+    "(in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller pictures do not help, "
+    "they are brought to the size of the model"
+)
+
+
+def load_pipeline(
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    t5: bool = False,
+    offload: bool = False,
+) -> DiffusionPipeline:
+    """A diffusers pipeline, ready to be patched.
+
+    Args:
+        model: ``"demo"`` for the bundled model, a local folder in diffusers' format, or the name of a repository
+            on the Hugging Face hub.
+        device: where to put it; the GPU if there is one by default, else the CPU.
+        dtype: a precision, or its name in ``DTYPES``; bfloat16 on a GPU and float32 elsewhere by default.
+        t5: load the third text encoder, T5, where the model has one. Segmentation does not use it, as in the
+            paper; it is the largest part of Stable Diffusion 3.
+        offload: keep the parts on the CPU and move each to ``device`` while it runs.
+
+    Raises:
+        ValueError: the device is absent, the precision unknown, or the model of another family.
+        FileNotFoundError: no such folder, or files are missing in it; the message lists them.
+        PermissionError: the hub wants a login or an accepted licence.
+        ConnectionError: the hub cannot be reached.
+        MemoryError: the model does not fit; the message says what would help.
+    """
+    place = _device(device)
+    if offload and place.type == "cpu":
+        raise ValueError("offload=True needs a GPU to run on, but the device is cpu; leave it out")
+    precision = _precision(dtype, place)
+    try:
+        if str(model) == "demo":
+            from . import demo
+
+            pipe = demo.load_pipeline(dtype=precision)
+        elif os.path.isdir(model):
+            pipe = _from_folder(Path(model), precision, t5)
+        else:
+            pipe = _from_hub(os.fspath(model), precision, t5)
+        if offload:
+            pipe.enable_model_cpu_offload(device=place)
+        else:
+            pipe.to(place)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(out_of_memory_remedy(f"loading {os.fspath(model)!r}")) from error
+        raise
+    return pipe
+
+
+def load_lora(pipe: DiffusionPipeline, path: str | os.PathLike[str]) -> None:
+    """Add a LoRA in diffusers' format to a pipeline.
+
+    Args:
+        pipe: patched or not.
+        path: a ``.safetensors`` file, or a folder with one.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the file holds no LoRA for this model, or is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"LoRA {str(path)!r} does not exist; check the path")
+    before = set(_adapters(pipe))
+    try:
+        if path.is_dir():
+            pipe.load_lora_weights(str(path))
+        else:
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(out_of_memory_remedy(f"loading {str(path)!r}")) from error
+        raise ValueError(
+            f"LoRA {str(path)!r} cannot be loaded into {type(pipe).__name__} ({error}); "
+            "it must be a .safetensors file in diffusers' format, made for this model"
+        ) from error
+    if set(_adapters(pipe)) == before:
+        raise ValueError(f"LoRA {str(path)!r} holds nothing for the transformer of {type(pipe).__name__}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the errors by which torch and Python say that memory, of any device, is used up."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def out_of_memory_remedy(action: str) -> str:
+    """What to tell someone who ran out of memory while doing ``action``."""
+    return f"out of memory while {action}; {_SMALLER}"
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is unknown; use cpu, cuda, cuda:1, mps, ...") from None
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(
+                f"device={str(device)!r}: no CUDA device is available to torch {torch.__version__}; "
+                "use device cpu, or install a GPU driver and a build of torch with CUDA"
+            )
+        if place.index is not None and place.index >= count:
+            raise ValueError(f"device={str(device)!r}: the last of {count} CUDA devices is cuda:{count - 1}")
+    elif place.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={str(device)!r}: no MPS device is available; use device cpu")
+    return place
+
+
+def _precision(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)}")
+    assert found is not None
+    return found
+
+
+def _from_folder(folder: Path, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise FileNotFoundError(
+            f"model folder {str(folder)!r} has no model_index.json; give the folder of a whole pipeline in "
+            "diffusers' format (pipe.save_pretrained(folder) writes one)"
+        )
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(index_file)!r} is damaged ({error}); get a whole copy of the model"
+        ) from error
+    _check_family(index, str(folder))
+    skipped = _without_t5(index, t5)
+    missing = _missing_files(folder, index, skipped)
+    if missing:
+        raise FileNotFoundError(
+            f"model folder {str(folder)!r} is incomplete, missing: {', '.join(missing)}; get a whole copy of it"
+        )
+    return _from_pretrained(str(folder), index, dtype, skipped)
+
+
+def _from_hub(name: str, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    if (
+        name.startswith((".", "~", os.sep))
+        or name.count("/") != 1
+        or name.endswith((".safetensors", ".ckpt"))
+    ):
+        raise FileNotFoundError(
+            f"model {name!r} is neither 'demo', nor a folder that exists, nor a name on the hub such as "
+            f"{DEFAULT_MODEL!r}"
+        )
+    unreachable = (
+        f"model {name!r} is no local folder, and the hub cannot be reached for it; check the connection, download "
+        f"it elsewhere with `hf download {name}` and give the folder, or try the bundled model with --model demo"
+    )
+    try:
+        with open(hf_hub_download(name, "model_index.json"), encoding="utf-8") as file:
+            index = json.load(file)
+        _check_family(index, name)
+        return _from_pretrained(name, index, dtype, _without_t5(index, t5))
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"model {name!r} wants its licence accepted: do so on its page on the hub, then log in with "
+            "`hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"model {name!r} is neither a local folder nor on the hub (or it is private: `hf auth login`)"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(unreachable) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"model {name!r} is not in diffusers' format: it has no model_index.json"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"model {name!r} is no name on the hub ({error})") from error
+    except (ConnectionError, TimeoutError) as error:
+        raise ConnectionError(unreachable) from error
+
+
+def _from_pretrained(
+    name: str, index: dict[str, Any], dtype: torch.dtype, skipped: tuple[str, ...]
+) -> DiffusionPipeline:
+    import diffusers
+
+    pipeline_class = getattr(diffusers, index["_class_name"])
+    # Before 0.40 diffusers ignores `dtype` in silence, from 0.42 on `torch_dtype` is deprecated.
+    version = tuple(int(part) for part in importlib.metadata.version("diffusers").split(".")[:2])
+    keyword = "dtype" if version >= (0, 40) else "torch_dtype"
+    arguments: dict[str, Any] = {keyword: dtype, **dict.fromkeys(skipped)}
+    logger.info("loading %s as %s", name, dtype)
+    return pipeline_class.from_pretrained(name, **arguments)
+
+
+def _check_family(index: dict[str, Any], name: str) -> None:
+    family = str(index.get("_class_name"))
+    if not family.startswith(_FAMILY):
+        raise ValueError(
+            f"model {name!r} is a {family}; supported are the Stable Diffusion 3 and 3.5 pipelines of diffusers"
+        )
+
+
+def _without_t5(index: dict[str, Any], t5: bool) -> tuple[str, ...]:
+    """The parts to pass as None: T5 where it is not wanted, and where the model was saved without it, since
+    diffusers reloads such a model only when told so."""
+    return tuple(part for part in _T5 if part in index and (not t5 or index[part][0] is None))
+
+
+def _missing_files(folder: Path, index: dict[str, Any], skipped: tuple[str, ...]) -> list[str]:
+    """What the parts that ``model_index.json`` names lack, as paths within the folder."""
+    missing = []
+    for part, kind in index.items():
+        if part in skipped or not isinstance(kind, list) or kind[0] is None:
+            continue
+        inside = folder / part
+        if part.startswith("scheduler"):
+            wanted = [["scheduler_config.json"]]
+        elif part.startswith("tokenizer"):
+            wanted = [["tokenizer_config.json"], ["tokenizer.json", "vocab.json", "spiece.model"]]
+        elif part.startswith(("feature_extractor", "image_processor")):
+            wanted = [["preprocessor_config.json"]]
+        else:
+            stem = "diffusion_pytorch_model" if kind[0] == "diffusers" else "model"
+            weights = [f"{stem}*.safetensors", f"{stem}*.bin", "pytorch_model*.bin"]
+            wanted = [["config.json"], weights]
+            missing += _missing_shards(inside, part)
+        for alternatives in wanted:
+            if not any(any(inside.glob(pattern)) for pattern in alternatives):
+                missing.append(f"{part}/{alternatives[0].replace('*', '')}")
+    return missing
+
+
+def _missing_shards(inside: Path, part: str) -> list[str]:
+    missing: set[str] = set()
+    for listing in inside.glob("*.safetensors.index.json"):
+        shards = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
+        missing |= {f"{part}/{shard}" for shard in shards if not (inside / shard).is_file()}
+    return sorted(missing)
+
+
+def _adapters(pipe: DiffusionPipeline) -> list[str]:
+    return [name for names in pipe.get_list_adapters().values() for name in names]
