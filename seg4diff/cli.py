@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Words in, segmentation out: what a text-to-image transformer attends to.",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    _show_warnings()
     try:
         match command:
             case Segment():
@@ -123,6 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _report(error)
     return DONE
+
+
+def _show_warnings() -> None:
+    """This library's warnings on stderr; other libraries bring their own handlers."""
+    ours = logging.getLogger("seg4diff")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        ours.addHandler(handler)
 
 
 def _report(error: Exception) -> int:

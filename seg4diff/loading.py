@@ -25,8 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _FAMILY = "StableDiffusion3"
 _T5 = ("text_encoder_3", "tokenizer_3")
 _SMALLER = (
-    "lower --batch-size, use --dtype bfloat16, or --offload, which keeps on the GPU only the part that is running "
-    "(in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller pictures do not help, "
+    "lower --batch-size, use --dtype bfloat16, or --offload, which keeps on the GPU only the part that is "
+    "running (in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller pictures do not help, "
     "they are brought to the size of the model"
 )
 
@@ -42,8 +42,8 @@ def load_pipeline(
     """A diffusers pipeline, ready to be patched.
 
     Args:
-        model: ``"demo"`` for the bundled model, a local folder in diffusers' format, or the name of a repository
-            on the Hugging Face hub.
+        model: ``"demo"`` for the bundled model, a local folder in diffusers' format, or the name of a
+            repository on the Hugging Face hub.
         device: where to put it; the GPU if there is one by default, else the CPU.
         dtype: a precision, or its name in ``DTYPES``; bfloat16 on a GPU and float32 elsewhere by default.
         t5: load the third text encoder, T5, where the model has one. Segmentation does not use it, as in the
@@ -173,7 +173,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, t5: bool) -> DiffusionPipelin
     missing = _missing_files(folder, index, skipped)
     if missing:
         raise FileNotFoundError(
-            f"model folder {str(folder)!r} is incomplete, missing: {', '.join(missing)}; get a whole copy of it"
+            f"model folder {str(folder)!r} is incomplete, missing: {', '.join(missing)}; get a whole copy"
         )
     return _from_pretrained(str(folder), index, dtype, skipped)
 
@@ -199,8 +199,9 @@ def _from_hub(name: str, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
             f"{DEFAULT_MODEL!r}"
         )
     unreachable = (
-        f"model {name!r} is no local folder, and the hub cannot be reached for it; check the connection, download "
-        f"it elsewhere with `hf download {name}` and give the folder, or try the bundled model with --model demo"
+        f"model {name!r} is no local folder, and the hub cannot be reached for it; check the connection, "
+        f"download it elsewhere with `hf download {name}` and give the folder, or try the bundled model, "
+        "--model demo"
     )
     try:
         with open(hf_hub_download(name, "model_index.json"), encoding="utf-8") as file:
@@ -245,9 +246,7 @@ def _from_pretrained(
 def _check_family(index: dict[str, Any], name: str) -> None:
     family = str(index.get("_class_name"))
     if not family.startswith(_FAMILY):
-        raise ValueError(
-            f"model {name!r} is a {family}; supported are the Stable Diffusion 3 and 3.5 pipelines of diffusers"
-        )
+        raise ValueError(f"model {name!r} is a {family}; only Stable Diffusion 3 and 3.5 are supported")
 
 
 def _without_t5(index: dict[str, Any], t5: bool) -> tuple[str, ...]:
