@@ -1,0 +1,277 @@
+"""From pictures and prompts to attention maps: the part of the paper's recipe that all segmentation shares.
+
+Called by :mod:`zero_shot` and :mod:`unsupervised`. It hides how a picture is fitted to the model, turned into a
+noisy latent and run, with as little of the model as its maps need, in batches of equal size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seg4diff.backbones import Backbone
+from seg4diff.capturing import capture
+from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.patching import patch_of
+
+Geometry = Literal["aspect", "crop", "squash"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A complete set of choices (Seg4Diff, sections 3 and A; ``paper.md`` of the public code where they differ).
+
+    Attributes:
+        name: what users write.
+        geometry: how a picture is fitted to the model. ``"aspect"``: the whole picture, aspect ratio kept, at
+            the model's native area. ``"crop"``: its central square; the result then covers that square.
+            ``"squash"``: short side to 5/8 of the native size first, then a square regardless of the aspect.
+        first_part_of_names: ``"wall-brick"`` enters the prompt as ``"wall"``.
+        steps: length of the noise schedule.
+        index: position in it; -8 of 28 is sigma 0.515 with SD3's shift of 3 (t = 8 counted from the clean end).
+    """
+
+    name: str
+    geometry: Geometry
+    first_part_of_names: bool = False
+    steps: int = 28
+    index: int = -8
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("default", geometry="aspect"),
+        Preset("paper", geometry="crop"),
+        Preset("reference", geometry="squash", first_part_of_names=True),
+    )
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is unknown; accepted: {', '.join(map(repr, PRESETS))}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as a preset sees it.
+
+    Attributes:
+        image: the part of the picture that a result covers, at its own resolution.
+        pixels: the same part at the size the model gets, RGB.
+    """
+
+    image: Image.Image
+    pixels: Image.Image
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """Attention maps of one picture.
+
+    Attributes:
+        index: position of the picture in the list that was given.
+        maps: for each of its prompts [N, T'], float32, averaged over the layers.
+        grid: height and width of the image tokens, N = height * width.
+        timestep: the noise level at which the model looked.
+    """
+
+    index: int
+    maps: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    timestep: float
+
+
+def fit_picture(image: Image.Image, preset: Preset, *, native: int, multiple: int, largest: int) -> View:
+    """Fit an RGB picture to a model.
+
+    Args:
+        image: the picture, any size.
+        preset: its ``geometry`` decides.
+        native: side in pixels of the square the model was made for.
+        multiple: sides are multiples of this.
+        largest: no side is longer than this.
+    """
+    if preset.geometry == "aspect":
+        scale = native / math.sqrt(image.width * image.height)
+        width, height = (
+            min(max(round(side * scale / multiple), 1), largest // multiple) * multiple for side in image.size
+        )
+        return View(image, image.resize((width, height), Image.Resampling.BICUBIC))
+    if preset.geometry == "crop":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        return View(image, image.resize((native, native), Image.Resampling.BICUBIC))
+    scale = 0.625 * native / min(image.size)
+    # The public code bounds the long side to four times the short one.
+    short_first = tuple(min(max(round(side * scale), 1), round(2.5 * native)) for side in image.size)
+    pixels = image.resize(short_first, Image.Resampling.BILINEAR)  # type: ignore[arg-type]
+    return View(image, pixels.resize((native, native), Image.Resampling.BILINEAR))
+
+
+def views_of(pipe: Any, images: Sequence[Image.Image], preset: Preset) -> list[View]:
+    """Fit RGB pictures to the pipeline's model, see :func:`fit_picture`."""
+    backbone = patch_of(pipe).backbone
+    sizes = {
+        "native": backbone.native_size(pipe),
+        "multiple": backbone.pixel_multiple(pipe),
+        "largest": backbone.largest_size(pipe),
+    }
+    return [fit_picture(image, preset, **sizes) for image in images]
+
+
+@torch.no_grad()
+def run_maps(
+    pipe: Any,
+    views: Sequence[View],
+    prompts: Sequence[Sequence[str]],
+    *,
+    preset: Preset,
+    layers: Sequence[int] | int | None = None,
+    maps: MapRequest,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = 1,
+    progress: bool | None = None,
+    backend: Backend = "auto",
+) -> Iterator[ImageMaps]:
+    """Attention maps of every picture under each of its prompts; pictures come as they are done, in any order.
+
+    Prompts are encoded once each, pictures once each. The model runs up to the last of ``layers`` and no further.
+
+    Args:
+        pipe: a patched pipeline.
+        views: the pictures.
+        prompts: for each picture its prompts, at least one.
+        preset: noise level.
+        layers: layers to average; the model's expert layers when None.
+        maps: which columns and scores; ``heads`` must not be ``"each"``.
+        seed: every picture's noise is drawn from a generator of this seed (0 when None), so that a result does
+            not depend on what else is in the list.
+        generator: draws the noise of one picture after the other instead.
+        batch_size: pictures of equal size, and (picture, prompt) pairs, that run together.
+        progress: whether to show the pipeline's progress bar; when None, for more than one picture.
+
+    Raises:
+        RuntimeError: ``pipe`` is not patched.
+        ValueError: layers, seed or batch size are out of range, or no expert layer is known.
+        torch.OutOfMemoryError: with remedies.
+    """
+    state = patch_of(pipe)
+    backbone = state.backbone
+    chosen = state.layers(backbone.expert_layers(state.transformer) if layers is None else layers)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator are both given; give one")
+    show = len(views) > 1 if progress is None else progress
+    try:
+        text = _encode(backbone, pipe, prompts, batch_size)
+        with _bar(pipe, total=len(views), show=show) as bar:
+            for batch in _batches(views, batch_size):
+                pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
+                latents = backbone.latents(pipe, pixels).float()
+                noise = _noise(latents, seed, generator)
+                noisy, timestep = backbone.add_noise(pipe, latents, noise, preset.steps, preset.index)
+                noisy = noisy.to(state.transformer.dtype)  # type: ignore[arg-type]
+                pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
+                found: dict[int, list[Tensor]] = defaultdict(list)
+                grid = (0, 0)
+                for first in range(0, len(pairs), batch_size):
+                    rows, texts = zip(*pairs[first : first + batch_size], strict=True)
+                    arguments = {
+                        key: torch.stack([text[prompt][key] for prompt in texts]).to(noisy.device)
+                        for key in text[texts[0]]
+                    }
+                    with capture(
+                        state.transformer, chosen, maps=maps, stop_early=True, backend=backend
+                    ) as captured:
+                        pipe.transformer(
+                            hidden_states=noisy[list(rows)],
+                            timestep=timestep.expand(len(rows)),
+                            return_dict=False,
+                            **arguments,
+                        )
+                    records = captured.records
+                    grid = records[0].grid
+                    layer_maps = torch.stack([r.maps for r in records if r.maps is not None]).mean(dim=0)
+                    for row, entry in zip(rows, layer_maps, strict=True):
+                        found[row].append(entry)
+                for row, i in enumerate(batch):
+                    bar.update()
+                    yield ImageMaps(i, tuple(found[row]), grid, float(timestep))
+    except torch.OutOfMemoryError as error:
+        width, height = views[0].pixels.size
+        raise torch.OutOfMemoryError(
+            f"out of memory at {width} x {height} pixels with batch_size={batch_size}; use batch_size=1, load the "
+            f"pipeline in torch.bfloat16, or call pipe.enable_model_cpu_offload() ({error})"
+        ) from error
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
+def _encode(
+    backbone: Backbone, pipe: Any, prompts: Sequence[Sequence[str]], batch_size: int
+) -> dict[str, dict[str, Tensor]]:
+    """Transformer arguments of every different prompt, without the batch axis."""
+    different = list(dict.fromkeys(prompt for several in prompts for prompt in several))
+    encoded: dict[str, dict[str, Tensor]] = {}
+    for first in range(0, len(different), batch_size):
+        batch = different[first : first + batch_size]
+        arguments = backbone.encode_text(pipe, batch)
+        for row, prompt in enumerate(batch):
+            encoded[prompt] = {key: tensor[row] for key, tensor in arguments.items()}
+    return encoded
+
+
+def _batches(views: Sequence[View], batch_size: int) -> Iterator[list[int]]:
+    """Positions of pictures that run together: of one size, at most ``batch_size``."""
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for position, view in enumerate(views):
+        by_size[view.pixels.size].append(position)
+    for positions in by_size.values():
+        for first in range(0, len(positions), batch_size):
+            yield positions[first : first + batch_size]
+
+
+def _as_tensor(pixels: Image.Image) -> Tensor:
+    """[3, height, width], float32 in [-1, 1]."""
+    width, height = pixels.size
+    data = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
+    return data.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def _noise(latents: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:
+    """Float32 noise, drawn on the CPU unless ``generator`` lives elsewhere: the same on every device."""
+
+    def draw(source: torch.Generator) -> Tensor:
+        return torch.randn(latents.shape[1:], generator=source, device=source.device)
+
+    if generator is not None:
+        rows = [draw(generator) for _ in latents]
+    else:
+        rows = [draw(torch.Generator().manual_seed(0 if seed is None else seed))] * len(latents)
+    return torch.stack(rows).to(latents.device)
+
+
+def _bar(pipe: Any, total: int, show: bool) -> Any:
+    if show:
+        return pipe.progress_bar(total=total)
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=True)
