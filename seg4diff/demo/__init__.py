@@ -1,0 +1,66 @@
+"""A small Stable Diffusion 3 pipeline that grounds words, and the scenes it was trained on.
+
+`load_pipeline()` returns it, made of real diffusers classes and read from files that come with the package;
+`scene(seed)` draws a picture with a caption and a label for every pixel. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .scenes import CLASSES, HELD_OUT, Scene, scene
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+__all__ = ["CLASSES", "HELD_OUT", "WEIGHTS", "Scene", "load_pipeline", "scene"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folder of the bundled model, in diffusers' own format."""
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars from diffusers and transformers while six small files are read."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def load_pipeline(
+    dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> StableDiffusion3Pipeline:
+    """The bundled model as a `StableDiffusion3Pipeline` without T5, float32 unless `dtype` says otherwise.
+
+    `pipe.transformer.config["_seg4diff_expert_layers"]` lists the layers whose image-to-text attention
+    segments best, as measured on training scenes.
+    """
+    import diffusers
+    import torch
+
+    if not (WEIGHTS / "model_index.json").is_file():
+        raise FileNotFoundError(f"no demo model in {WEIGHTS}: train it with python -m seg4diff.demo.train")
+    # diffusers ignores `dtype` before 0.40 and deprecates `torch_dtype` in 0.42.
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    keyword = "dtype" if version >= (0, 40) else "torch_dtype"
+    with _quiet_loading():
+        pipe: StableDiffusion3Pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
+            WEIGHTS,
+            text_encoder_3=None,
+            tokenizer_3=None,
+            local_files_only=True,
+            **{keyword: torch.float32 if dtype is None else dtype},
+        )
+    return pipe.to(device)
