@@ -108,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Words in, segmentation out: what a text-to-image transformer attends to.",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed here
     _show_warnings()
     try:
         match command:
@@ -140,7 +141,7 @@ def _report(error: Exception) -> int:
     code = WRONG_INPUT if isinstance(error, wrong_input) else FAILED
     message = " ".join(str(error).split()) or type(error).__name__
     if code == FAILED:
-        from .loading import is_out_of_memory, out_of_memory_remedy
+        from seg4diff.loading import is_out_of_memory, out_of_memory_remedy
 
         if is_out_of_memory(error) and "out of memory while" not in message:
             message = f"{out_of_memory_remedy('running the model')} ({message})"
@@ -155,7 +156,7 @@ def _segment(options: Segment) -> None:
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
     _check_folder(options.out)
 
-    from .images import as_rgb
+    from seg4diff.images import as_rgb
 
     for path in options.images:  # before anything large is loaded
         as_rgb(path)
@@ -163,8 +164,7 @@ def _segment(options: Segment) -> None:
     from tqdm import tqdm
 
     import seg4diff
-
-    from .loading import load_lora, load_pipeline
+    from seg4diff.loading import load_lora, load_pipeline
 
     pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
     if options.lora is not None:
@@ -195,7 +195,7 @@ def _demo(options: Demo) -> None:
         raise ValueError(f"--scenes {options.scenes} must be at least 1")
     _check_folder(options.out)
 
-    from .demo.showcase import show
+    from seg4diff.demo.showcase import show
 
     show(options.scenes, options.out, options.device)
 
@@ -227,7 +227,7 @@ def _shares(result: object) -> str:
 
 
 def _save_picture(picture: object, path: str | os.PathLike[str]) -> None:
-    from .saving import write_atomically
+    from seg4diff.saving import write_atomically
 
     write_atomically(path, lambda temporary: picture.save(temporary))  # type: ignore[attr-defined]
 

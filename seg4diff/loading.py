@@ -26,8 +26,8 @@ _FAMILY = "StableDiffusion3"
 _T5 = ("text_encoder_3", "tokenizer_3")
 _SMALLER = (
     "lower --batch-size, use --dtype bfloat16, or --offload, which keeps on the GPU only the part that is "
-    "running (in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller pictures do not help, "
-    "they are brought to the size of the model"
+    "running (in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller pictures do not "
+    "help, they are brought to the size of the model"
 )
 
 
@@ -63,7 +63,7 @@ def load_pipeline(
     precision = _precision(dtype, place)
     try:
         if str(model) == "demo":
-            from . import demo
+            from seg4diff import demo
 
             pipe = demo.load_pipeline(dtype=precision)
         elif os.path.isdir(model):

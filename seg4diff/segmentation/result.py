@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from ..saving import write_atomically
-from ..visualization import label_overlay, palette
+from seg4diff.saving import write_atomically
+from seg4diff.visualization import label_overlay, palette
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -215,9 +215,11 @@ class Segmentation:
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
-        shares = torch.bincount(self.labels.flatten().cpu(), minlength=len(self.classes)) / (height * width)
-        largest = [index for index in shares.argsort(descending=True, stable=True).tolist() if shares[index] > 0]
-        parts = [f"{self.classes[index]} {float(shares[index]):.0%}" for index in largest[:5]]
+        pixels = torch.bincount(self.labels.flatten().cpu())
+        largest = [index for index in pixels.argsort(descending=True, stable=True).tolist() if pixels[index]]
+        parts = [
+            f"{self.classes[index]} {int(pixels[index]) / (height * width):.0%}" for index in largest[:5]
+        ]
         if len(largest) > 5:
             parts.append(f"{len(largest) - 5} more")
         return f"Segmentation({width} x {height}: {', '.join(parts)})"
