@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, cast
 
 import tyro
 
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"seg4diff {version('seg4diff')}")
         return DONE
     command: Segment | Demo = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         args=words or ["--help"],
         prog="seg4diff",
         description="Words in, segmentation out: what a text-to-image transformer attends to.",
@@ -158,21 +158,23 @@ def _segment(options: Segment) -> None:
 
     from seg4diff.images import as_rgb
 
-    for path in options.images:  # before anything large is loaded
+    paths = list(dict.fromkeys(options.images))
+    for path in paths:  # before anything large is loaded
         as_rgb(path)
 
     from tqdm import tqdm
 
     import seg4diff
     from seg4diff.loading import load_lora, load_pipeline
+    from seg4diff.segmentation import Segmentation
 
     pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
     if options.lora is not None:
         load_lora(pipe, options.lora)
     seg4diff.patch(pipe)
-    targets = dict(zip(options.images, _names(options.images), strict=True))
+    targets = dict(zip(paths, _names(paths), strict=True))
     with tqdm(total=len(targets), unit="picture", disable=None) as progress:
-        for batch in _batches(list(targets), options.batch_size):
+        for batch in _batches(paths, options.batch_size):
             results = seg4diff.segment(
                 pipe,
                 [as_rgb(path) for path in batch],
@@ -181,8 +183,9 @@ def _segment(options: Segment) -> None:
                 layers=options.layers,
                 seed=options.seed,
                 batch_size=options.batch_size,
+                progress=False,
             )
-            for path, result in zip(batch, results, strict=True):
+            for path, result in zip(batch, cast(list[Segmentation], results), strict=True):
                 for suffix in options.formats:
                     result.save(options.out / f"{targets[path]}.{suffix}")
                 _save_picture(result.overlay(), options.out / f"{targets[path]}-overlay.png")

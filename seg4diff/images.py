@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -75,14 +76,7 @@ def as_rgb(image: ImageInput) -> Image.Image:
     )
 
 
-def is_several(images: object) -> TypeGuard[Any]:
-    """True for a list or tuple of pictures and for an array or tensor of four dimensions."""
-    if isinstance(images, (list, tuple)):
-        return True
-    return isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-
-
-def as_list(images: ImageInput | list[ImageInput] | tuple[ImageInput, ...]) -> tuple[list[Image.Image], bool]:
+def as_list(images: ImageInput | Sequence[ImageInput]) -> tuple[list[Image.Image], bool]:
     """One or several pictures as a list of RGB PIL images, and whether a single one was given.
 
     Args:
@@ -93,12 +87,16 @@ def as_list(images: ImageInput | list[ImageInput] | tuple[ImageInput, ...]) -> t
         ValueError, TypeError, FileNotFoundError: as :func:`as_rgb`, with the position of the picture; or
             there is no picture at all.
     """
-    if not is_several(images):
-        return [as_rgb(images)], True
-    if len(images) == 0:
+    several = isinstance(images, (list, tuple)) or (
+        isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    )
+    if not several:
+        return [as_rgb(cast(ImageInput, images))], True
+    batch = cast(Sequence[ImageInput], images)
+    if len(batch) == 0:
         raise ValueError("images is empty: at least one picture is needed")
     pictures = []
-    for position, image in enumerate(images):
+    for position, image in enumerate(batch):
         try:
             pictures.append(as_rgb(image))
         except (ValueError, TypeError, FileNotFoundError) as error:

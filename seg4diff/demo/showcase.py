@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from seg4diff.demo.scenes import CLASSES, HELD_OUT, Scene, scene
 from seg4diff.saving import write_atomically
-from seg4diff.visualization import contact_sheet, heatmap_overlay, label_overlay
+from seg4diff.visualization import colorize, contact_sheet, heatmap_overlay
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,9 +135,10 @@ def show(
             for first in range(0, scenes, _BATCH):
                 chunk = slice(first, first + _BATCH)
                 images = [item.image for item in drawn[chunk]]
-                results += seg4diff.segment(
+                found = seg4diff.segment(
                     pipe, images, names[chunk], batch_size=_BATCH, progress=False, **options
                 )
+                results += cast("list[Segmentation]", found)
                 progress.advance(task, len(images))
             return results
 
@@ -202,11 +203,11 @@ def sheet(drawn: Sequence[Scene], results: Sequence[Segmentation], words: int = 
         truth, found = in_vocabulary(item.labels, item.classes), labels_of(result)
         row = [
             (", ".join(item.classes), item.image),
-            ("truth", label_overlay(truth, CLASSES, item.image, legend=False)),
-            ("found", label_overlay(found, CLASSES, item.image, legend=False)),
+            ("truth", colorize(truth, len(CLASSES))),
+            ("found", colorize(found, len(CLASSES))),
         ]
         for name, scores in list(zip(result.classes, result.scores, strict=True))[:words]:
-            row.append((name, heatmap_overlay(item.image, scores)))
+            row.append((name, heatmap_overlay(item.image, scores, alpha=0.75)))
         rows.append(row)
     return contact_sheet(rows)
 

@@ -184,7 +184,7 @@ class Segmentation:
         from pycocotools import mask as run_lengths
 
         height, width = self.labels.shape
-        annotations = []
+        annotations: list[dict[str, Any]] = []
         for index in self.labels.unique().tolist():
             mask = self.labels == index
             encoded = run_lengths.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
