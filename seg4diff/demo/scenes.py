@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ SIZE = 128
 HELD_OUT = 10_000_000
 """Seeds from here up are for evaluation; training draws none of them."""
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Colour = tuple[int, int, int]
 Drawing = tuple[Array, Array]
 """Signed distance in pixels [h, w], positive inside, and colour [h, w, 3] in 0..255."""

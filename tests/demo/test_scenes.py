@@ -22,7 +22,8 @@ def _digest(drawn: Scene) -> str:
 def test_every_pixel_is_labelled(seed: int) -> None:
     drawn = scene(seed)
     assert (drawn.image.mode, drawn.image.size) == ("RGB", (SIZE, SIZE))
-    assert (drawn.labels.shape, drawn.labels.dtype) == ((SIZE, SIZE), np.int64)
+    assert drawn.labels.shape == (SIZE, SIZE)
+    assert drawn.labels.dtype == np.int64
     assert np.array_equal(np.unique(drawn.labels), np.arange(len(drawn.classes)))
     assert list(drawn.classes) == [name for name in CLASSES if name in drawn.classes]
     assert all(name in drawn.caption for name in drawn.classes)
