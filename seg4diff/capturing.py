@@ -358,11 +358,13 @@ def _watching_forwards(target: Any, captured: Capture) -> Iterator[None]:
             module._compiled_call_impl = compiled
         return
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, captured._before_forward(args, kwargs)
+    # A copy of the module that was made inside the context has the same hooks, but is none of our business.
+    def before(ran: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, captured._before_forward(args, kwargs) if ran is module else kwargs
 
-    def after(*_: Any) -> None:
-        captured._after_forward()
+    def after(ran: nn.Module, *_: Any) -> None:
+        if ran is module:
+            captured._after_forward()
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),

@@ -93,6 +93,15 @@ def patch_of(pipe: Any) -> Patch:
     return _PATCHES[transformer]
 
 
+@dataclass(frozen=True, eq=False)
+class _OpenRequest:
+    """What one open context asks; ``layers`` ascend."""
+
+    layers: tuple[int, ...]
+    request: LayerRequest
+    stop_early: bool
+
+
 @dataclass(frozen=True)
 class BlockState:
     """What one block runs: its attention processor, and stand-ins for submodules whose output nobody reads."""
@@ -108,8 +117,7 @@ class Patch:
         self._transformer = weakref.ref(transformer)
         self.backbone = backbone
         self._stock = [backbone.joint_attention(b).processor for b in backbone.blocks(transformer)]
-        self._requests: list[tuple[frozenset[int], LayerRequest]] = []
-        self._stop_after: list[int] = []
+        self._open: list[_OpenRequest] = []
         self._replaced: dict[int, dict[str, nn.Module]] = {}  # layer -> submodules behind stand-ins
         self._stock_checkpointing: Any = None
 
@@ -150,12 +158,12 @@ class Patch:
 
     def requests(self, layer: int) -> tuple[LayerRequest, ...]:
         """What open contexts ask of a layer, in the order they were opened (= the order of its results)."""
-        return tuple(request for layers, request in self._requests if layer in layers)
+        return tuple(entry.request for entry in self._open if layer in entry.layers)
 
     @property
     def stop_after(self) -> int | None:
         """The last layer that has to run while a context stops early, else None."""
-        return max(self._stop_after, default=None)
+        return max((entry.layers[-1] for entry in self._open if entry.stop_early), default=None)
 
     def clear_results(self) -> None:
         """Forget what layers left on their attention modules."""
@@ -171,24 +179,19 @@ class Patch:
         With ``stop_early`` the last of them computes its map and nothing else.
         """
         self.backbone.check_supported(self.transformer)
-        entry = (frozenset(layers), request)
-        self._requests.append(entry)
-        if stop_early:
-            self._stop_after.append(layers[-1])
+        entry = _OpenRequest(layers, request, stop_early)
+        self._open.append(entry)
         try:
             self._install()
             yield
         finally:
-            self._requests.remove(entry)
-            if stop_early:
-                self._stop_after.remove(layers[-1])
-            if _PATCHES.get(self.transformer) is self:
+            if entry in self._open:  # unless unpatch was faster
+                self._open.remove(entry)
                 self._install()
 
     def restore(self) -> None:
         """Make the transformer stock again, whatever contexts are open."""
-        self._requests.clear()
-        self._stop_after.clear()
+        self._open.clear()
         self._install()
 
     def _install(self) -> None:
@@ -219,7 +222,7 @@ class Patch:
         if self._stock_checkpointing is not None and getattr(current, "stock", None) is self._stock_checkpointing:
             transformer.__dict__["_gradient_checkpointing_func"] = current = self._stock_checkpointing
         self._stock_checkpointing = None
-        if current is not None and self._requests:
+        if current is not None and self._open:
             self._stock_checkpointing = current
             transformer.__dict__["_gradient_checkpointing_func"] = _Checkpointing(current, self.backbone)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from functools import cache
@@ -98,7 +99,8 @@ def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> A
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer("!")
+    # Tokenizers hold state while they run: no two pipelines share one.
+    tokenizer, tokenizer_2 = copy.deepcopy(clip_tokenizer()), copy.deepcopy(clip_tokenizer("!"))
 
     def clip() -> Any:
         return CLIPTextModelWithProjection(
@@ -118,7 +120,7 @@ def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> A
     text_encoder, text_encoder_2 = clip(), clip()
     text_encoder_3 = tokenizer_3 = None
     if t5:
-        tokenizer_3 = t5_tokenizer()
+        tokenizer_3 = copy.deepcopy(t5_tokenizer())
         configuration = T5Config(
             vocab_size=len(tokenizer_3), d_model=64, d_kv=8, d_ff=32, num_layers=1, num_heads=2
         )

@@ -1,0 +1,364 @@
+"""Captured maps against hooks on a stock model; what a capture leaves behind; words."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import seg4diff
+from seg4diff.capturing import Capture
+from seg4diff.kernels.api import MapRequest
+from seg4diff.kernels.testing import assert_within_budget, budget_used
+from tests import tiny
+from tests.hooked import hooked_projections, image_to_text
+
+MODELS = {"sd3": {}, "sd3.5": {"dual": (0, 1), "qk_norm": "rms_norm"}}
+CALL: dict[str, Any] = {
+    "num_inference_steps": 3,
+    "guidance_scale": 4.0,
+    "output_type": "latent",
+    "max_sequence_length": 77,
+}
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return seg4diff.patch(tiny.pipeline())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_maps_equal_hooks(model: str) -> None:
+    transformer = seg4diff.patch(tiny.transformer(**MODELS[model]))
+    inputs = tiny.transformer_inputs()
+    with hooked_projections(transformer) as stock_projections:
+        stock = transformer(**inputs).sample
+    with hooked_projections(transformer) as projections, seg4diff.capture(transformer) as captured:
+        output = transformer(**inputs).sample
+    torch.testing.assert_close(output, stock)
+    assert [record.layer for record in captured.records] == [0, 1, 2]
+    for record in captured.records:
+        exact = image_to_text(projections[record.layer]).mean(dim=1)
+        baseline = image_to_text(projections[record.layer], torch.float32).mean(dim=1)
+        assert record.maps is not None
+        assert_within_budget(record.maps, exact, baseline, name=f"layer {record.layer}")
+        # Against the stock forward, too: what separates them is the rounding of the layers before.
+        stock_maps = image_to_text(stock_projections[record.layer]).mean(dim=1)
+        torch.testing.assert_close(record.maps.double(), stock_maps, rtol=1e-3, atol=0)
+        assert record.grid == (4, 6)
+        assert record.timestep == 500.0
+
+
+@torch.no_grad()
+def test_wrong_maps_would_be_noticed() -> None:
+    """The comparison above rejects zeros, another layer, a single head, shifted tokens and mixed streams."""
+    transformer = seg4diff.patch(tiny.transformer())
+    with hooked_projections(transformer) as projections, seg4diff.capture(transformer) as captured:
+        transformer(**tiny.transformer_inputs())
+    record = captured.records[1]
+    assert record.maps is not None
+    per_head = image_to_text(projections[1])
+    exact = per_head.mean(dim=1)
+    baseline = image_to_text(projections[1], torch.float32).mean(dim=1)
+    assert budget_used(record.maps, exact, baseline) <= 1
+    swapped = {**projections[1], "to_k": projections[1]["add_k_proj"], "add_k_proj": projections[1]["to_k"]}
+    keys_swapped = image_to_text(swapped)[..., : exact.shape[-1]].mean(dim=1)
+    wrong = {
+        "zeros": torch.zeros_like(exact),
+        "another layer": image_to_text(projections[2]).mean(dim=1),
+        "one head": per_head[:, 0],
+        "shifted tokens": exact.roll(1, dims=2),
+        "shifted rows": exact.roll(1, dims=1),
+        "streams swapped": keys_swapped,
+    }
+    for what, maps in wrong.items():
+        assert budget_used(maps.float(), exact, baseline) > 10, what
+
+
+@pytest.mark.parametrize(
+    ("scores", "heads"), [("probability", "each"), ("logit", "max"), ("text_probability", "mean")]
+)
+@torch.no_grad()
+def test_requests_reach_the_kernel(scores: Any, heads: Any) -> None:
+    transformer = seg4diff.patch(tiny.transformer())
+    request = MapRequest(scores=scores, heads=heads, text=slice(2, 7))
+    with hooked_projections(transformer) as projections, seg4diff.capture(transformer, 1, maps=request) as captured:
+        transformer(**tiny.transformer_inputs())
+    query, key = projections[1]["to_q"].double(), projections[1]["add_k_proj"].double()
+    logits = torch.einsum("bnhd,bthd->bhnt", query, key) / query.shape[-1] ** 0.5
+    exact = {
+        "probability": image_to_text(projections[1]),
+        "logit": logits,
+        "text_probability": logits.softmax(dim=-1),
+    }[scores][..., 2:7]
+    exact = {"each": exact, "max": exact.amax(dim=1), "mean": exact.mean(dim=1)}[heads]
+    torch.testing.assert_close(captured.records[0].maps.double(), exact, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def test_statistics_equal_hooks() -> None:
+    transformer = seg4diff.patch(tiny.transformer())
+    with hooked_projections(transformer) as projections:
+        with seg4diff.capture(transformer, 1, maps=None, statistics=True) as captured:
+            transformer(**tiny.transformer_inputs())
+    record = captured.records[0]
+    assert record.maps is None
+    statistics = record.statistics
+    assert statistics is not None
+    exact = image_to_text(projections[1]).sum(dim=-1)
+    torch.testing.assert_close(statistics.image_to_text.double(), exact, rtol=1e-5, atol=0)
+    norms = projections[1]["add_v_proj"].double().norm(dim=-1).transpose(1, 2)
+    torch.testing.assert_close(statistics.text_value_norm.double(), norms, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_stopping_early_gives_the_same_maps_for_less() -> None:
+    for model in MODELS.values():
+        transformer = seg4diff.patch(tiny.transformer(**model))
+        inputs = tiny.transformer_inputs()
+        with seg4diff.capture(transformer, [0, 1]) as whole:
+            stock = transformer(**inputs).sample
+        called: list[str] = []
+        handles = [
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+            for name, module in transformer.named_modules()
+            if not list(module.children())
+        ]
+        with seg4diff.capture(transformer, [0, 1], stop_early=True) as part:
+            transformer(**inputs)
+        for handle in handles:
+            handle.remove()
+        for full, early in zip(whole.records, part.records, strict=True):
+            torch.testing.assert_close(early.maps, full.maps, rtol=1e-5, atol=0)
+        ran = {name.split(".", 2)[2] for name in called if name.startswith("transformer_blocks.1.")}
+        assert {"attn.to_q", "attn.to_k", "attn.add_k_proj"} <= ran
+        unwanted = ("to_v", "to_out", "add_q_proj", "add_v_proj", "to_add_out", "ff", "ff_context", "attn2")
+        assert not [name for name in ran if set(name.split(".")) & set(unwanted)]
+        assert not [name for name in called if name.startswith("transformer_blocks.2.")]
+        torch.testing.assert_close(transformer(**inputs).sample, stock)
+
+
+@torch.no_grad()
+def test_pipeline_call_averages_the_conditional_half(pipe: Any) -> None:
+    with seg4diff.capture(pipe, [1, 2]) as mean:
+        drawn = pipe("a cat on a sofa", generator=seeded(), **CALL).images
+    with seg4diff.capture(pipe, [1, 2], steps="each", branch="both") as each:
+        again = pipe("a cat on a sofa", generator=seeded(), **CALL).images
+    assert torch.equal(drawn, again)
+    torch.testing.assert_close(pipe("a cat on a sofa", generator=seeded(), **CALL).images, drawn)
+    assert len(mean.records) == 2
+    assert len(each.records) == 2 * 3
+    for record in mean.records:
+        steps = [r for r in each.records if r.layer == record.layer]
+        assert record.timestep == tuple(r.timestep for r in steps)
+        assert len(record.timestep) == 3
+        conditional = torch.stack([r.maps[1:] for r in steps]).mean(dim=0)
+        torch.testing.assert_close(record.maps, conditional, rtol=1e-5, atol=0)
+        assert not torch.allclose(record.maps, torch.stack([r.maps[:1] for r in steps]).mean(dim=0), rtol=1e-3)
+    with seg4diff.capture(pipe, 1, branch="unconditional") as other:
+        pipe("a cat on a sofa", generator=seeded(), **CALL)
+    unconditional = torch.stack([r.maps[:1] for r in each.records if r.layer == 1]).mean(dim=0)
+    torch.testing.assert_close(other.records[0].maps, unconditional, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_batches_and_calls_are_kept_apart(pipe: Any) -> None:
+    with seg4diff.capture(pipe, 1) as captured:
+        pipe(["a cat", "red tree"], num_images_per_prompt=2, generator=seeded(), **CALL)
+        pipe("dog", generator=seeded(), **CALL)
+        pipe.transformer(**tiny.transformer_inputs(batch=2))
+    assert [r.call for r in captured.records] == [0, 1, 2]
+    assert [len(r.maps) for r in captured.records] == [4, 1, 2]
+    with seg4diff.capture(pipe, 1) as captured:
+        pipe(["a cat", "red tree"], num_images_per_prompt=2, generator=seeded(), **CALL)
+    for image, word in ((0, "cat"), (1, "cat"), (2, "tree"), (3, "tree")):
+        assert captured.heatmap(word, image=image).shape == (64, 64)
+    with pytest.raises(ValueError, match="known words: red, tree"):
+        captured.heatmap("cat", image=2)
+    with pytest.raises(IndexError, match="pictures 0 to 3"):
+        captured.heatmap("cat", image=4)
+
+
+@torch.no_grad()
+def test_skip_layer_guidance_counts_a_step_once(pipe: Any) -> None:
+    guided = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    with seg4diff.capture(pipe, 2) as captured:
+        pipe("a cat", generator=seeded(), **CALL, **guided)
+    assert len(captured.records[0].timestep) == 3
+    assert captured.records[0].maps.shape[0] == 1
+
+
+@torch.no_grad()
+def test_heatmap_is_the_mean_over_the_words_tokens(pipe: Any) -> None:
+    with seg4diff.capture(pipe, [0, 2]) as captured:
+        pipe("A Cat, on a red sofa; cat", generator=seeded(), **CALL)
+    maps = torch.stack([r.maps[0] for r in captured.records]).mean(dim=0)
+    ids = pipe.tokenizer("A Cat, on a red sofa; cat", padding="max_length", max_length=77).input_ids
+    cats = [i for i, token in enumerate(ids) if token == pipe.tokenizer("cat").input_ids[1]]
+    assert len(cats) == 2
+    torch.testing.assert_close(captured.heatmap("cat", resize=False), maps[:, cats].mean(dim=1).reshape(4, 4))
+    phrase = captured.heatmap("RED  sofa", resize=False)
+    first = ids.index(pipe.tokenizer("red").input_ids[1])
+    torch.testing.assert_close(phrase, maps[:, [first, first + 1]].mean(dim=1).reshape(4, 4))
+    assert captured.heatmap("cat", layers=2, resize=False).equal(
+        captured.records[1].maps[0][:, cats].mean(dim=1).reshape(4, 4)
+    )
+    assert captured.heatmap("cat").shape == (64, 64)
+    for word in ("dog", "ca", " ", "cat red"):
+        with pytest.raises(ValueError, match="known words: a, cat, on, red, sofa"):
+            captured.heatmap(word)
+    with pytest.raises(ValueError, match=r"captured layers: \[0, 2\]"):
+        captured.heatmap("cat", layers=1)
+
+
+@torch.no_grad()
+def test_heatmap_with_t5_and_with_embeddings() -> None:
+    pipe = seg4diff.patch(tiny.pipeline(t5=True))
+    call = {**CALL, "max_sequence_length": 20}
+    with seg4diff.capture(pipe, 1) as captured:
+        pipe("a cat on a sofa", generator=seeded(), **call)
+    maps = captured.records[0].maps[0]
+    assert maps.shape[-1] == 97
+    assert "▁cat" in pipe.tokenizer_3.tokenize("a cat on a sofa")
+    t5 = pipe.tokenizer_3("a cat on a sofa").input_ids.index(pipe.tokenizer_3.convert_tokens_to_ids("▁cat"))
+    torch.testing.assert_close(captured.heatmap("cat", encoder="clip", resize=False).flatten(), maps[:, 2])
+    torch.testing.assert_close(captured.heatmap("cat", encoder="t5", resize=False).flatten(), maps[:, 77 + t5])
+    both = captured.heatmap("cat", resize=False).flatten()
+    torch.testing.assert_close(both, maps[:, [2, 77 + t5]].mean(dim=1))
+
+    embeddings = pipe.encode_prompt("red cat", None, None, max_sequence_length=20)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    given = dict(zip(names, embeddings, strict=True))
+    with seg4diff.capture(pipe, 1, prompt="red cat") as captured:
+        pipe(**given, generator=seeded(), **call)
+    clip = captured.records[0].maps[0][:, 2].reshape(4, 4)
+    torch.testing.assert_close(captured.heatmap("cat", encoder="clip", resize=False), clip)
+    with seg4diff.capture(pipe, 1) as captured:
+        pipe(**given, generator=seeded(), **call)
+    with pytest.raises(RuntimeError, match="prompt="):
+        captured.heatmap("cat")
+
+
+@torch.no_grad()
+def test_nested_captures_are_independent() -> None:
+    transformer = seg4diff.patch(tiny.transformer())
+    inputs = tiny.transformer_inputs()
+    with seg4diff.capture(transformer, [0, 1]) as outer:
+        with seg4diff.capture(transformer, [1, 2], maps=MapRequest(scores="logit", heads="each")) as inner:
+            transformer(**inputs)
+        transformer(**inputs)
+    assert [(r.layer, r.call) for r in outer.records] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [r.maps.dim() for r in inner.records] == [4, 4]
+    torch.testing.assert_close(outer.records[1].maps, outer.records[3].maps)
+    query_free = inner.records[0].maps.mean(dim=1)
+    assert not torch.allclose(query_free, outer.records[1].maps, rtol=1e-2)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_reach_the_model_through_maps(model: str) -> None:
+    """Also with gradient checkpointing, and when backward runs after the context has ended."""
+    gradients = []
+    for checkpointing, inside in itertools.product((False, True), (False, True)):
+        transformer = seg4diff.patch(tiny.transformer(**MODELS[model])).train()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        with seg4diff.capture(transformer, [0, 1], maps=MapRequest(scores="logit")) as captured:
+            output = transformer(**tiny.transformer_inputs()).sample
+            records = captured.records
+            loss = output.square().mean() + sum(r.maps.square().mean() for r in records if r.maps is not None)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        assert len(records) == len(captured.records) == 2
+        names = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.add_k_proj", "pos_embed.proj")
+        gradients.append([transformer.get_submodule(name).weight.grad for name in names])
+    for other in gradients[1:]:
+        for one, two in zip(gradients[0], other, strict=True):
+            assert one.abs().max() > 0
+            torch.testing.assert_close(two, one)
+
+
+def test_gradients_when_stopping_early() -> None:
+    gradients = []
+    for checkpointing, stop in itertools.product((False, True), (False, True)):
+        transformer = seg4diff.patch(tiny.transformer(dual=(0, 1), qk_norm="rms_norm")).train()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        with seg4diff.capture(transformer, 1, stop_early=stop) as captured:
+            transformer(**tiny.transformer_inputs())
+        (1e3 * captured.records[0].maps).square().mean().backward()
+        assert transformer.transformer_blocks[2].attn.to_q.weight.grad is None
+        gradients.append(transformer.transformer_blocks[0].attn.to_v.weight.grad)
+    for other in gradients[1:]:
+        assert gradients[0].abs().max() > 0
+        torch.testing.assert_close(other, gradients[0])
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    transformer = seg4diff.patch(tiny.transformer()).train()
+    transformer.enable_gradient_checkpointing(
+        lambda block, *args: torch.utils.checkpoint.checkpoint(block.__call__, *args, use_reentrant=True)
+    )
+    with seg4diff.capture(transformer, 1), pytest.raises(ValueError, match="use_reentrant=False"):
+        transformer(**tiny.transformer_inputs())
+
+
+@torch.no_grad()
+def test_two_threads_on_two_pipelines() -> None:
+    pipes = [seg4diff.patch(tiny.pipeline(seed=seed)) for seed in (0, 1)]
+
+    def run(pipe: Any) -> torch.Tensor:
+        with seg4diff.capture(pipe, [1, 2]) as captured:
+            pipe("a cat", generator=seeded(), **CALL)
+        return captured.heatmap("cat")
+
+    alone = [run(pipe) for pipe in pipes]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(run, pipes * 3))
+    for one, two in zip(alone * 3, together, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@torch.no_grad()
+def test_memory_is_bounded_by_one_average_a_layer(pipe: Any) -> None:
+    with seg4diff.capture(pipe, [0, 1]) as captured:
+        pipe("a cat", generator=seeded(), **{**CALL, "num_inference_steps": 6})
+        assert len(captured._sums) == 2
+    assert all(not hasattr(block.attn, "seg4diff_attention") for block in pipe.transformer.transformer_blocks)
+
+
+def test_bad_requests(pipe: Any) -> None:
+    stock = pipe.transformer.attn_processors
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "layers 0 to 2", {"layers": 3}),
+        (ValueError, "layers 0 to 2", {"layers": [-1]}),
+        (ValueError, "names no layer", {"layers": []}),
+        (TypeError, "integers", {"layers": ["1"]}),
+        (ValueError, "nothing to capture", {"maps": None}),
+        (ValueError, "accepted: 'mean', 'each'", {"steps": "all"}),
+        (ValueError, "accepted: 'conditional'", {"branch": "none"}),
+    ]
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=message), seg4diff.capture(pipe, **arguments):
+            pass
+    with pytest.raises(RuntimeError, match=r"seg4diff.patch\(pipe\)"), seg4diff.capture(tiny.transformer()):
+        pass
+    with seg4diff.capture(pipe) as captured:
+        pass
+    with pytest.raises(RuntimeError, match="inside the `with` block"):
+        captured.heatmap("cat")
+    assert isinstance(captured, Capture)
+    with seg4diff.capture(pipe.transformer) as captured, torch.no_grad():
+        pipe.transformer(**tiny.transformer_inputs())
+    with pytest.raises(RuntimeError, match="capture the pipeline"):
+        captured.heatmap("cat")
+    assert pipe.transformer.attn_processors == stock
