@@ -1,0 +1,130 @@
+"""Figures of merit of label maps: intersection over union, of named classes and of nameless regions.
+
+Everything is counted in pixels, in int64, over a whole data set; rates are taken once, at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+IGNORED = 255
+"""Label of pixels that do not count, in every data set of the papers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Pixels of each class, summed over as many pictures as one likes (``+`` adds).
+
+    Attributes:
+        true_positive: pixels of the class that were found, int64 [classes].
+        false_positive: pixels of other classes that were given to it, int64 [classes].
+        false_negative: pixels of the class that were given to another or to none, int64 [classes].
+    """
+
+    true_positive: Tensor
+    false_positive: Tensor
+    false_negative: Tensor
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.true_positive + other.true_positive,
+            self.false_positive + other.false_positive,
+            self.false_negative + other.false_negative,
+        )
+
+    @property
+    def iou(self) -> Tensor:
+        """Intersection over union of each class, float64 [classes]; NaN where no pixel is counted at all."""
+        union = self.true_positive + self.false_positive + self.false_negative
+        return self.true_positive.double() / union.double()
+
+    @property
+    def mean_iou(self) -> float:
+        """Mean of :attr:`iou` over the classes that have one; NaN if none has."""
+        return float(self.iou.nanmean())
+
+
+def confusion_matrix(
+    predicted: Tensor, actual: Tensor, classes: int, *, predictions: int | None = None, ignored: int = IGNORED
+) -> Tensor:
+    """How many pixels of each class were given each label.
+
+    Args:
+        predicted: label of every pixel, any integer dtype and shape, in [0, ``predictions``).
+        actual: class of every pixel, same shape, in [0, ``classes``) or ``ignored``.
+        classes: number of classes.
+        predictions: number of labels a prediction may have; ``classes`` when None.
+        ignored: pixels of this class do not count, whatever was predicted there.
+
+    Returns:
+        int64 [classes, predictions] on the CPU; entry (c, p) counts pixels of class c that are labelled p.
+
+    Raises:
+        ValueError: shapes differ or a value is out of range.
+        TypeError: a tensor does not hold integers.
+    """
+    columns = classes if predictions is None else predictions
+    for name, tensor in (("predicted", predicted), ("actual", actual)):
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; labels are integers")
+    if predicted.shape != actual.shape:
+        raise ValueError(
+            f"predicted has shape {list(predicted.shape)}, but actual has {list(actual.shape)}; "
+            "bring them to one size first"
+        )
+    actual = actual.detach().cpu().long()
+    counted = actual != ignored
+    rows, labels = actual[counted], predicted.detach().cpu().long()[counted]
+    for name, values, count in (("actual", rows, classes), ("predicted", labels, columns)):
+        if values.numel() and not (int(values.min()) >= 0 and int(values.max()) < count):
+            raise ValueError(
+                f"{name} holds labels from {int(values.min())} to {int(values.max())}; "
+                f"accepted: 0 to {count - 1}" + (f", and {ignored} for ignored" if name == "actual" else "")
+            )
+    return torch.bincount(rows * columns + labels, minlength=classes * columns).reshape(classes, columns)
+
+
+def counts_of(confusion: Tensor) -> Counts:
+    """Counts from a square confusion matrix [classes, classes], where label c means class c."""
+    if confusion.dim() != 2 or confusion.shape[0] != confusion.shape[1]:
+        raise ValueError(f"confusion has shape {list(confusion.shape)}; [classes, classes] expected")
+    true_positive = confusion.diagonal()
+    return Counts(true_positive, confusion.sum(dim=0) - true_positive, confusion.sum(dim=1) - true_positive)
+
+
+def matched_counts(
+    regions: Tensor, actual: Tensor, classes: int, *, ignored: int = IGNORED, match_apart: bool = True
+) -> Counts:
+    """Counts of one picture's nameless regions, matched one to one with its classes by largest overlap.
+
+    The assignment (Hungarian method) maximises the number of pixels in matched pairs. Pixels of a class
+    without region, or outside its region, are false negatives; a region without class is no false positive of
+    any. Sum the counts of all pictures before taking rates (Seg4Diff A.4, and as its public code counts).
+
+    Args:
+        regions: region of every pixel, integers >= 0, [height, width].
+        actual, classes, ignored: as in :func:`confusion_matrix`.
+        match_apart: whether a region may be matched with a class that it has no pixel in common with, as the
+            assignment of the public code does where regions are left over: its pixels are then false
+            positives of an arbitrary class. False leaves both unmatched.
+
+    Raises:
+        ValueError, TypeError: as :func:`confusion_matrix`.
+    """
+    count = int(regions.max()) + 1 if regions.numel() else 1
+    confusion = confusion_matrix(regions, actual, classes, predictions=max(count, 1), ignored=ignored)
+    rows, columns = (
+        torch.from_numpy(side) for side in linear_sum_assignment(confusion.numpy(), maximize=True)
+    )
+    if not match_apart:
+        touching = confusion[rows, columns] > 0
+        rows, columns = rows[touching], columns[touching]
+    true_positive = torch.zeros(classes, dtype=torch.int64)
+    false_positive = torch.zeros(classes, dtype=torch.int64)
+    true_positive[rows] = confusion[rows, columns]
+    false_positive[rows] = confusion.sum(dim=0)[columns] - confusion[rows, columns]
+    return Counts(true_positive, false_positive, confusion.sum(dim=1) - true_positive)

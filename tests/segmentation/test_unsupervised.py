@@ -1,0 +1,202 @@
+"""Grouping and regions: the public code's figures, the definition in loops, and tiny pipelines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import seg4diff
+from seg4diff.segmentation.unsupervised import group_attention, segment_unsupervised
+from tests import tiny
+
+REFERENCE = Path(__file__).parents[1] / "data" / "reference.safetensors"
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, torch.Tensor]:
+    return load_file(REFERENCE)
+
+
+@pytest.mark.parametrize("tau", ["0.001", "0.01", "0.035", "0.1"])
+def test_reference_preset_is_the_public_code(figures: dict[str, torch.Tensor], tau: str) -> None:
+    attention = figures["unsup.attention"][0, 0]
+    regions = group_attention(attention, grid=(64, 64), threshold=float(tau), preset="reference")
+    assert len(regions) == figures[f"unsup.merged_count.tau_{tau}"].item()
+    assert torch.equal(regions.argmax(dim=0).int(), figures[f"unsup.labels.tau_{tau}"])
+    assert regions.dtype == torch.float32
+    assert torch.allclose(regions.sum(dim=(1, 2)), torch.ones(len(regions)), atol=1e-5)
+
+
+def test_threshold_of_the_reference_preset_is_that_of_the_code(figures: dict[str, torch.Tensor]) -> None:
+    attention = figures["unsup.attention"][0, 0]
+    assert len(group_attention(attention, grid=(64, 64), preset="reference")) == 1
+    assert len(group_attention(attention, grid=(64, 64), preset="paper")) == 4
+
+
+def _by_loops(attention: np.ndarray, threshold: float, sharpness: float, taken_again: bool) -> np.ndarray:
+    """The definition, one pair and one image token at a time."""
+    tokens, columns = attention.shape
+    scaled = np.empty((columns, tokens))
+    for n, row in enumerate(attention):
+        scaled[:, n] = sharpness * (row - row.min()) / (row.max() - row.min() + 1e-6)
+    maps = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
+    groups, taken = [], set()
+    for first in range(columns):
+        if first in taken:
+            continue
+        members = []
+        for other in range(columns):
+            a, b = maps[first], maps[other]
+            divergence = (np.sum(a * np.log(a / b)) + np.sum(b * np.log(b / a))) / 2
+            if divergence < threshold and (taken_again or other not in taken):
+                members.append(other)
+        groups.append(maps[members].mean(axis=0))
+        taken.update(members)
+    return np.stack(groups)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "reference"])
+@pytest.mark.parametrize("threshold", [0.03, 0.06])
+def test_grouping_is_its_definition(preset: str, threshold: float) -> None:
+    from seg4diff.segmentation.unsupervised import GROUPINGS
+
+    generator = torch.Generator().manual_seed(3)
+    parts = torch.rand(4, 30, generator=generator)  # four kinds of token, more alike among themselves
+    attention = (parts[torch.arange(11) % 4] + 0.5 * torch.rand(11, 30, generator=generator)).T
+    regions = group_attention(attention, grid=(5, 6), threshold=threshold, preset=preset)
+    choices = GROUPINGS[preset]
+    expected = _by_loops(attention.double().numpy(), threshold, choices.sharpness, choices.taken_again)
+    assert 1 < len(expected) < 11  # the case distinguishes merging all from merging none
+    assert regions.shape == (len(expected), 5, 6)
+    assert np.allclose(regions.flatten(1).numpy(), expected, rtol=1e-5)
+
+
+def test_taking_maps_again_matters() -> None:
+    # token 1 lies between tokens 0 and 2: merged with 0 first, the public code averages it with 2 as well
+    left, right = torch.zeros(16), torch.ones(16)
+    left[:8], right[:8] = 1.0, 0.0
+    attention = torch.stack([left, (left + right) / 2, right], dim=1).double()
+    reference = group_attention(attention, grid=(4, 4), threshold=0.2, preset="reference")
+    paper = group_attention(attention, grid=(4, 4), threshold=0.2, preset="paper")
+    assert len(reference) == len(paper) == 2
+    assert torch.equal(reference[0], paper[0])
+    assert reference[1].max() < paper[1].max()
+
+
+def test_77_maps_of_64_x_64_take_milliseconds(figures: dict[str, torch.Tensor]) -> None:
+    attention = figures["unsup.attention"][0, 0]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        group_attention(attention, grid=(64, 64), threshold=0.001, preset="reference")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.1  # about 0.01 s on one core
+
+
+@pytest.mark.parametrize(
+    ("attention", "arguments", "error", "message"),
+    [
+        (torch.rand(24, 7), {"grid": (4, 5)}, ValueError, r"\[24, 7\].*4 x 5 = 20"),
+        (torch.rand(1, 24, 7), {"grid": (4, 6)}, ValueError, r"\[1, 24, 7\]"),
+        (torch.rand(24, 7).int(), {"grid": (4, 6)}, TypeError, "int32"),
+        (torch.full((24, 7), torch.nan), {"grid": (4, 6)}, ValueError, "168 values that are NaN"),
+        (torch.rand(24, 7), {"grid": (4, 6), "threshold": 0}, ValueError, "threshold=0 must be"),
+        (torch.rand(24, 7), {"grid": (4, 6), "threshold": float("nan")}, ValueError, "threshold=nan"),
+        (
+            torch.rand(24, 7),
+            {"grid": (4, 6), "preset": "best?"},
+            ValueError,
+            "'best\\?' is unknown; accepted: 'ref",
+        ),
+    ],
+    ids=["grid", "batch", "dtype", "nan", "zero-threshold", "nan-threshold", "preset"],
+)
+def test_bad_input_is_named(
+    attention: torch.Tensor, arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        group_attention(attention, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    return seg4diff.patch(tiny.pipeline())
+
+
+def _picture(height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((height, width, 3))
+
+
+def test_regions_cover_the_picture(pipe: object) -> None:
+    result = segment_unsupervised(pipe, _picture(40, 72), layers=1, threshold=1e-4)
+    assert isinstance(result, seg4diff.Segmentation)
+    assert result.labels.shape == (40, 72)
+    assert len(result.classes) > 1
+    assert result.classes[0] == "region 1"
+    areas = result.labels.flatten().bincount()
+    assert areas.tolist() == sorted(areas.tolist(), reverse=True)
+    assert 0 not in areas
+    assert result.metadata["groups"] >= len(result.classes)
+    assert torch.equal(result.scores.argmax(dim=0), result.labels)
+
+
+def test_regions_are_those_of_the_empty_prompt(pipe: object) -> None:
+    """The same maps as a hand-made forward with an empty prompt, and the first 77 of 154 columns."""
+    captured: list[torch.Tensor] = []
+    picture = _picture()
+    result = segment_unsupervised(pipe, picture, layers=[2], threshold=1e-4, seed=5)
+    backbone = seg4diff.patching.patch_of(pipe).backbone
+    with torch.no_grad():
+        pixels = (
+            torch.from_numpy(np.rint(picture.astype(np.float32) * 255)).permute(2, 0, 1)[None].float() / 127.5
+            - 1
+        )
+        latents = backbone.latents(pipe, pixels)
+        noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(5))[None]
+        noisy, timestep = backbone.add_noise(pipe, latents, noise, 28, -8)
+        text = backbone.encode_text(pipe, [""])
+        with seg4diff.capture(pipe.transformer, layers=[2]) as maps:  # type: ignore[attr-defined]
+            pipe.transformer(hidden_states=noisy, timestep=timestep, **text)  # type: ignore[attr-defined]
+        captured.append(maps.records[0].maps[0])  # type: ignore[index]
+    assert captured[0].shape == (16, 154)
+    regions = group_attention(captured[0][:, :77], grid=(4, 4), threshold=1e-4)
+    assert result.metadata["groups"] == len(regions)
+    resized = torch.nn.functional.interpolate(regions[None], size=(64, 64), mode="bilinear")[0]
+    winners = resized.argmax(dim=0)
+    same = (winners[..., None] == winners.flatten()) == (result.labels[..., None] == result.labels.flatten())
+    assert same.all()  # the same partition, whatever the numbers
+
+
+def test_several_pictures_and_a_seed(pipe: object) -> None:
+    pictures = [_picture(seed=1), _picture(64, 96, seed=2), _picture(seed=3)]
+    together = segment_unsupervised(pipe, pictures, layers=1, threshold=1e-4, batch_size=2, progress=False)
+    assert isinstance(together, list)
+    for picture, result in zip(pictures, together, strict=True):
+        alone = segment_unsupervised(pipe, picture, layers=1, threshold=1e-4)
+        assert isinstance(alone, seg4diff.Segmentation)
+        assert torch.allclose(alone.scores, result.scores, rtol=1e-4)
+        assert result.labels.shape == picture.shape[:2]
+    other = segment_unsupervised(pipe, pictures[0], layers=1, threshold=1e-4, seed=9)
+    assert isinstance(other, seg4diff.Segmentation)
+    assert not torch.equal(other.scores, together[0].scores)
+
+
+def test_refusals_leave_the_pipeline_usable(pipe: object) -> None:
+    for arguments, message in (
+        ({"layers": 3}, "layer 3 is out of range"),
+        ({"threshold": -1.0}, "threshold=-1.0"),
+        ({"preset": "beast"}, "'beast'"),
+        ({"layers": 1, "batch_size": 0}, "batch_size=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            segment_unsupervised(pipe, _picture(), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="images is empty"):
+        segment_unsupervised(pipe, [], layers=1)
+    with pytest.raises(RuntimeError, match="not patched"):
+        segment_unsupervised(tiny.pipeline(), _picture())
+    assert segment_unsupervised(pipe, _picture(), layers=1)
