@@ -1,30 +1,28 @@
 """Maps and statistics of a model's joint attention while it runs.
 
-Called by users around a pipeline call, and by segmentation, analysis and training around transformer calls. It
-hides when a forward begins and ends (compiled or not), which rows of the batch count, and how steps are kept.
+Called by users around a pipeline call, and by segmentation and training around transformer calls. It hides
+which results and rows of a forward count, and how steps are kept.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import wraps
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from seg4diff.backbones import CallInputs
 from seg4diff.kernels.api import AttentionStatistics, Backend, MapRequest
 from seg4diff.patching import Patch, patch_of
 from seg4diff.processors import RESULT_ATTRIBUTE, LayerRequest, LayerResult
 from seg4diff.tokens import find_words
+from seg4diff.watching import Branch, EncodedPrompt, watching_forwards, watching_pipeline
 
 Steps = Literal["mean", "each"]
-Branch = Literal["conditional", "unconditional", "both"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Capture:
         self._branch = branch
         self._given_prompt = prompt
         self._sums: list[_Sum] = []
-        self._prompts: dict[int, _Prompt] = {}
+        self._prompts: dict[int, EncodedPrompt] = {}
         self._in_pipeline_call = False
         self._call = -1
         self._inputs: CallInputs | None = None
@@ -128,7 +126,9 @@ class Capture:
         if not resize:
             return heat
         height, width = (side * self._pixels_per_token() for side in grid)
-        return F.interpolate(heat[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+        return F.interpolate(heat[None, None], size=(height, width), mode="bilinear", align_corners=False)[
+            0, 0
+        ]
 
     def _pixels_per_token(self) -> int:
         return 1 if self._pipe is None else self._patch.backbone.pixel_multiple(self._pipe)
@@ -144,7 +144,9 @@ class Capture:
         elif prompt is not None and prompt.texts:
             texts = prompt.texts
         else:
-            raise RuntimeError("no prompt is known (embeddings were given?); name it with capture(..., prompt=)")
+            raise RuntimeError(
+                "no prompt is known (embeddings were given?); name it with capture(..., prompt=)"
+            )
         # Several pictures of one prompt follow each other in the batch.
         clip_text, t5_text = texts[image * len(texts) // rows]
         encodings = self._patch.backbone.text_encodings(self._pipe, self._text_length)
@@ -156,12 +158,14 @@ class Capture:
         first, last = self._request.maps.columns(self._text_length)
         columns = [column - first for column in found if first <= column < last]
         if not columns:
-            raise ValueError(f"{words!r} has no token inside text={self._request.maps.text!r}, the columns captured")
+            raise ValueError(
+                f"{words!r} has no token inside text={self._request.maps.text!r}, the columns captured"
+            )
         return columns
 
     # What happens while the model runs
 
-    def _begin_pipeline_call(self, prompt: _Prompt) -> None:
+    def _begin_pipeline_call(self, prompt: EncodedPrompt) -> None:
         self._call += 1
         self._prompts[self._call] = prompt
         self._in_pipeline_call = True
@@ -169,17 +173,19 @@ class Capture:
     def _end_pipeline_call(self) -> None:
         self._in_pipeline_call = False
 
-    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         backbone, transformer = self._patch.backbone, self._patch.transformer
         self._inputs = backbone.read_call(transformer, args, kwargs)
         self._text_length = self._inputs.text_length
         self._patch.clear_results()
         stop = self._patch.stop_after
-        return kwargs if stop is None else backbone.stop_after(transformer, kwargs, stop)
+        return args, kwargs if stop is None else backbone.stop_after(transformer, kwargs, stop)
 
-    def _after_forward(self) -> None:
+    def _after_forward(self, _: Any) -> None:
         inputs, self._inputs = self._inputs, None
-        if inputs is None or inputs.skips_layers:  # a second call in one step, as skip-layer guidance makes it
+        if (
+            inputs is None or inputs.skips_layers
+        ):  # a second call in one step, as skip-layer guidance makes it
             return
         if not self._in_pipeline_call:
             self._call += 1
@@ -199,11 +205,9 @@ class Capture:
             entry.add(_take_rows(results[requests.index(self._request)], rows), timestep)
 
     def _rows(self, batch: int) -> slice:
-        """The rows that count: with classifier-free guidance a pipeline's batch is [unconditional; conditional]."""
+        """The rows that count: those of the branch in a pipeline call, else all."""
         prompt = self._prompts.get(self._call) if self._in_pipeline_call else None
-        if prompt is None or self._branch == "both" or not prompt.guided or batch != 2 * prompt.rows:
-            return slice(None)
-        return slice(prompt.rows, None) if self._branch == "conditional" else slice(None, prompt.rows)
+        return slice(0, batch) if prompt is None else prompt.rows_of(self._branch, batch)
 
 
 @contextmanager
@@ -249,7 +253,10 @@ def capture(
     state = patch_of(target)
     if maps is None and not statistics:
         raise ValueError("maps=None and statistics=False: nothing to capture")
-    for name, value, accepted in (("steps", steps, (*get_args(Steps), None)), ("branch", branch, get_args(Branch))):
+    for name, value, accepted in (
+        ("steps", steps, (*get_args(Steps), None)),
+        ("branch", branch, get_args(Branch)),
+    ):
         if value not in accepted:
             raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(map(repr, accepted))}")
     pipe = target if hasattr(target, "transformer") else None
@@ -267,19 +274,12 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(state.asking(chosen, request, stop_early=stop_early))
         stack.callback(state.clear_results)
-        stack.enter_context(_watching_forwards(target, captured))
+        stack.enter_context(watching_forwards(target, captured._before_forward, captured._after_forward))
         if pipe is not None:
-            stack.enter_context(_watching_pipeline(pipe, captured))
+            stack.enter_context(
+                watching_pipeline(pipe, captured._begin_pipeline_call, captured._end_pipeline_call)
+            )
         yield captured
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """What a pipeline call encoded: (CLIP text, T5 text) pairs if known, rows of one branch, guided or not."""
-
-    texts: tuple[tuple[str, str], ...]
-    rows: int
-    guided: bool
 
 
 class _Sum:
@@ -324,97 +324,12 @@ def _combine(function: Callable[..., Tensor], *results: LayerResult) -> LayerRes
 
 
 def _take_rows(result: LayerResult, rows: slice) -> LayerResult:
-    if rows == slice(None):
-        return result
     # Cloned, so that the other branch's half is freed.
-    return _combine(lambda tensor: tensor[rows].clone(), result)
+    return _combine(
+        lambda tensor: tensor if len(tensor[rows]) == len(tensor) else tensor[rows].clone(), result
+    )
 
 
 def _mean_over_heads(maps: Tensor) -> Tensor:
     """[N, T'] from one picture's map, [N, T'] or [H, N, T']."""
     return maps if maps.dim() == 2 else maps.mean(dim=0)
-
-
-@contextmanager
-def _watching_forwards(target: Any, captured: Capture) -> Iterator[None]:
-    """Tell ``captured`` when a forward of the transformer begins and ends.
-
-    Never from inside a compiled graph: a module that is compiled in place runs its hooks there, so its compiled
-    call is wrapped instead.
-    """
-    module = getattr(target, "transformer", target)  # possibly the wrapper that torch.compile returns
-    compiled = getattr(module, "_compiled_call_impl", None)
-    if compiled is not None:
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            output = compiled(*args, **captured._before_forward(args, kwargs))
-            captured._after_forward()
-            return output
-
-        module._compiled_call_impl = call
-        try:
-            yield
-        finally:
-            module._compiled_call_impl = compiled
-        return
-
-    # A copy of the module that was made inside the context has the same hooks, but is none of our business.
-    def before(ran: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, captured._before_forward(args, kwargs) if ran is module else kwargs
-
-    def after(ran: nn.Module, *_: Any) -> None:
-        if ran is module:
-            captured._after_forward()
-
-    handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _watching_pipeline(pipe: Any, captured: Capture) -> Iterator[None]:
-    """Tell ``captured`` what the pipeline encodes, and when its call ends."""
-    encode_prompt, free_hooks = pipe.encode_prompt, pipe.maybe_free_model_hooks
-    signature = inspect.signature(encode_prompt)
-
-    @wraps(encode_prompt)
-    def watched_encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        output = encode_prompt(*args, **kwargs)
-        captured._begin_pipeline_call(_prompt_of(given.arguments, output))
-        return output
-
-    @wraps(free_hooks)
-    def watched_free_hooks(*args: Any, **kwargs: Any) -> Any:
-        captured._end_pipeline_call()
-        return free_hooks(*args, **kwargs)
-
-    before = {name: pipe.__dict__.get(name) for name in ("encode_prompt", "maybe_free_model_hooks")}
-    pipe.__dict__.update(encode_prompt=watched_encode_prompt, maybe_free_model_hooks=watched_free_hooks)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del pipe.__dict__[name]
-            else:
-                pipe.__dict__[name] = value
-
-
-def _prompt_of(arguments: Mapping[str, Any], output: tuple[Any, ...]) -> _Prompt:
-    """What ``encode_prompt`` was given and returned: embeddings [rows, T, C], negative ones or None, ..."""
-
-    def as_list(text: Any) -> list[str]:
-        return [text] if isinstance(text, str) else list(text or ())
-
-    clip = as_list(arguments.get("prompt"))
-    t5 = as_list(arguments.get("prompt_3")) or clip
-    guided = bool(arguments.get("do_classifier_free_guidance")) and output[1] is not None
-    return _Prompt(texts=tuple(zip(clip, t5, strict=False)), rows=output[0].shape[0], guided=guided)
