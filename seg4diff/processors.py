@@ -25,6 +25,23 @@ RESULT_ATTRIBUTE = "seg4diff_attention"
 
 
 @dataclass(frozen=True, eq=False)
+class Projections:
+    """What one layer's joint attention is made of, after qk-norm, for all rows of the batch.
+
+    Attributes:
+        query, key, value: of the image tokens, [B, N, H, D].
+        text_query, text_key, text_value: of the text tokens, [B, T, H, D]; values are unedited.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    text_query: Tensor
+    text_key: Tensor
+    text_value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class LayerRequest:
     """What one context asks of a layer's joint attention.
 
@@ -32,12 +49,15 @@ class LayerRequest:
         maps: the I2T map to return, if any.
         statistics: whether to return the attention budget and value norms.
         edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves them.
+        observe: called with the projections before the attention runs; what it returns is kept as it is. Not
+            called where a forward stops early.
         backend: see :func:`seg4diff.kernels.api.joint_attention`.
     """
 
     maps: MapRequest | None = None
     statistics: bool = False
     edit_text_value: Callable[[Tensor], Tensor] | None = None
+    observe: Callable[[Projections], Any] | None = None
     backend: Backend = "auto"
 
 
@@ -47,6 +67,7 @@ class LayerResult:
 
     maps: Tensor | None
     statistics: AttentionStatistics | None
+    observed: Any = None
 
 
 class JointAttentionProcessor:
@@ -78,6 +99,8 @@ class JointAttentionProcessor:
         for request in self.requests:
             if request.edit_text_value is not None:
                 edited = request.edit_text_value(text_value if edited is None else edited)
+        projections = Projections(query, key, value, text_query, text_key, text_value)
+        observed = [None if r.observe is None else r.observe(projections) for r in self.requests]
 
         first = next((r for r in self.requests if r.maps is not None), LayerRequest())
         attention = joint_attention(
@@ -93,7 +116,7 @@ class JointAttentionProcessor:
             backend=next((r.backend for r in self.requests), "auto"),
         )
         results = []
-        for request in self.requests:
+        for request, seen in zip(self.requests, observed, strict=True):
             maps = attention.maps
             if request.maps is None:
                 maps = None
@@ -101,7 +124,8 @@ class JointAttentionProcessor:
                 maps = attention_maps(
                     query, key, None, text_key, maps=request.maps, backend=request.backend
                 ).maps
-            results.append(LayerResult(maps, attention.statistics if request.statistics else None))
+            statistics = attention.statistics if request.statistics else None
+            results.append(LayerResult(maps, statistics, seen))
         setattr(attn, RESULT_ATTRIBUTE, tuple(results))
 
         assert attention.image is not None and attention.text is not None
