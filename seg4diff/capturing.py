@@ -31,8 +31,8 @@ class Record:
 
     Attributes:
         layer: number of the block.
-        timestep: of the forward; of an average, the tuple of the timesteps averaged. A forward whose rows have
-            different timesteps has a tuple with one for each row.
+        timestep: of the forward; of an average, the tuple of the timesteps averaged. A forward whose rows
+            have different timesteps has a tuple with one for each row.
         maps: the map asked for, float32, [B, N, T'] or [B, H, N, T'] (see ``MapRequest``), or None.
         statistics: attention budget and value norms, or None.
         grid: height and width of the image tokens, N = height * width.
@@ -76,7 +76,7 @@ class Capture:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """One record a layer and forward, or a layer and pipeline call where steps are averaged; oldest first."""
+        """Oldest first: one a layer and forward, or a layer and pipeline call where steps are averaged."""
         return tuple(entry.record() for entry in self._sums)
 
     def heatmap(
@@ -88,15 +88,15 @@ class Capture:
         encoder: Literal["clip", "t5"] | None = None,
         resize: bool = True,
     ) -> Tensor:
-        """How strongly each place of the picture reads a word, averaged over steps, layers and the word's tokens.
+        """How strongly each place of the picture reads a word: mean over steps, layers and the word's tokens.
 
         Args:
             words: a word or phrase of the prompt; all its occurrences count, case does not matter.
             layers: the layers to average; all that were captured when None.
             image: which picture of the batch.
             encoder: count the tokens of this text encoder only.
-            resize: bilinear to the picture's size in pixels (on a bare transformer: to the latent's); else the
-                grid of image tokens.
+            resize: bilinear to the picture's size in pixels (on a bare transformer: to the latent's); else
+                the grid of image tokens.
 
         Returns:
             [height, width], float32, from the latest pipeline call.
@@ -238,8 +238,8 @@ def capture(
         branch: which half of a pipeline's batch to keep under classifier-free guidance. Calls of a bare
             transformer always keep every row.
         prompt: the text (one for each picture) where the pipeline is called with embeddings instead of text.
-        stop_early: leave out everything that the last of ``layers`` does not need for its map: its values, its
-            feed-forward and all later blocks. What the model returns is then meaningless.
+        stop_early: leave out everything that the last of ``layers`` does not need for its map: its values,
+            its feed-forward and all later blocks. What the model returns is then meaningless.
         backend: see :func:`seg4diff.kernels.api.joint_attention`.
 
     Yields:
@@ -318,7 +318,7 @@ def _combine(function: Callable[..., Tensor], *results: LayerResult) -> LayerRes
         names = [field.name for field in fields(AttentionStatistics)]
         columns = {name: [getattr(r.statistics, name) for r in results] for name in names}
         statistics = AttentionStatistics(
-            **{name: None if tensors[0] is None else function(*tensors) for name, tensors in columns.items()}
+            **{name: None if ts[0] is None else function(*ts) for name, ts in columns.items()}  # type: ignore[arg-type]
         )
     return LayerResult(maps, statistics)
 

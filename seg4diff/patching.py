@@ -104,7 +104,7 @@ class _OpenRequest:
 
 @dataclass(frozen=True)
 class BlockState:
-    """What one block runs: its attention processor, and stand-ins for submodules whose output nobody reads."""
+    """A block's attention processor, and stand-ins for submodules whose output nobody uses."""
 
     processor: Any
     stand_ins: Mapping[str, nn.Module]
@@ -209,7 +209,9 @@ class Patch:
                 processor = shared.setdefault(requests, JointAttentionProcessor(requests))
                 _enter(self.backbone, block, BlockState(processor, {}))
             elif isinstance(attention.processor, nn.Module):
-                logger.warning("layer %d keeps %s, which came after patch", layer, type(attention.processor).__name__)
+                logger.warning(
+                    "layer %d keeps %s, which came after patch", layer, type(attention.processor).__name__
+                )
             else:
                 _enter(self.backbone, block, BlockState(self._stock[layer], {}))
         self.clear_results()
@@ -219,7 +221,10 @@ class Patch:
         """Make gradient checkpointing recompute a block as it ran, also after the context has ended."""
         transformer = self.transformer
         current = transformer.__dict__.get("_gradient_checkpointing_func")
-        if self._stock_checkpointing is not None and getattr(current, "stock", None) is self._stock_checkpointing:
+        if (
+            self._stock_checkpointing is not None
+            and getattr(current, "stock", None) is self._stock_checkpointing
+        ):
             transformer.__dict__["_gradient_checkpointing_func"] = current = self._stock_checkpointing
         self._stock_checkpointing = None
         if current is not None and self._open:
@@ -238,7 +243,9 @@ class _Checkpointing:
         attention = self._backbone.joint_attention(block)
         if not isinstance(attention.processor, (JointAttentionProcessor, MapsOnlyProcessor)):
             return self.stock(block, *args)
-        stand_ins = {name: module for name, module in block._modules.items() if isinstance(module, PassThrough)}
+        stand_ins = {
+            name: module for name, module in block._modules.items() if isinstance(module, PassThrough)
+        }
         state = BlockState(attention.processor, stand_ins)
         first_run = True
 
@@ -248,8 +255,8 @@ class _Checkpointing:
                 first_run = False
                 if not torch.is_grad_enabled():
                     raise ValueError(
-                        "gradient checkpointing with use_reentrant=True cannot carry gradients of captured maps; "
-                        "use transformer.enable_gradient_checkpointing() as it is, or use_reentrant=False"
+                        "gradient checkpointing with use_reentrant=True cannot carry gradients of captured "
+                        "maps; use transformer.enable_gradient_checkpointing() or use_reentrant=False"
                     )
                 return block(*inputs)
             # Recomputation in backward: the same operations again, but its maps are not new ones.
@@ -266,7 +273,8 @@ class _Checkpointing:
 def _enter(backbone: Backbone, block: nn.Module, state: BlockState) -> BlockState:
     """Make ``block`` run ``state``; return the state that undoes it."""
     attention = backbone.joint_attention(block)
-    before = BlockState(attention.processor, {name: block._modules[name] for name in state.stand_ins})  # type: ignore[misc]
+    replaced = {name: block.get_submodule(name) for name in state.stand_ins}
+    before = BlockState(attention.processor, replaced)
     attention.processor = state.processor
     block._modules.update(state.stand_ins)
     return before

@@ -1,7 +1,8 @@
 """Attention processors that take the place of diffusers' own on the layers a context asks for.
 
 Called by the transformer blocks. They hide how a request becomes kernel calls; results are left on the
-attention module, where :mod:`seg4diff.capturing` collects them when the forward has ended. One processor object
+attention module, where :mod:`seg4diff.capturing` collects them when the forward has ended. One processor
+object
 serves all layers with the same request: ``torch.compile`` of single blocks then needs no graph per layer.
 """
 
@@ -48,7 +49,8 @@ class LayerRequest:
     Attributes:
         maps: the I2T map to return, if any.
         statistics: whether to return the attention budget and value norms.
-        edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves them.
+        edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves
+            them.
         observe: called with the projections before the attention runs; what it returns is kept as it is. Not
             called where a forward stops early.
         backend: see :func:`seg4diff.kernels.api.joint_attention`.
@@ -128,7 +130,8 @@ class JointAttentionProcessor:
             results.append(LayerResult(maps, statistics, seen))
         setattr(attn, RESULT_ATTRIBUTE, tuple(results))
 
-        assert attention.image is not None and attention.text is not None
+        assert attention.image is not None
+        assert attention.text is not None
         image = attention.image.flatten(2).to(query.dtype)
         text = attention.text.flatten(2).to(query.dtype)
         if not attn.context_pre_only:
@@ -139,8 +142,8 @@ class JointAttentionProcessor:
 class MapsOnlyProcessor:
     """The last layer of a forward that stops early: queries, keys and the maps, nothing else.
 
-    No value projection, attention output or output projection is computed; what the block gets back is its own
-    normalised input, and what it makes of that is never looked at.
+    No value projection, attention output or output projection is computed; what the block gets back is its
+    own normalised input, and what it makes of that is never looked at.
     """
 
     def __init__(self, requests: tuple[LayerRequest, ...] = ()) -> None:

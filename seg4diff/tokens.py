@@ -1,8 +1,8 @@
 """Where words lie among the text tokens.
 
-Called by :mod:`seg4diff.capturing` (a word of a prompt) and :mod:`seg4diff.segmentation` (the names of a prompt it
-made itself). It hides tokenizers: words are found in the prompt as characters, and a tokenizer's own offsets
-say which tokens cover them.
+Called by :mod:`seg4diff.capturing` (a word of a prompt) and :mod:`seg4diff.segmentation` (the names of a
+prompt it made itself). It hides tokenizers: words are found in the prompt as characters, and a tokenizer's
+own offsets say which tokens cover them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def token_count(tokenizer: Any, text: str) -> int:
 
 
 def columns_of_characters(encoding: TextEncoding, prompt: str, start: int, stop: int) -> list[int]:
-    """Text columns of the tokens that cover the characters [``start``, ``stop``) of ``prompt``; may be empty."""
+    """Text columns of the tokens that cover characters [``start``, ``stop``) of ``prompt``; may be empty."""
     tokenizer = encoding.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise NotImplementedError(
-            f"{type(tokenizer).__name__} has no character offsets; load the pipeline with transformers 5 or a "
-            "fast tokenizer"
+            f"{type(tokenizer).__name__} has no character offsets; load the pipeline with a fast "
+            "tokenizer (transformers 5 does)"
         )
     offsets = tokenizer(
         prompt,
@@ -92,7 +92,8 @@ def find_words(encodings: Sequence[TextEncoding], prompts: Sequence[str], phrase
         raise ValueError(f"{phrase!r} is not in the prompt; known words: {_listed(prompts)}")
     if not columns:
         raise ValueError(
-            f"{phrase!r} lies beyond the {encodings[0].length} tokens that the text encoder reads; shorten the prompt"
+            f"{phrase!r} lies beyond the {encodings[0].length} tokens that the text encoder reads; "
+            "shorten the prompt"
         )
     return sorted(set(columns))
 

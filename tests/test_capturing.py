@@ -90,7 +90,10 @@ def test_wrong_maps_would_be_noticed() -> None:
 def test_requests_reach_the_kernel(scores: Any, heads: Any) -> None:
     transformer = seg4diff.patch(tiny.transformer())
     request = MapRequest(scores=scores, heads=heads, text=slice(2, 7))
-    with hooked_projections(transformer) as projections, seg4diff.capture(transformer, 1, maps=request) as captured:
+    with (
+        hooked_projections(transformer) as projections,
+        seg4diff.capture(transformer, 1, maps=request) as captured,
+    ):
         transformer(**tiny.transformer_inputs())
     query, key = projections[1]["to_q"].double(), projections[1]["add_k_proj"].double()
     logits = torch.einsum("bnhd,bthd->bhnt", query, key) / query.shape[-1] ** 0.5
@@ -106,9 +109,9 @@ def test_requests_reach_the_kernel(scores: Any, heads: Any) -> None:
 @torch.no_grad()
 def test_statistics_equal_hooks() -> None:
     transformer = seg4diff.patch(tiny.transformer())
-    with hooked_projections(transformer) as projections:
-        with seg4diff.capture(transformer, 1, maps=None, statistics=True) as captured:
-            transformer(**tiny.transformer_inputs())
+    capture = seg4diff.capture(transformer, 1, maps=None, statistics=True)
+    with hooked_projections(transformer) as projections, capture as captured:
+        transformer(**tiny.transformer_inputs())
     record = captured.records[0]
     assert record.maps is None
     statistics = record.statistics
@@ -128,7 +131,7 @@ def test_stopping_early_gives_the_same_maps_for_less() -> None:
             stock = transformer(**inputs).sample
         called: list[str] = []
         handles = [
-            module.register_forward_hook(lambda *_, name=name: called.append(name))
+            module.register_forward_hook(lambda *_, name=name, called=called: called.append(name))
             for name, module in transformer.named_modules()
             if not list(module.children())
         ]
@@ -162,7 +165,9 @@ def test_pipeline_call_averages_the_conditional_half(pipe: Any) -> None:
         assert len(record.timestep) == 3
         conditional = torch.stack([r.maps[1:] for r in steps]).mean(dim=0)
         torch.testing.assert_close(record.maps, conditional, rtol=1e-5, atol=0)
-        assert not torch.allclose(record.maps, torch.stack([r.maps[:1] for r in steps]).mean(dim=0), rtol=1e-3)
+        assert not torch.allclose(
+            record.maps, torch.stack([r.maps[:1] for r in steps]).mean(dim=0), rtol=1e-3
+        )
     with seg4diff.capture(pipe, 1, branch="unconditional") as other:
         pipe("a cat on a sofa", generator=seeded(), **CALL)
     unconditional = torch.stack([r.maps[:1] for r in each.records if r.layer == 1]).mean(dim=0)
@@ -230,12 +235,19 @@ def test_heatmap_with_t5_and_with_embeddings() -> None:
     assert "▁cat" in pipe.tokenizer_3.tokenize("a cat on a sofa")
     t5 = pipe.tokenizer_3("a cat on a sofa").input_ids.index(pipe.tokenizer_3.convert_tokens_to_ids("▁cat"))
     torch.testing.assert_close(captured.heatmap("cat", encoder="clip", resize=False).flatten(), maps[:, 2])
-    torch.testing.assert_close(captured.heatmap("cat", encoder="t5", resize=False).flatten(), maps[:, 77 + t5])
+    torch.testing.assert_close(
+        captured.heatmap("cat", encoder="t5", resize=False).flatten(), maps[:, 77 + t5]
+    )
     both = captured.heatmap("cat", resize=False).flatten()
     torch.testing.assert_close(both, maps[:, [2, 77 + t5]].mean(dim=1))
 
     embeddings = pipe.encode_prompt("red cat", None, None, max_sequence_length=20)
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
     given = dict(zip(names, embeddings, strict=True))
     with seg4diff.capture(pipe, 1, prompt="red cat") as captured:
         pipe(**given, generator=seeded(), **call)

@@ -134,7 +134,12 @@ def test_pipelines_that_share_a_transformer_share_the_patch() -> None:
     other = StableDiffusion3Img2ImgPipeline(**pipe.components)
     assert seg4diff.is_patched(other)
     picture = torch.rand(1, 3, 64, 64)
-    arguments = {"num_inference_steps": 2, "strength": 1.0, "output_type": "latent", "max_sequence_length": 77}
+    arguments = {
+        "num_inference_steps": 2,
+        "strength": 1.0,
+        "output_type": "latent",
+        "max_sequence_length": 77,
+    }
     with seg4diff.capture(other, 1) as captured:
         other("red sofa", image=picture, **arguments)
     assert captured.heatmap("sofa").shape == (64, 64)
@@ -293,7 +298,9 @@ def test_unsupported_models_are_refused_by_name() -> None:
         seg4diff.patch(flux)
     unet = UNet2DModel(sample_size=8, block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
                        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
-    with pytest.raises(NotImplementedError, match="UNet2DModel is not supported; supported: SD3Transformer2DModel"):
+    with pytest.raises(
+        NotImplementedError, match="UNet2DModel is not supported; supported: SD3Transformer2DModel"
+    ):
         seg4diff.patch(unet)
     with pytest.raises(TypeError, match="neither|not a diffusers pipeline"):
         seg4diff.patch("stabilityai/stable-diffusion-3-medium-diffusers")

@@ -135,7 +135,9 @@ def find_backbone(target: Any) -> Backbone:
     transformer = transformer_of(target)
     for cls in type(transformer).__mro__:
         if cls.__name__ in _FAMILIES:
-            return import_module(f"{__name__}.{_FAMILIES[cls.__name__]}").BACKBONE  # type: ignore[no-any-return]
+            return import_module(f"{__name__}.{_FAMILIES[cls.__name__]}").BACKBONE
     name = type(transformer).__name__
     planned = " (planned, not built yet)" if name in _PLANNED else ""
-    raise NotImplementedError(f"{name} is not supported{planned}; supported: {', '.join(_FAMILIES)} (SD3, SD3.5)")
+    raise NotImplementedError(
+        f"{name} is not supported{planned}; supported: {', '.join(_FAMILIES)} (SD3, SD3.5)"
+    )

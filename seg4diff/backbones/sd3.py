@@ -15,7 +15,8 @@ from seg4diff.tokens import TextEncoding
 
 from . import CallInputs
 
-# Layer 9 of 24 is the semantic expert of SD3-medium, and the best one of SD3.5 (Seg4Diff, figure 8, appendix C).
+# Layer 9 of 24 is the semantic expert of SD3-medium, and the best one of SD3.5 (Seg4Diff, figure 8, appendix
+# C).
 _EXPERT_LAYERS = {24: (9,)}
 METADATA_KEY = "_seg4diff_expert_layers"
 
@@ -87,7 +88,7 @@ class StableDiffusion3:
         vae = pipe.vae
         posterior = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype)).latent_dist
         shift = vae.config.shift_factor or 0.0
-        return (posterior.mode() - shift) * vae.config.scaling_factor  # type: ignore[no-any-return]
+        return (posterior.mode() - shift) * vae.config.scaling_factor
 
     def add_noise(
         self, pipe: Any, latents: Tensor, noise: Tensor, steps: int, index: int

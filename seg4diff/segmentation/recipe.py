@@ -1,7 +1,7 @@
 """From pictures and prompts to attention maps: the part of the paper's recipe that all segmentation shares.
 
-Called by :mod:`zero_shot` and :mod:`unsupervised`. It hides how a picture is fitted to the model, turned into a
-noisy latent and run, with as little of the model as its maps need, in batches of equal size.
+Called by :mod:`zero_shot` and :mod:`unsupervised`. It hides how a picture is fitted to the model, turned into
+a noisy latent and run, with as little of the model as its maps need, in batches of equal size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Geometry = Literal["aspect", "crop", "squash"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A complete set of choices (Seg4Diff, sections 3 and A; ``paper.md`` of the public code where they differ).
+    """A complete set of choices, from the paper (Seg4Diff, section 4.1, appendix A) or its public code.
 
     Attributes:
         name: what users write.
@@ -35,7 +35,7 @@ class Preset:
             ``"squash"``: short side to 5/8 of the native size first, then a square regardless of the aspect.
         first_part_of_names: ``"wall-brick"`` enters the prompt as ``"wall"``.
         steps: length of the noise schedule.
-        index: position in it; -8 of 28 is sigma 0.515 with SD3's shift of 3 (t = 8 counted from the clean end).
+        index: position in it; -8 of 28 is sigma 0.515 with SD3's shift of 3 (t = 8 from the clean end).
     """
 
     name: str
@@ -150,9 +150,10 @@ def run_maps(
     progress: bool | None = None,
     backend: Backend = "auto",
 ) -> Iterator[ImageMaps]:
-    """Attention maps of every picture under each of its prompts; pictures come as they are done, in any order.
+    """Attention maps of every picture under each of its prompts, in any order of pictures.
 
-    Prompts are encoded once each, pictures once each. The model runs up to the last of ``layers`` and no further.
+    Prompts are encoded once each, pictures once each. The model runs up to the last of ``layers`` and no
+    further.
 
     Args:
         pipe: a patched pipeline.
@@ -161,8 +162,8 @@ def run_maps(
         preset: noise level.
         layers: layers to average; the model's expert layers when None.
         maps: which columns and scores; ``heads`` must not be ``"each"``.
-        seed: every picture's noise is drawn from a generator of this seed (0 when None), so that a result does
-            not depend on what else is in the list.
+        seed: every picture's noise is drawn from a generator of this seed (0 when None), so that a result
+            does not depend on what else is in the list.
         generator: draws the noise of one picture after the other instead.
         batch_size: pictures of equal size, and (picture, prompt) pairs, that run together.
         progress: whether to show the pipeline's progress bar; when None, for more than one picture.
@@ -218,8 +219,8 @@ def run_maps(
     except torch.OutOfMemoryError as error:
         width, height = views[0].pixels.size
         raise torch.OutOfMemoryError(
-            f"out of memory at {width} x {height} pixels with batch_size={batch_size}; use batch_size=1, load the "
-            f"pipeline in torch.bfloat16, or call pipe.enable_model_cpu_offload() ({error})"
+            f"out of memory at {width} x {height} pixels with batch_size={batch_size}; use batch_size=1, "
+            f"load the pipeline in torch.bfloat16, or call pipe.enable_model_cpu_offload() ({error})"
         ) from error
     finally:
         pipe.maybe_free_model_hooks()

@@ -56,8 +56,8 @@ def segment(
 
     Raises:
         RuntimeError: ``pipe`` is not patched.
-        ValueError: no names, blank or repeated ones, a name that is longer than a prompt or without tokens, an
-            unreadable picture, an unknown preset, a layer out of range.
+        ValueError: no names, blank or repeated ones, a name that is longer than a prompt or without tokens,
+            an unreadable picture, an unknown preset, a layer out of range.
     """
     state = patch_of(pipe)
     if not hasattr(pipe, "vae"):
@@ -178,9 +178,7 @@ def _segmentation(
     )
 
 
-def _names_for_each(
-    classes: Sequence[str] | Sequence[Sequence[str]], pictures: int
-) -> list[tuple[str, ...]]:
+def _names_for_each(classes: Sequence[str] | Sequence[Sequence[str]], pictures: int) -> list[tuple[str, ...]]:
     """The checked names of every picture."""
     if isinstance(classes, str):
         raise ValueError(f"classes={classes!r} is one string; give a list of names, such as [{classes!r}]")
@@ -190,7 +188,9 @@ def _names_for_each(
     if all(isinstance(name, str) for name in given):
         return [_checked_names(given)] * pictures  # type: ignore[arg-type]
     if any(isinstance(name, str) for name in given):
-        raise ValueError("classes mixes names and lists of names; give one list, or one list for each picture")
+        raise ValueError(
+            "classes mixes names and lists of names; give one list, or one list for each picture"
+        )
     if len(given) != pictures:
         raise ValueError(f"classes holds {len(given)} lists of names for {pictures} pictures")
     return [_checked_names(list(names)) for names in given]
@@ -207,6 +207,8 @@ def _checked_names(names: list[str]) -> tuple[str, ...]:
             raise ValueError(f"class name {name!r} is blank")
         same = seen.get(name.strip().casefold())
         if same is not None:
-            raise ValueError(f"class names {same!r} and {name!r} are the same to the model; name each class once")
+            raise ValueError(
+                f"class names {same!r} and {name!r} are the same to the model; name each class once"
+            )
         seen[name.strip().casefold()] = name
     return tuple(name.strip() for name in names)

@@ -1,0 +1,263 @@
+"""Words in, segmentation out, on a random pipeline: the recipe by hand, batches, prompts, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import seg4diff
+from seg4diff.segmentation.recipe import find_preset
+from seg4diff.segmentation.zero_shot import plan_prompts
+from seg4diff.tokens import TextEncoding
+from tests import tiny
+from tests.hooked import hooked_projections, image_to_text
+
+CLASSES = ["cat", "red sofa", "purple unicorn"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return seg4diff.patch(tiny.pipeline(layers=4))
+
+
+def picture(width: int = 70, height: int = 50, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@torch.no_grad()
+def test_the_recipe_by_hand(pipe: Any) -> None:
+    """The same steps with diffusers alone: posterior mean, noise at timesteps[-8] of 28, one forward."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    image = picture(64, 64)
+    result = seg4diff.segment(pipe, image, CLASSES, layers=2, seed=3)
+    assert result.metadata["prompts"] == ["cat red sofa purple unicorn"]
+    assert result.metadata["timestep"] == pytest.approx(515.07, abs=0.01)
+
+    pixels = pipe.image_processor.preprocess(image)
+    vae = pipe.vae
+    clean = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(3))[None]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    sigma = scheduler.sigmas[:-1][-8]
+    assert sigma == pytest.approx(0.515, abs=1e-3)
+    embeddings, _, pooled, _ = pipe.encode_prompt(
+        "cat red sofa purple unicorn", None, None, do_classifier_free_guidance=False, max_sequence_length=77
+    )
+    with hooked_projections(pipe.transformer) as projections:
+        pipe.transformer(
+            hidden_states=sigma * noise + (1 - sigma) * clean,
+            encoder_hidden_states=embeddings,
+            pooled_projections=pooled,
+            timestep=scheduler.timesteps[-8].reshape(1),
+        )
+    maps = image_to_text(projections[2]).mean(dim=1)[0]  # [N, T]
+    lengths = [len(pipe.tokenizer(name).input_ids) - 2 for name in CLASSES]
+    assert lengths[0] == 1
+    first, scores = 1, []  # after the begin-of-text token
+    for length in lengths:
+        scores.append(maps[:, first : first + length].mean(dim=1).reshape(4, 4))
+        first += length
+    exact = F.interpolate(torch.stack(scores)[None], size=(64, 64), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(result.scores.double(), exact, rtol=1e-4, atol=0)
+    assert torch.equal(result.labels, result.scores.argmax(dim=0))
+    assert result.classes == tuple(CLASSES)
+    for other in ({"layers": 1}, {"seed": 4}):
+        changed = seg4diff.segment(pipe, image, CLASSES, **{"layers": 2, "seed": 3, **other})
+        assert not torch.allclose(changed.scores.double(), exact, rtol=1e-3, atol=0)
+
+
+def test_seeds_and_generators(pipe: Any) -> None:
+    image = picture()
+
+    def scores(**arguments: Any) -> torch.Tensor:
+        return seg4diff.segment(pipe, image, CLASSES, layers=1, **arguments).scores
+
+    assert torch.equal(scores(), scores(seed=0))
+    assert not torch.equal(scores(), scores(seed=1))
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(scores(generator=generator), scores(seed=1))
+    assert not torch.equal(scores(generator=generator), scores(seed=1))
+    with pytest.raises(ValueError, match="give one"):
+        scores(seed=1, generator=generator)
+
+
+def test_batches_equal_single_pictures(pipe: Any) -> None:
+    images = [picture(70, 50, 0), picture(40, 60, 1), picture(70, 50, 2), np.asarray(picture(70, 50, 3))]
+    per_image = [CLASSES, ["dog"], ["tree", "sofa"], CLASSES]
+    alone = [
+        seg4diff.segment(pipe, image, names, layers=1) for image, names in zip(images, per_image, strict=True)
+    ]
+    together = seg4diff.segment(pipe, images, per_image, layers=1, batch_size=3)
+    assert isinstance(together, list)
+    for one, two, names in zip(alone, together, per_image, strict=True):
+        torch.testing.assert_close(two.scores, one.scores, rtol=1e-4, atol=0)
+        assert two.classes == tuple(names)
+        assert two.image.size == one.image.size
+    same = seg4diff.segment(pipe, images[:1], CLASSES, layers=1)
+    assert isinstance(same, list)
+    assert len(same) == 1
+
+
+def test_text_and_pictures_are_encoded_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+    encode_prompt = pipe.encode_prompt
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        prompts.extend(kwargs["prompt"])
+        return encode_prompt(*args, **kwargs)
+
+    monkeypatch.setitem(pipe.__dict__, "encode_prompt", watched)
+    encoded = []
+    handle = pipe.vae.encoder.register_forward_hook(lambda *args: encoded.append(args[-1].shape[0]))
+    names = [f"thing {i}" for i in range(30)]
+    seg4diff.segment(pipe, [picture(seed=i) for i in range(3)], names, layers=1, batch_size=2)
+    handle.remove()
+    assert len(prompts) == len(set(prompts)) > 1
+    assert encoded == [2, 1]
+
+
+def test_long_class_lists_are_spread_over_prompts(pipe: Any) -> None:
+    names = [f"thing{i:02d}" for i in range(40)]
+    result = seg4diff.segment(pipe, picture(), names, layers=1, batch_size=3)
+    prompts = result.metadata["prompts"]
+    assert " ".join(prompts).split() == names
+    assert all(len(pipe.tokenizer(prompt).input_ids) <= 77 for prompt in prompts)
+    assert len(prompts) == 4  # seven tokens a name, ten names in a prompt of 75 tokens
+    # Every prompt's probabilities stand in the result as they are.
+    last = prompts[-1].split()
+    alone = seg4diff.segment(pipe, picture(), last, layers=1)
+    torch.testing.assert_close(result.scores[-len(last) :], alone.scores, rtol=1e-4, atol=0)
+
+
+def test_layers_are_averaged(pipe: Any) -> None:
+    single = [seg4diff.segment(pipe, picture(), CLASSES, layers=layer).scores for layer in (0, 2)]
+    both = seg4diff.segment(pipe, picture(), CLASSES, layers=[2, 0])
+    torch.testing.assert_close(both.scores, torch.stack(single).mean(dim=0), rtol=1e-4, atol=0)
+    assert both.metadata["layers"] == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted"),
+    [
+        ((70, 50), (80, 48)),
+        ((1, 1), (64, 64)),
+        ((4000, 3), (512, 16)),
+        ((50, 70), (48, 80)),
+        ((3, 640), (16, 512)),
+    ],
+)
+def test_any_size_keeps_its_aspect(pipe: Any, size: tuple[int, int], fitted: tuple[int, int]) -> None:
+    result = seg4diff.segment(pipe, picture(*size), CLASSES, layers=0)
+    assert result.metadata["size"] == fitted
+    assert tuple(result.labels.shape) == size[::-1]
+
+
+def test_presets(pipe: Any) -> None:
+    image = picture(90, 50)
+    paper = seg4diff.segment(pipe, image, CLASSES, layers=0, preset="paper")
+    assert paper.image.size == (50, 50)
+    centre = image.crop((20, 0, 70, 50))
+    torch.testing.assert_close(paper.scores, seg4diff.segment(pipe, centre, CLASSES, layers=0).scores)
+    reference = seg4diff.segment(pipe, image, ["cat-merged", "sofa"], layers=0, preset="reference")
+    assert reference.metadata["prompts"] == ["cat sofa"]
+    assert reference.metadata["size"] == (64, 64)
+    assert reference.classes == ("cat-merged", "sofa")
+    assert tuple(reference.labels.shape) == (50, 90)
+    default = seg4diff.segment(pipe, image, ["cat", "sofa"], layers=0)
+    assert not torch.allclose(default.scores, reference.scores, rtol=1e-3)
+
+
+def test_half_precision() -> None:
+    exact = seg4diff.segment(seg4diff.patch(tiny.pipeline()), picture(), CLASSES, layers=1)
+    pipe = seg4diff.patch(tiny.pipeline().to(torch.bfloat16))
+    result = seg4diff.segment(pipe, picture(), CLASSES, layers=1)
+    assert result.scores.dtype == torch.float32
+    torch.testing.assert_close(result.scores, exact.scores, rtol=0.1, atol=0)
+    assert pipe.transformer.dtype == torch.bfloat16
+
+
+def test_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
+    steps = pipe.scheduler.timesteps.clone()
+    processors = pipe.transformer.attn_processors
+    with pytest.raises(ValueError, match="out of range"):
+        seg4diff.segment(pipe, picture(), CLASSES, layers=4)
+    seg4diff.segment(pipe, picture(), CLASSES, layers=1)
+    assert torch.equal(pipe.scheduler.timesteps, steps)
+    assert pipe.transformer.attn_processors == processors
+
+
+def test_out_of_memory_names_the_remedies(pipe: Any) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(exhausted)
+    processors = pipe.transformer.attn_processors
+    with pytest.raises(torch.OutOfMemoryError, match="80 x 48 pixels.*enable_model_cpu_offload"):
+        seg4diff.segment(pipe, picture(), CLASSES, layers=1)
+    handle.remove()
+    assert pipe.transformer.attn_processors == processors
+
+
+def test_t5_reads_the_names_too() -> None:
+    pipe = seg4diff.patch(tiny.pipeline(t5=True))
+    result = seg4diff.segment(pipe, picture(), CLASSES, layers=1)
+    assert result.scores.shape[0] == 3
+    without = seg4diff.segment(seg4diff.patch(tiny.pipeline()), picture(), CLASSES, layers=1)
+    assert not torch.allclose(result.scores, without.scores, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "classes is empty", {"classes": []}),
+        (ValueError, r"give a list of names, such as \['cat'\]", {"classes": "cat"}),
+        (ValueError, "'cat' and 'Cat ' are the same", {"classes": ["cat", "Cat "]}),
+        (ValueError, "'  ' is blank", {"classes": ["cat", "  "]}),
+        (ValueError, "3 is not a string", {"classes": [["cat", 3]]}),
+        (ValueError, "mixes names and lists", {"classes": ["cat", ["dog"]]}),
+        (ValueError, "2 lists of names for 1 pictures", {"classes": [["cat"], ["dog"]]}),
+        (ValueError, "a picture's list of classes is empty", {"classes": [[]]}),
+        (ValueError, "has 100 tokens, but a prompt holds 75", {"classes": ["x" * 100]}),
+        (ValueError, "'best' is unknown; accepted: 'default', 'paper', 'reference'", {"preset": "best"}),
+        (ValueError, "layer 9 is out of range: this model has layers 0 to 3", {"layers": 9}),
+        (ValueError, "no expert layer is known", {"layers": None}),
+        (ValueError, "batch_size=0", {"batch_size": 0}),
+        (ValueError, "empty", {"image": []}),
+        (FileNotFoundError, "nowhere", {"image": "nowhere.png"}),
+    ],
+)
+def test_bad_input(pipe: Any, error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"image": picture(), "classes": CLASSES, "layers": 1, **arguments}
+    with pytest.raises(error, match=message):
+        seg4diff.segment(pipe, given.pop("image"), given.pop("classes"), **given)
+
+
+def test_bad_pipelines(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"seg4diff.patch\(pipe\)"):
+        seg4diff.segment(tiny.pipeline(), picture(), CLASSES)
+    with pytest.raises(TypeError, match="no VAE"):
+        seg4diff.segment(pipe.transformer, picture(), CLASSES)
+    truncated = tmp_path / "half.png"
+    picture().save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"half\.png"):
+        seg4diff.segment(pipe, truncated, CLASSES)
+
+
+def test_a_name_without_tokens_is_refused() -> None:
+    class Deaf:
+        def __call__(self, text: str, add_special_tokens: bool) -> Any:
+            return SimpleNamespace(input_ids=[])
+
+    with pytest.raises(ValueError, match="'xyzzy' has no tokens"):
+        plan_prompts(["xyzzy"], TextEncoding("clip", Deaf(), 0, 77), find_preset("default"))
