@@ -143,7 +143,7 @@ class Segmentation:
         if not Path(path).exists():
             raise FileNotFoundError(f"{os.fspath(path)!r} does not exist")
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 labels, scores = torch.from_numpy(arrays["labels"]), torch.from_numpy(arrays["scores"])
                 classes = tuple(str(name) for name in arrays["classes"])
                 image = Image.fromarray(arrays["image"]) if "image" in arrays else None

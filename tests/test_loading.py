@@ -1,0 +1,230 @@
+"""A pipeline from a folder or a name, or an error that says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from seg4diff import loading
+from seg4diff.loading import is_out_of_memory, load_lora, load_pipeline, out_of_memory_remedy
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny pipeline without T5, as ``save_pretrained`` leaves it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.pipeline(layers=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def test_folder_without_t5(saved):
+    original = tiny.pipeline(layers=2).transformer.state_dict()
+    pipe = load_pipeline(saved)
+    assert pipe.text_encoder_3 is None
+    assert pipe.device.type == "cpu" or torch.cuda.is_available()
+    loaded = load_pipeline(str(saved), "cpu", "float32").transformer.state_dict()
+    assert loaded.keys() == original.keys()
+    assert all(torch.equal(loaded[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_precision(saved, dtype):
+    pipe = load_pipeline(saved, "cpu", dtype)
+    expected = torch.bfloat16 if dtype == "bfloat16" else dtype
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {expected}
+
+
+def test_t5_is_left_out_unless_asked_for(tmp_path):
+    tiny.pipeline(t5=True, layers=1).save_pretrained(tmp_path / "with")
+    assert load_pipeline(tmp_path / "with", "cpu").text_encoder_3 is None
+    assert load_pipeline(tmp_path / "with", "cpu", t5=True).text_encoder_3 is not None
+    shutil.rmtree(tmp_path / "with" / "text_encoder_3")  # its largest part, which many do not download
+    assert load_pipeline(tmp_path / "with", "cpu").text_encoder_3 is None
+    with pytest.raises(FileNotFoundError, match="text_encoder_3/config.json"):
+        load_pipeline(tmp_path / "with", "cpu", t5=True)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/config.json",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_missing_files_are_listed(copy, part):
+    (copy / part).unlink()
+    with pytest.raises(FileNotFoundError, match=part):
+        load_pipeline(copy, "cpu")
+
+
+def test_all_missing_files_are_listed_at_once(copy):
+    shutil.rmtree(copy / "vae")
+    (copy / "text_encoder" / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "diffusion_pytorch_model.safetensors"}}
+    listing = copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    listing.write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline(copy, "cpu")
+    for part in ("vae/config.json", "vae/diffusion", "text_encoder/model", "transformer/part-1.safetensors"):
+        assert part in str(error.value)
+    assert "text_encoder_2" not in str(error.value)
+    assert "part-1" in str(error.value)
+    assert str(error.value).count("transformer/") == 1
+
+
+def test_not_a_pipeline(copy):
+    (copy / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="model_index.json' is damaged"):
+        load_pipeline(copy)
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="is a FluxPipeline; only Stable Diffusion 3"):
+        load_pipeline(copy)
+    (copy / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no model_index.json.*save_pretrained"):
+        load_pipeline(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/at/all", "nowhere", "~/model", "a/b/c", "a/b.safetensors"]
+)
+def test_neither_folder_nor_name(name):
+    with pytest.raises(FileNotFoundError, match="neither 'demo', nor a folder"):
+        load_pipeline(name)
+
+
+def test_devices(saved, monkeypatch):
+    with pytest.raises(ValueError, match="device='tpu9000' is unknown"):
+        load_pipeline(saved, "tpu9000")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", torch.device("cuda:1")):
+        with pytest.raises(ValueError, match="no CUDA device is available.*use device cpu"):
+            load_pipeline(saved, device)
+    with pytest.raises(ValueError, match="offload=True needs a GPU"):
+        load_pipeline(saved, "cpu", offload=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="the last of 2 CUDA devices is cuda:1"):
+        load_pipeline(saved, "cuda:2")
+
+
+def test_unknown_precision(saved):
+    for dtype in ("int8", torch.int8):
+        with pytest.raises(ValueError, match="use float32, bfloat16, float16"):
+            load_pipeline(saved, "cpu", dtype)
+
+
+def hub(monkeypatch, error):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+
+
+def test_hub_out_of_reach(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    for error in (LocalEntryNotFoundError("no"), OfflineModeIsEnabled("no"), ConnectionError("no")):
+        hub(monkeypatch, error)
+        with pytest.raises(ConnectionError, match=r"'some/model'.*hf download some/model.*--model demo"):
+            load_pipeline("some/model", "cpu")
+
+
+def test_hub_refuses(monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    def made(kind):
+        error = kind.__new__(kind)
+        Exception.__init__(error, "refused")
+        return error
+
+    for kind, expected, message in (
+        (GatedRepoError, PermissionError, "licence accepted.*hf auth login"),
+        (RepositoryNotFoundError, FileNotFoundError, "neither a local folder nor on the hub"),
+        (EntryNotFoundError, FileNotFoundError, "not in diffusers' format"),
+    ):
+        hub(monkeypatch, made(kind))
+        with pytest.raises(expected, match=message):
+            load_pipeline("some/model", "cpu")
+
+
+def test_hub_name_loads_what_the_hub_gives(saved, monkeypatch):
+    import diffusers
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(saved / file))
+    given = {}
+    original = diffusers.StableDiffusion3Pipeline.from_pretrained
+
+    def from_pretrained(name, **arguments):
+        given.update(arguments, name=name)
+        return original(saved, **arguments)
+
+    monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "from_pretrained", from_pretrained)
+    pipe = load_pipeline("some/model", "cpu", "bfloat16")
+    assert given["name"] == "some/model"
+    assert given["text_encoder_3"] is None
+    assert given["tokenizer_3"] is None
+    assert pipe.transformer.dtype == torch.bfloat16
+
+
+def test_out_of_memory(saved, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loading, "_from_folder", refuse)
+    with pytest.raises(MemoryError, match=f"out of memory while loading '{saved}'.*offload"):
+        load_pipeline(saved, "cpu")
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert "--batch-size" in out_of_memory_remedy("dreaming")
+
+
+def test_lora(saved, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    source = load_pipeline(saved, "cpu")
+    config = LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights="gaussian")
+    source.transformer.add_adapter(config)
+    state = get_peft_model_state_dict(source.transformer)
+    state = {name: torch.randn_like(weight) for name, weight in state.items()}
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=state)
+    inputs = tiny.transformer_inputs()
+
+    def velocity(pipe):
+        with torch.no_grad():
+            return pipe.transformer(**inputs).sample
+
+    plain = velocity(load_pipeline(saved, "cpu"))
+    found = []
+    for path in (tmp_path / "lora", next((tmp_path / "lora").glob("*.safetensors"))):
+        pipe = load_pipeline(saved, "cpu")
+        load_lora(pipe, path)
+        found.append(velocity(pipe))
+    assert not torch.allclose(found[0], plain)
+    assert torch.equal(found[0], found[1])
+
+    pipe = load_pipeline(saved, "cpu")
+    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
+        load_lora(pipe, tmp_path / "gone.safetensors")
+    (tmp_path / "text.safetensors").write_text("text")
+    with pytest.raises(ValueError, match="text.safetensors.*cannot be loaded"):
+        load_lora(pipe, tmp_path / "text.safetensors")
+    assert torch.equal(velocity(pipe), plain)
