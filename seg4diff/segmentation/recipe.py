@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -149,6 +149,7 @@ def run_maps(
     batch_size: int = 1,
     progress: bool | None = None,
     backend: Backend = "auto",
+    known_text: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Iterator[ImageMaps]:
     """Attention maps of every picture under each of its prompts, in any order of pictures.
 
@@ -167,6 +168,8 @@ def run_maps(
         generator: draws the noise of one picture after the other instead.
         batch_size: pictures of equal size, and (picture, prompt) pairs, that run together.
         progress: whether to show the pipeline's progress bar; when None, for more than one picture.
+        known_text: prompts that need no encoding: for each what ``Backbone.encode_text`` gives, without the
+            batch axis.
 
     Raises:
         RuntimeError: ``pipe`` is not patched.
@@ -182,7 +185,7 @@ def run_maps(
         raise ValueError("seed and generator are both given; give one")
     show = len(views) > 1 if progress is None else progress
     try:
-        text = _encode(backbone, pipe, prompts, batch_size)
+        text = _encode(backbone, pipe, prompts, batch_size, {} if known_text is None else known_text)
         with _bar(pipe, total=len(views), show=show) as bar:
             for batch in _batches(views, batch_size):
                 pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
@@ -227,11 +230,16 @@ def run_maps(
 
 
 def _encode(
-    backbone: Backbone, pipe: Any, prompts: Sequence[Sequence[str]], batch_size: int
+    backbone: Backbone,
+    pipe: Any,
+    prompts: Sequence[Sequence[str]],
+    batch_size: int,
+    known: Mapping[str, dict[str, Tensor]],
 ) -> dict[str, dict[str, Tensor]]:
     """Transformer arguments of every different prompt, without the batch axis."""
-    different = list(dict.fromkeys(prompt for several in prompts for prompt in several))
-    encoded: dict[str, dict[str, Tensor]] = {}
+    wanted = dict.fromkeys(prompt for several in prompts for prompt in several)
+    encoded = {prompt: known[prompt] for prompt in wanted if prompt in known}
+    different = [prompt for prompt in wanted if prompt not in known]
     for first in range(0, len(different), batch_size):
         batch = different[first : first + batch_size]
         arguments = backbone.encode_text(pipe, batch)
