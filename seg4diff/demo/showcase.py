@@ -213,7 +213,7 @@ def sheet(drawn: Sequence[Scene], results: Sequence[Segmentation], words: int = 
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda temporary: picture.save(temporary, optimize=True))
+    write_atomically(path, lambda temporary: picture.save(temporary))
 
 
 def _table(report: Report) -> Table:
