@@ -183,10 +183,11 @@ class Capture:
 
     def _after_forward(self, _: Any) -> None:
         inputs, self._inputs = self._inputs, None
-        if (
-            inputs is None or inputs.skips_layers
-        ):  # a second call in one step, as skip-layer guidance makes it
+        if inputs is None:
             return
+        stop = self._patch.stop_after
+        if any(stop is None or layer <= stop for layer in inputs.skipped_layers):
+            return  # a second call in one step, as skip-layer guidance makes it
         if not self._in_pipeline_call:
             self._call += 1
         rows = self._rows(inputs.batch)
@@ -200,7 +201,8 @@ class Capture:
                 continue
             entry = next((s for s in self._sums if s.layer == layer and s.call == self._call), None)
             if entry is None or self._steps == "each":
-                entry = _Sum(layer, inputs.grid, self._call)
+                averaged = self._steps == "mean" and self._in_pipeline_call
+                entry = _Sum(layer, inputs.grid, self._call, averaged)
                 self._sums.append(entry)
             entry.add(_take_rows(results[requests.index(self._request)], rows), timestep)
 
@@ -283,12 +285,13 @@ def capture(
 
 
 class _Sum:
-    """Running sum of one layer's results over the steps of one call."""
+    """One layer's result in one forward, or the running sum of them over the steps of one call."""
 
-    def __init__(self, layer: int, grid: tuple[int, int], call: int) -> None:
+    def __init__(self, layer: int, grid: tuple[int, int], call: int, averaged: bool) -> None:
         self.layer = layer
         self.grid = grid
         self.call = call
+        self._averaged = averaged
         self._total: LayerResult | None = None
         self._timesteps: list[Tensor | None] = []
 
@@ -303,7 +306,7 @@ class _Sum:
         # Timesteps are read here and not while the model runs: reading them waits for the GPU.
         times = [(float("nan"),) if t is None else tuple(t.tolist()) for t in self._timesteps]
         timestep: float | tuple[float, ...]
-        if count > 1:
+        if self._averaged:
             timestep = tuple(step[0] for step in times)
         else:
             timestep = times[0][0] if len(set(times[0])) == 1 else times[0]

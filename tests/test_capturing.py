@@ -168,6 +168,9 @@ def test_pipeline_call_averages_the_conditional_half(pipe: Any) -> None:
         assert not torch.allclose(
             record.maps, torch.stack([r.maps[:1] for r in steps]).mean(dim=0), rtol=1e-3
         )
+    with seg4diff.capture(pipe, 1) as one_step:
+        pipe("a cat", generator=seeded(), **{**CALL, "num_inference_steps": 1})
+    assert one_step.records[0].timestep == (1000.0,)
     with seg4diff.capture(pipe, 1, branch="unconditional") as other:
         pipe("a cat on a sofa", generator=seeded(), **CALL)
     unconditional = torch.stack([r.maps[:1] for r in each.records if r.layer == 1]).mean(dim=0)
@@ -338,6 +341,18 @@ def test_two_threads_on_two_pipelines() -> None:
         together = list(threads.map(run, pipes * 3))
     for one, two in zip(alone * 3, together, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@torch.no_grad()
+def test_segmentation_inside_a_capture(pipe: Any) -> None:
+    """An inner context that stops early leaves the outer one the layers that ran."""
+    image = torch.rand(3, 64, 64)
+    alone = seg4diff.segment(pipe, image, ["cat", "sofa"], layers=1)
+    for stop_early in (False, True):
+        with seg4diff.capture(pipe.transformer, [0, 1, 2], stop_early=stop_early) as outer:
+            inside = seg4diff.segment(pipe, image, ["cat", "sofa"], layers=1)
+        torch.testing.assert_close(inside.scores, alone.scores)
+        assert [r.layer for r in outer.records] == ([0, 1, 2] if stop_early else [0, 1])
 
 
 @torch.no_grad()

@@ -28,14 +28,14 @@ class CallInputs:
         text_length: number T of text tokens.
         batch: number of rows.
         timestep: one a row, or one for all; None if not given.
-        skips_layers: whether the caller asked for layers to be left out.
+        skipped_layers: layers that are left out.
     """
 
     grid: tuple[int, int]
     text_length: int
     batch: int
     timestep: Tensor | None
-    skips_layers: bool
+    skipped_layers: frozenset[int]
 
 
 class Backbone(Protocol):

@@ -49,7 +49,7 @@ class StableDiffusion3:
             text_length=given["encoder_hidden_states"].shape[1],
             batch=batch,
             timestep=given.get("timestep"),
-            skips_layers=bool(given.get("skip_layers")),
+            skipped_layers=frozenset(given.get("skip_layers") or ()),
         )
 
     def stop_after(self, transformer: nn.Module, kwargs: dict[str, Any], layer: int) -> dict[str, Any]:
