@@ -21,6 +21,7 @@ def run(*words: str | Path, cwd: Path) -> str:
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST"))
     }
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     done = subprocess.run(
         [str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from seg4diff.demo.scenes import CLASSES, HELD_OUT, Scene, scene
+from seg4diff.evaluation.metrics import confusion_matrix, counts_of
 from seg4diff.saving import write_atomically
 from seg4diff.visualization import colorize, contact_sheet, heatmap_overlay
 
@@ -85,15 +87,14 @@ def labels_of(result: Segmentation) -> np.ndarray:
 
 def compare(truth: Iterable[np.ndarray], predicted: Iterable[np.ndarray]) -> Score:
     """Score predicted labels by one int64 confusion matrix over all scenes; both index ``CLASSES``."""
-    count = len(CLASSES)
-    matrix = np.zeros((count, count), np.int64)  # [true, predicted]
-    for expected, found in zip(truth, predicted, strict=True):
-        pairs = np.bincount((expected * count + found).ravel(), minlength=count * count)
-        matrix += pairs.reshape(count, count)
-    hits = np.diag(matrix)
-    union = matrix.sum(0) + matrix.sum(1) - hits
-    occurs = union > 0
-    return Score(float((hits[occurs] / union[occurs]).mean()), float(hits.sum() / matrix.sum()))
+    confusion = torch.stack(
+        [
+            confusion_matrix(torch.from_numpy(found), torch.from_numpy(expected), len(CLASSES))
+            for expected, found in zip(truth, predicted, strict=True)
+        ]
+    ).sum(dim=0)
+    counts = counts_of(confusion)
+    return Score(counts.mean_iou, float(counts.true_positive.sum() / confusion.sum()))
 
 
 def show(
