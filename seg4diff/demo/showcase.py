@@ -124,7 +124,7 @@ def show(
     import seg4diff
     from seg4diff.loading import load_pipeline
 
-    pipe = seg4diff.patch(load_pipeline("demo", device))
+    pipe = seg4diff.patch(load_pipeline("demo", device, "float32"))
     blocks = len(pipe.transformer.transformer_blocks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -52,7 +52,7 @@ def model(monkeypatch):
             )
         return results[0] if single else results
 
-    monkeypatch.setattr(loading, "load_pipeline", lambda model, device: pipe)
+    monkeypatch.setattr(loading, "load_pipeline", lambda model, device, dtype: pipe)
     monkeypatch.setattr(seg4diff, "patch", lambda pipe: pipe, raising=False)
     monkeypatch.setattr(seg4diff, "segment", segment, raising=False)
 
