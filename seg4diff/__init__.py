@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from seg4diff.capturing import Capture, Record, capture
     from seg4diff.kernels.api import MapRequest
     from seg4diff.patching import is_patched, patch, unpatch
+    from seg4diff.perturbation import edit, perturb
     from seg4diff.segmentation import Segmentation, segment
+    from seg4diff.segmentation.unsupervised import segment_unsupervised
 
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
@@ -20,9 +22,12 @@ _PUBLIC = {
     "Segmentation": "seg4diff.segmentation",
     "capture": "seg4diff.capturing",
     "demo": "",
+    "edit": "seg4diff.perturbation",
     "is_patched": "seg4diff.patching",
     "patch": "seg4diff.patching",
+    "perturb": "seg4diff.perturbation",
     "segment": "seg4diff.segmentation",
+    "segment_unsupervised": "seg4diff.segmentation.unsupervised",
     "unpatch": "seg4diff.patching",
 }
 __all__ = [
@@ -32,9 +37,12 @@ __all__ = [
     "Segmentation",
     "capture",
     "demo",
+    "edit",
     "is_patched",
     "patch",
+    "perturb",
     "segment",
+    "segment_unsupervised",
     "unpatch",
 ]
 

@@ -28,11 +28,13 @@ class EncodedPrompt:
     Attributes:
         texts: (CLIP text, T5 text) of every prompt; empty where embeddings were given.
         rows: number of pictures, which is the number of rows of one branch.
+        text_length: number of text tokens.
         guided: whether classifier-free guidance doubles the batch: [unconditional; conditional].
     """
 
     texts: tuple[tuple[str, str], ...]
     rows: int
+    text_length: int
     guided: bool
 
     def rows_of(self, branch: Branch, batch: int) -> slice:
@@ -47,15 +49,20 @@ class EncodedPrompt:
             return slice(0, 2 * self.rows)
         return slice(self.rows, 2 * self.rows) if branch == "conditional" else slice(0, self.rows)
 
-    def text_of(self, picture: int) -> tuple[str, str]:
+    def text_of(self, picture: int, given: tuple[str, ...] | None = None) -> tuple[str, str]:
         """(CLIP text, T5 text) of a picture; several pictures of one prompt follow each other in the batch.
 
+        Args:
+            picture: number of the picture, from 0.
+            given: what the caller says the prompts are, instead of what was encoded.
+
         Raises:
-            RuntimeError: embeddings were given instead of text.
+            RuntimeError: embeddings were given instead of text, and nothing else.
         """
-        if not self.texts:
+        texts = self.texts if given is None else tuple((text, text) for text in given)
+        if not texts:
             raise RuntimeError("no prompt is known (embeddings were given?); name it with prompt=")
-        return self.texts[picture * len(self.texts) // self.rows]
+        return texts[picture * len(texts) // self.rows]
 
 
 @contextmanager
@@ -148,4 +155,6 @@ def _encoded(arguments: Mapping[str, Any], output: tuple[Any, ...]) -> EncodedPr
     clip = as_list(arguments.get("prompt"))
     t5 = as_list(arguments.get("prompt_3")) or clip
     guided = bool(arguments.get("do_classifier_free_guidance")) and output[1] is not None
-    return EncodedPrompt(texts=tuple(zip(clip, t5, strict=False)), rows=output[0].shape[0], guided=guided)
+    rows, text_length = output[0].shape[:2]
+    texts = tuple(zip(clip, t5, strict=False))
+    return EncodedPrompt(texts=texts, rows=rows, text_length=text_length, guided=guided)

@@ -1,0 +1,479 @@
+"""Blur and word edits against attention matrices that are materialised and edited; what is left behind."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+import seg4diff
+from seg4diff.perturbation import Blur, edit, perturb
+from tests import tiny
+from tests.materialised import materialised
+
+MODELS = {"sd3": {}, "sd3.5": {"dual": (0,), "qk_norm": "rms_norm"}}
+CALL: dict[str, Any] = {
+    "prompt": "a red cat, a dog on a sofa",
+    "num_inference_steps": 2,
+    "guidance_scale": 4.0,
+    "output_type": "latent",
+    "max_sequence_length": 77,
+}
+# Columns of the words of that prompt in CLIP's 77 tokens: <start> a red cat , a dog on a sofa <end>
+# ("on" and "," are one or two tokens of the tiny tokenizer; see test_columns_are_as_counted)
+SCIPY_MODES = {"symmetric": "reflect", "reflect": "mirror"}
+
+
+def blurred(sigma: float, size: int, padding: str, text: slice = slice(None)) -> Callable[[Tensor], Tensor]:
+    """Blur of probabilities along the last axis, by scipy."""
+    offsets = np.arange(size) - size // 2
+    weights = np.exp(-(offsets**2) / (2 * sigma**2))
+
+    def apply(probabilities: Tensor) -> Tensor:
+        result = probabilities.clone()
+        block = ndimage.correlate1d(
+            probabilities[..., text].detach().numpy(), weights / weights.sum(), mode=SCIPY_MODES[padding]
+        )
+        result[..., text] = torch.from_numpy(block)
+        return result
+
+    return apply
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """In float64, so that nothing but a mistake separates the library from brute force."""
+    return seg4diff.patch(tiny.pipeline().to(torch.float64))
+
+
+def assert_same(output: Tensor, expected: Tensor, stock: Tensor) -> None:
+    """``output`` equals ``expected`` far closer than either comes to ``stock``."""
+    assert output.dtype == expected.dtype == torch.float64
+    assert (output - expected).abs().max() < 1e-10
+    assert (expected - stock).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "reflect"])
+@pytest.mark.parametrize("size", [1, 3, 5, 9])
+@pytest.mark.parametrize("text", [slice(None), slice(2, 9)], ids=["all", "part"])
+def test_matrix_is_scipys_blur(padding: Any, size: int, text: slice) -> None:
+    matrix = Blur(sigma=2.5, kernel_size=size, padding=padding, text=text).matrix(12)
+    rows = torch.rand(5, 12, dtype=torch.float64, generator=seeded())
+    torch.testing.assert_close(rows @ matrix, blurred(2.5, size, padding, text)(rows))
+
+
+def test_kernel_is_the_papers() -> None:
+    middle = Blur().matrix(77)[38, 36:41]
+    assert middle.tolist() == pytest.approx([0.1975, 0.2012, 0.2025, 0.2012, 0.1975], abs=5e-5)
+
+
+def test_symmetric_padding_preserves_the_mass_and_reflect_does_not() -> None:
+    row = torch.full((1, 77), 0.2 / 76, dtype=torch.float64)
+    row[0, 0] = 0.8
+    assert float((row @ Blur().matrix(77)).sum()) == pytest.approx(1.0, abs=1e-12)
+    assert float((row @ Blur(padding="reflect").matrix(77)).sum()) == pytest.approx(0.68, abs=0.005)
+
+
+def test_transpose_matters_where_padding_reflects() -> None:
+    matrix = Blur(padding="reflect").matrix(9)
+    assert not torch.allclose(matrix, matrix.T)
+    symmetric = Blur().matrix(9)
+    assert torch.allclose(symmetric, symmetric.T)
+
+
+def test_kernel_wider_than_the_text() -> None:
+    for padding in ("symmetric", "reflect"):
+        rows = torch.rand(2, 3, dtype=torch.float64, generator=seeded())
+        matrix = Blur(sigma=4, kernel_size=11, padding=padding).matrix(3)  # type: ignore[arg-type]
+        torch.testing.assert_close(rows @ matrix, blurred(4, 11, padding)(rows))
+        assert Blur(padding=padding).matrix(1).tolist() == [[pytest.approx(1.0)]]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+@pytest.mark.parametrize("padding", ["symmetric", "reflect"])
+@torch.no_grad()
+def test_perturbed_model_equals_brute_force(model: str, backend: Any, padding: Any) -> None:
+    transformer = seg4diff.patch(tiny.transformer(**MODELS[model]).double())
+    inputs = {name: tensor.double() for name, tensor in tiny.transformer_inputs().items()}
+    stock = transformer(**inputs).sample
+    with perturb(transformer, [0, 1], sigma=1.5, kernel_size=3, padding=padding, backend=backend):
+        output = transformer(**inputs).sample
+    brute = blurred(1.5, 3, padding)
+    with materialised(transformer, {0: brute, 1: brute}):
+        expected = transformer(**inputs).sample
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    changes = (expected - stock).abs().max()
+    assert changes > 1e-4  # six orders above the tolerance
+    with materialised(transformer, {1: brute, 2: brute}):
+        assert (transformer(**inputs).sample - output).abs().max() > 1e-2 * changes  # another layer
+    with materialised(transformer, {layer: lambda p: p.roll(1, dims=-1) for layer in (0, 1)}):
+        assert (transformer(**inputs).sample - output).abs().max() > 1e-2 * changes  # another token
+
+
+@torch.no_grad()
+def test_text_range_and_half_precision() -> None:
+    transformer = seg4diff.patch(tiny.transformer())
+    inputs = tiny.transformer_inputs()
+    with perturb(transformer, 1, text=slice(1, 6)):
+        output = transformer(**inputs).sample
+    with materialised(transformer, {1: blurred(9, 5, "symmetric", slice(1, 6))}):
+        expected = transformer(**inputs).sample
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    half = Blur()(torch.ones(1, 9, 2, 8, dtype=torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, torch.ones_like(half))  # rounding the matrix would lose mass
+
+
+@torch.no_grad()
+def test_nested_perturbations_compose_in_order() -> None:
+    transformer = seg4diff.patch(tiny.transformer().double())
+    inputs = {name: tensor.double() for name, tensor in tiny.transformer_inputs().items()}
+    inner = blurred(9, 5, "symmetric")
+    outer = blurred(1, 3, "reflect")
+
+    # The values that image rows read are changed by the first context first: G_inner (G_outer V).
+    with perturb(transformer, [0, 1], sigma=1, kernel_size=3, padding="reflect"):
+        with perturb(transformer, [1, 2]):
+            output = transformer(**inputs).sample
+        alone = transformer(**inputs).sample
+    with materialised(transformer, {0: outer, 1: lambda p: outer(inner(p)), 2: inner}):
+        expected = transformer(**inputs).sample
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    with materialised(transformer, {0: outer, 1: lambda p: inner(outer(p)), 2: inner}):
+        assert (transformer(**inputs).sample - output).abs().max() > 1e-8  # the other order
+    with materialised(transformer, {0: outer, 1: outer}):
+        expected = transformer(**inputs).sample
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_captures_inside_a_perturbation() -> None:
+    """A perturbed layer's map is its softmax; later layers feel the change; either context may be outside."""
+    transformer = seg4diff.patch(tiny.transformer())
+    inputs = tiny.transformer_inputs()
+
+    def maps(*contexts: Callable[[], Any]) -> tuple[list[Tensor], Tensor]:
+        import contextlib
+
+        with contextlib.ExitStack() as stack:
+            entered = [stack.enter_context(context()) for context in contexts]
+            output = transformer(**inputs).sample
+        captured = next(c for c in entered if c is not None)
+        return [record.maps for record in captured.records], output
+
+    capture = lambda: seg4diff.capture(transformer)  # noqa: E731
+    blur = lambda: perturb(transformer, 1)  # noqa: E731
+    plain, _ = maps(capture)
+    inside, output = maps(blur, capture)
+    outside, same = maps(capture, blur)
+    assert torch.equal(output, same)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(inside[0], plain[0])
+    torch.testing.assert_close(inside[1], plain[1])
+    assert not torch.allclose(inside[2], plain[2], rtol=1e-4)
+    with perturb(transformer, 1):
+        torch.testing.assert_close(transformer(**inputs).sample, output)  # a capture changes nothing
+
+
+@torch.no_grad()
+def test_everything_is_restored(pipe: Any) -> None:
+    before = pipe(**CALL, generator=seeded()).images
+    processors = dict(pipe.transformer.attn_processors)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("a callback")
+
+    for context in (lambda: perturb(pipe, 1), lambda: edit(pipe, drop="cat")):
+        with pytest.raises(RuntimeError, match="a callback"), context():
+            pipe(**CALL, generator=seeded(), callback_on_step_end=fails)
+        assert pipe.transformer.attn_processors == processors
+        assert "encode_prompt" not in vars(pipe)
+        assert not pipe.transformer._forward_hooks
+        assert not pipe.transformer._forward_pre_hooks
+        assert torch.equal(pipe(**CALL, generator=seeded()).images, before)
+
+
+@torch.no_grad()
+def test_layers_not_named_are_stock(pipe: Any) -> None:
+    with perturb(pipe, 1):
+        names = [type(block.attn.processor).__name__ for block in pipe.transformer.transformer_blocks]
+    assert names == ["JointAttnProcessor2_0", "JointAttentionProcessor", "JointAttnProcessor2_0"]
+
+
+@torch.no_grad()
+def test_perturbation_changes_both_halves(pipe: Any, stock: Tensor) -> None:
+    blur = blurred(9, 5, "symmetric")
+    with perturb(pipe, [1]):
+        output = pipe(**CALL, generator=seeded()).images
+    with materialised(pipe.transformer, {1: blur}):
+        expected = pipe(**CALL, generator=seeded()).images
+    assert_same(output, expected, stock)
+
+
+def columns(pipe: Any, word: str) -> list[int]:
+    """Text columns of a word, by comparing the prompt's token numbers with the word's own."""
+    prompt = pipe.tokenizer(CALL["prompt"]).input_ids
+    own = pipe.tokenizer(word, add_special_tokens=False).input_ids
+    starts = [i for i in range(len(prompt)) if prompt[i : i + len(own)] == own]
+    return [start + k for start in starts for k in range(len(own))]
+
+
+def conditional_half(change: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
+    """An edit of the probabilities [2, H, N, T] of the second row alone."""
+
+    def apply(probabilities: Tensor) -> Tensor:
+        edited = probabilities.clone()
+        change(edited[1:])
+        return edited
+
+    return apply
+
+
+def drop_cat(p: Tensor) -> None:
+    p[..., COLUMNS["cat"]] = 0
+
+
+def double_red(p: Tensor) -> None:
+    p[..., COLUMNS["red"]] *= 2.5
+
+
+def swap_cat_and_dog(p: Tensor) -> None:
+    cat, dog = COLUMNS["cat"], COLUMNS["dog"]
+    p[..., cat + dog] = p[..., dog + cat]
+
+
+def swap_cat_and_on(p: Tensor) -> None:
+    # "on" is two tokens, "cat" one: what cat had is spread over both, and both are read as cat
+    (cat,), on = COLUMNS["cat"], COLUMNS["on"]
+    mass = p[..., cat].clone()
+    p[..., cat] = p[..., on].sum(dim=-1)
+    p[..., on] = mass[..., None] / 2
+
+
+COLUMNS: dict[str, list[int]] = {}
+
+
+@pytest.fixture(scope="module")
+def stock(pipe: Any) -> Tensor:
+    """What the unchanged pipeline draws."""
+    return pipe(**CALL, generator=seeded()).images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _words(pipe: Any) -> None:
+    COLUMNS.update({word: columns(pipe, word) for word in ("a", "red", "cat", "dog", "on", "sofa")})
+
+
+def test_columns_are_as_counted() -> None:
+    assert COLUMNS["a"][0] == 1
+    assert (len(COLUMNS["a"]), len(COLUMNS["cat"]), len(COLUMNS["on"])) == (3, 1, 2)
+    assert not set(COLUMNS["cat"]) & set(COLUMNS["dog"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change"),
+    [
+        ({"drop": "cat"}, drop_cat),
+        ({"weights": {"red": 2.5}}, double_red),
+        ({"swap": {"cat": "dog"}}, swap_cat_and_dog),
+        ({"swap": {"cat": "on"}}, swap_cat_and_on),
+    ],
+    ids=["drop", "weight", "swap", "swap-unequal"],
+)
+@torch.no_grad()
+def test_edits_equal_brute_force(
+    pipe: Any, stock: Tensor, arguments: dict[str, Any], change: Callable[[Tensor], None]
+) -> None:
+    with edit(pipe, [0, 2], **arguments):
+        output = pipe(**CALL, generator=seeded()).images
+    brute = conditional_half(change)
+    with materialised(pipe.transformer, {0: brute, 2: brute}):
+        expected = pipe(**CALL, generator=seeded()).images
+    assert_same(output, expected, stock)
+    with materialised(pipe.transformer, {1: brute}):
+        assert (pipe(**CALL, generator=seeded()).images - output).abs().max() > 1e-4  # other layers
+
+
+@torch.no_grad()
+def test_edits_of_several_prompts_and_pictures(pipe: Any) -> None:
+    prompts = ["a cat", "red, a cat on a tree", "a sofa, a dog, a cat"]
+    call = {**CALL, "prompt": prompts, "num_images_per_prompt": 2}
+    with edit(pipe, [1], drop=["cat"]):
+        together = pipe(**call, generator=seeded()).images
+    stock = pipe(**call, generator=seeded()).images
+    noise = torch.randn(6, 4, 8, 8, generator=seeded(), dtype=torch.float64)
+    for picture, prompt in enumerate(itertools.chain.from_iterable(zip(prompts, prompts, strict=True))):
+        single = {**CALL, "prompt": prompt, "latents": noise[picture : picture + 1]}
+        with edit(pipe, [1], drop="cat"):
+            alone = pipe(**single).images
+        assert_same(together[picture : picture + 1], alone, stock[picture : picture + 1])
+
+
+@torch.no_grad()
+def test_edits_reach_both_text_encoders() -> None:
+    pipe = seg4diff.patch(tiny.pipeline(t5=True).to(torch.float64))
+    prompt = "a cat on a sofa"
+    call = {**CALL, "prompt": prompt, "max_sequence_length": 20}
+    ids = pipe.tokenizer_3(prompt).input_ids
+    clip = pipe.tokenizer(prompt).input_ids.index(pipe.tokenizer.convert_tokens_to_ids("cat</w>"))
+    dropped = [clip, 77 + ids.index(pipe.tokenizer_3.convert_tokens_to_ids("▁cat"))]
+
+    def change(p: Tensor) -> None:
+        assert p.shape[-1] == 97
+        p[..., dropped] = 0
+
+    with edit(pipe, [1], drop="cat"):
+        output = pipe(**call, generator=seeded()).images
+    with materialised(pipe.transformer, {1: conditional_half(change)}):
+        expected = pipe(**call, generator=seeded()).images
+    assert_same(output, expected, pipe(**call, generator=seeded()).images)
+
+
+@torch.no_grad()
+def test_edits_without_guidance_with_embeddings_and_nested(pipe: Any) -> None:
+    call = {**CALL, "guidance_scale": 1.0}
+
+    def change(p: Tensor) -> Tensor:
+        edited = p.clone()
+        drop_cat(edited)
+        double_red(edited)
+        return edited
+
+    with edit(pipe, [1], drop="cat"), edit(pipe, [1], weights={"red": 2.5}):
+        output = pipe(**call, generator=seeded()).images
+    with materialised(pipe.transformer, {1: change}):
+        expected = pipe(**call, generator=seeded()).images
+    assert_same(output, expected, pipe(**call, generator=seeded()).images)
+    encoded = pipe.encode_prompt(CALL["prompt"], None, None, max_sequence_length=77)
+    names = [f"{kind}prompt_embeds" for kind in ("", "negative_", "pooled_", "negative_pooled_")]
+    embeddings = {**call, "prompt": None, **dict(zip(names, encoded, strict=True))}
+    with edit(pipe, [1], drop="cat", weights={"red": 2.5}, prompt=CALL["prompt"]):
+        torch.testing.assert_close(pipe(**embeddings, generator=seeded()).images, output)
+    with edit(pipe, [1], drop="cat"), pytest.raises(RuntimeError, match="no prompt is known"):
+        pipe(**embeddings, generator=seeded())
+
+
+@torch.no_grad()
+def test_skip_layer_guidance_reads_the_edit_too(pipe: Any) -> None:
+    """Its second forward holds the conditional rows alone."""
+    call = {**CALL, "num_inference_steps": 4, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.9}
+
+    def change(p: Tensor) -> Tensor:
+        edited = p.clone()
+        drop_cat(edited[-1:])  # the last row is conditional in both forwards
+        return edited
+
+    with edit(pipe, [1], drop="cat"):
+        output = pipe(**call, generator=seeded()).images
+    with materialised(pipe.transformer, {1: change}):
+        expected = pipe(**call, generator=seeded()).images
+    assert_same(output, expected, pipe(**call, generator=seeded()).images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"layers": 3}, ValueError, "layer 3 is out of range: this model has layers 0 to 2"),
+        ({"layers": []}, ValueError, "names no layer"),
+        ({"sigma": 0}, ValueError, "sigma=0 must be above 0"),
+        ({"sigma": -1.0}, ValueError, "sigma=-1.0"),
+        ({"sigma": float("nan")}, ValueError, "sigma=nan"),
+        ({"sigma": "9"}, TypeError, "sigma='9'"),
+        ({"kernel_size": 4}, ValueError, "kernel_size=4 must be odd"),
+        ({"kernel_size": -1}, ValueError, "kernel_size=-1"),
+        ({"kernel_size": 5.0}, TypeError, "kernel_size=5.0"),
+        ({"padding": "zeros"}, ValueError, "'zeros' is unknown; accepted: 'symmetric', 'reflect'"),
+        ({"text": slice(0, 9, 2)}, ValueError, "has a step"),
+        ({"text": 5}, TypeError, "must be a slice"),
+    ],
+)
+def test_bad_perturbations_are_named(
+    pipe: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), perturb(pipe, **{"layers": 1, **arguments}):
+        pass  # pragma: no cover
+    assert pipe(**CALL, generator=seeded()).images.isfinite().all()
+
+
+def test_text_beyond_the_prompt_is_named_when_the_model_runs(pipe: Any) -> None:
+    with perturb(pipe, 1, text=slice(0, 400)), pytest.raises(ValueError, match="the 154 text tokens"):
+        pipe(**CALL)
+    assert pipe(**CALL, generator=seeded()).images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "nothing to edit"),
+        ({"drop": "cat", "layers": -1}, ValueError, "layer -1 is out of range"),
+        ({"weights": {"cat": float("inf")}}, ValueError, "'cat': inf"),
+        ({"weights": {"cat": "2"}}, TypeError, "'cat': '2'"),
+    ],
+)
+def test_bad_edits_are_named(
+    pipe: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message), edit(pipe, **arguments):
+        pass  # pragma: no cover
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"drop": "zebra"}, "'zebra' is not in the prompt; known words: a, red, cat, dog, on, sofa"),
+        ({"swap": {"cat": "zebra"}}, "'zebra' is not in the prompt"),
+        ({"drop": "cat", "weights": {"cat": 2.0}}, "'cat' and 'cat' share a token"),
+        ({"drop": " "}, "' ' is not a word"),
+    ],
+)
+def test_bad_words_are_named_and_leave_the_pipeline_usable(
+    pipe: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with edit(pipe, **arguments), pytest.raises(ValueError, match=message):
+        pipe(**CALL)
+    assert pipe(**CALL, generator=seeded()).images.isfinite().all()
+
+
+def test_what_cannot_be_edited() -> None:
+    pipe = tiny.pipeline()
+    with pytest.raises(RuntimeError, match="not patched"), perturb(pipe, 1):
+        pass
+    seg4diff.patch(pipe)
+    with pytest.raises(TypeError, match="bare transformer"), edit(pipe.transformer, drop="cat"):
+        pass
+
+
+def test_gradients_flow_through_the_edited_values() -> None:
+    transformer = seg4diff.patch(tiny.transformer().double())
+    inputs = {name: tensor.double() for name, tensor in tiny.transformer_inputs().items()}
+    inputs["encoder_hidden_states"].requires_grad_(True)
+    with perturb(transformer, 1, padding="reflect"):
+        transformer(**inputs).sample.square().sum().backward()
+    ours = inputs["encoder_hidden_states"].grad.clone()
+    inputs["encoder_hidden_states"].grad = None
+    matrix = Blur(padding="reflect").matrix(9)
+    with materialised(transformer, {1: lambda p: p @ matrix}):
+        transformer(**inputs).sample.square().sum().backward()
+    torch.testing.assert_close(ours, inputs["encoder_hidden_states"].grad)
+
+
+@torch.no_grad()
+def test_compiled_blocks_run_perturbed() -> None:
+    transformer = seg4diff.patch(tiny.transformer())
+    inputs = tiny.transformer_inputs()
+    with perturb(transformer, 1):
+        expected = transformer(**inputs).sample
+        transformer.transformer_blocks[1].compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(transformer(**inputs).sample, expected)
