@@ -13,6 +13,8 @@ from typing import Annotated, Literal, TypeAlias, cast
 
 import tyro
 
+from seg4diff.evaluation.commands import Evaluate, Prepare, run_evaluate, run_prepare
+
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all went well; something failed; what was asked for makes no sense; Ctrl-C."""
 
@@ -82,7 +84,10 @@ class Demo:
 
 
 Command: TypeAlias = (
-    Annotated[Segment, tyro.conf.subcommand("segment")] | Annotated[Demo, tyro.conf.subcommand("demo")]
+    Annotated[Segment, tyro.conf.subcommand("segment")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
 )
 
 
@@ -101,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"seg4diff {version('seg4diff')}")
         return DONE
-    command: Segment | Demo = tyro.cli(
+    command: Segment | Demo | Evaluate | Prepare = tyro.cli(
         Command,
         args=words or ["--help"],
         prog="seg4diff",
@@ -116,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _segment(command)
             case Demo():
                 _demo(command)
+            case Evaluate():
+                run_evaluate(command)
+            case Prepare():
+                run_prepare(command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.ndimage import maximum_filter, minimum_filter
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -128,3 +130,104 @@ def matched_counts(
     true_positive[rows] = confusion[rows, columns]
     false_positive[rows] = confusion.sum(dim=0)[columns] - confusion[rows, columns]
     return Counts(true_positive, false_positive, confusion.sum(dim=1) - true_positive)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What counts amount to; all in [0, 1], NaN where nothing was counted.
+
+    Attributes:
+        miou: mean over classes of intersection over union; classes that neither occur nor are predicted do
+            not count.
+        frequency_weighted_iou: the same, weighted by the pixels of each class.
+        pixel_accuracy: share of pixels that got their class.
+        mean_accuracy: mean over the classes that occur of the share of their pixels that got it.
+        boundary_iou: mean over classes as ``miou``, of pixels near boundaries alone; None if not counted.
+        iou: of each class.
+    """
+
+    miou: float
+    frequency_weighted_iou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    boundary_iou: float | None
+    iou: tuple[float, ...]
+
+
+def rates_of(counts: Counts, boundary: Counts | None = None) -> Rates:
+    """Rates of a whole data set from its summed counts, and from those near boundaries if there are any."""
+    occurs = counts.true_positive + counts.false_negative
+    total = occurs.sum().double()
+    iou = counts.iou
+    return Rates(
+        miou=counts.mean_iou,
+        frequency_weighted_iou=float((iou.nan_to_num() * occurs).sum() / total),
+        pixel_accuracy=float(counts.true_positive.sum() / total),
+        mean_accuracy=float((counts.true_positive.double() / occurs.double()).nanmean()),
+        boundary_iou=None if boundary is None else boundary.mean_iou,
+        iou=tuple(iou.tolist()),
+    )
+
+
+def rejecting_counts(confusion: Tensor) -> Counts:
+    """Counts from a confusion matrix [classes, classes + rejections], where labels from ``classes`` on are
+    no class.
+
+    A pixel with such a label is a false negative of its class and a false positive of none.
+    """
+    classes, labels = confusion.shape
+    if labels < classes:
+        raise ValueError(
+            f"confusion has shape {list(confusion.shape)}; at least as many labels as classes expected"
+        )
+    true_positive = confusion.diagonal()
+    return Counts(
+        true_positive, confusion.sum(dim=0)[:classes] - true_positive, confusion.sum(dim=1) - true_positive
+    )
+
+
+def boundary_counts(
+    predicted: Tensor, actual: Tensor, classes: int, *, ignored: int = IGNORED, ratio: float = 0.02
+) -> Counts:
+    """Counts of one picture's pixels near boundaries (Boundary IoU, Cheng et al., CVPR 2021, for label maps).
+
+    A pixel is near a boundary of its label if a square of side 2 d + 1 around it holds another label or
+    leaves the picture; d is ``ratio`` of the diagonal, in whole pixels, at least 1. Intersection and union
+    are of such pixels of the prediction with such pixels of the truth. Pixels that do not count are made one
+    label of their own in both maps beforehand, so that a perfect prediction scores 1 whatever lies below
+    them.
+
+    Args:
+        predicted, actual, classes, ignored: as in :func:`confusion_matrix`, [height, width]; labels of
+            ``predicted`` from ``classes`` on stand for no class.
+        ratio: width of the zone as a share of the diagonal.
+
+    Raises:
+        ValueError: shapes differ or are not [height, width].
+    """
+    if predicted.shape != actual.shape or actual.dim() != 2:
+        raise ValueError(
+            f"predicted has shape {list(predicted.shape)} and actual {list(actual.shape)}: the same "
+            "[height, width] expected"
+        )
+    truth = actual.detach().cpu().numpy().astype(np.int32)
+    void = truth == ignored
+    found = np.where(void, ignored, predicted.detach().cpu().numpy().astype(np.int32))
+    distance = max(1, round(ratio * float(np.hypot(*truth.shape))))
+    in_truth, in_found = (_near_boundary(labels, distance) & ~void for labels in (truth, found))
+
+    def per_class(labels: np.ndarray) -> Tensor:
+        inside = labels[labels < classes]
+        return torch.from_numpy(np.bincount(inside, minlength=classes)).long()
+
+    hits = per_class(truth[in_truth & in_found & (truth == found)])
+    return Counts(hits, per_class(found[in_found]) - hits, per_class(truth[in_truth]) - hits)
+
+
+def _near_boundary(labels: np.ndarray, distance: int) -> np.ndarray:
+    """Whether another label, or the edge of the picture, lies within ``distance`` pixels along both axes."""
+    size = 2 * distance + 1
+    lowest = minimum_filter(labels, size, mode="constant", cval=-1)
+    highest = maximum_filter(labels, size, mode="constant", cval=-1)
+    near: np.ndarray = lowest != highest
+    return near

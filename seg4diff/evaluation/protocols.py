@@ -1,0 +1,205 @@
+"""Protocols: which names a picture is asked for, and how its maps become a label map.
+
+``oracle`` (the paper's): only the classes that are in the picture. ``full``: every class of the data set, in
+as many prompts as the tokenizer needs. ``unsupervised``: no names; regions are matched with classes
+afterwards. All three read the same noisy latent, so that a picture is encoded once whatever is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seg4diff.evaluation.datasets import Dataset
+from seg4diff.evaluation.metrics import IGNORED
+from seg4diff.segmentation.recipe import Preset
+from seg4diff.segmentation.unsupervised import group_attention
+from seg4diff.segmentation.zero_shot import PlannedPrompt, plan_prompts
+from seg4diff.tokens import TextEncoding
+
+ProtocolName = Literal["oracle", "full", "unsupervised"]
+PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
+
+BackgroundBy = Literal["threshold", "prompt"]
+
+_CLASSES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a picture is asked under one protocol.
+
+    Attributes:
+        protocol: which.
+        labels: for each class asked for, its position in the data set's classes; ``len(classes)`` for a name
+            that stands for none.
+        names: for each, the names prompted for it.
+        prompts: the names, spread over prompts; ``""`` alone for ``"unsupervised"``.
+        threshold: pixels whose largest score is below this share of the picture's largest are background;
+            None where background is not decided so.
+        background: position of the background class, if it is decided by threshold.
+    """
+
+    protocol: ProtocolName
+    labels: tuple[int, ...]
+    names: tuple[tuple[str, ...], ...]
+    prompts: tuple[PlannedPrompt, ...]
+    threshold: float | None = None
+    background: int | None = None
+
+
+class Protocol:
+    """One protocol on one data set; remembers the prompts of every set of classes it has met."""
+
+    def __init__(
+        self,
+        name: ProtocolName,
+        dataset: Dataset,
+        preset: Preset,
+        encoding: TextEncoding,
+        *,
+        background: BackgroundBy = "prompt",
+        threshold: float = 0.5,
+    ) -> None:
+        """Plan the prompts of the whole vocabulary, so that a name that cannot be prompted is found at once.
+
+        Args:
+            name: one of ``PROTOCOLS``.
+            dataset: gives the classes and their names.
+            preset: decides whether names are cut at the hyphen, and whether a stray name is kept.
+            encoding: the text encoder whose tokens are read.
+            background: how the background class, if there is one, is decided.
+            threshold: see :class:`Question`, in (0, 1).
+
+        Raises:
+            ValueError: unknown protocol, a threshold out of range, or a name that has no tokens or too many.
+        """
+        if name not in PROTOCOLS:
+            raise ValueError(f"protocol {name!r} is unknown; known: {', '.join(PROTOCOLS)}")
+        if background not in get_args(BackgroundBy):
+            raise ValueError(
+                f"background by {background!r} is unknown; known: {', '.join(get_args(BackgroundBy))}"
+            )
+        if not 0 < threshold < 1:
+            raise ValueError(f"background threshold {threshold} must lie between 0 and 1")
+        self.name = name
+        self._dataset = dataset
+        self._preset = preset
+        self._encoding = encoding
+        self._by_threshold = dataset.background is not None and background == "threshold"
+        self._threshold = threshold
+        self._asked: dict[tuple[int, ...], Question] = {}
+        if name != "unsupervised":
+            self._question(tuple(range(len(dataset.classes))))
+
+    @property
+    def labels(self) -> int:
+        """Number of labels a prediction may have: the classes, and one for no class where that may occur."""
+        stray = self.name == "oracle" and self._keeps_stray_name
+        return len(self._dataset.classes) + stray
+
+    def question(self, labels: np.ndarray) -> Question:
+        """What to ask a picture with these labels, uint8 [height, width], 255 for pixels that are ignored."""
+        if self.name == "unsupervised":
+            return Question(self.name, (), (), (PlannedPrompt("", ()),))
+        classes = len(self._dataset.classes)
+        if self.name == "full":
+            return self._question(tuple(range(classes)))
+        present = [int(value) for value in np.unique(labels) if value != IGNORED]
+        if self._keeps_stray_name and (labels == IGNORED).any():
+            present.append(classes)
+        return self._question(tuple(present))
+
+    @property
+    def _keeps_stray_name(self) -> bool:
+        return self._preset.name == "reference" and self._dataset.stray_name is not None
+
+    def _question(self, present: tuple[int, ...]) -> Question:
+        if present not in self._asked:
+            dataset = self._dataset
+            labels = tuple(
+                label for label in present if not (self._by_threshold and label == dataset.background)
+            )
+            stray = (dataset.stray_name or "",)
+            names = tuple(
+                dataset.prompts[label] if label < len(dataset.classes) else stray for label in labels
+            )
+            flat = [name for several in names for name in several]
+            self._asked[present] = Question(
+                self.name,
+                labels,
+                names,
+                plan_prompts(flat, self._encoding, self._preset) if flat else (),
+                self._threshold if self._by_threshold else None,
+                dataset.background if self._by_threshold else None,
+            )
+        return self._asked[present]
+
+
+def predict(
+    question: Question,
+    maps: Sequence[Tensor],
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    preset: Preset,
+) -> Tensor:
+    """The label map of a picture.
+
+    Args:
+        question: what was asked.
+        maps: for each of its prompts the attention [N, T'].
+        grid: height h and width w of the image tokens, N = h * w.
+        size: height and width of the picture.
+        preset: how regions are grouped without names.
+
+    Returns:
+        uint8 [height, width] on the CPU: positions in the data set's classes, or numbers of regions.
+    """
+    if question.protocol == "unsupervised":
+        regions = group_attention(maps[0], grid=grid, preset=preset.name)
+        _, winner = _winners(regions, size)
+        return winner.to("cpu", torch.uint8)
+    if not question.labels:  # nothing but background
+        fill = IGNORED if question.background is None else question.background
+        return torch.full(size, fill, dtype=torch.uint8)
+    scores, winner = _winners(class_scores(question, maps, grid), size)
+    labels = torch.tensor(question.labels, dtype=torch.uint8, device=winner.device)[winner]
+    if question.threshold is not None and question.background is not None:
+        labels[scores < question.threshold * scores.max()] = question.background
+    return labels.cpu()
+
+
+def class_scores(question: Question, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Scores [classes asked, h, w]: mean over the tokens of a name, maximum over the names of a class."""
+    by_name = torch.stack(
+        [
+            attention[:, list(columns)].mean(dim=-1)
+            for attention, prompt in zip(maps, question.prompts, strict=True)
+            for columns in prompt.columns
+        ]
+    ).float()
+    parts = by_name.split([len(several) for several in question.names])
+    return torch.stack([part.amax(dim=0) for part in parts]).reshape(-1, *grid)
+
+
+def _winners(scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Largest score and its position for every pixel [height, width], from scores [classes, h, w].
+
+    Scores are resized bilinearly, some classes at a time: a large vocabulary on a large picture needs no
+    memory to speak of. The first of equal scores wins.
+    """
+    best = torch.full(size, -torch.inf, device=scores.device)
+    winner = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    for first in range(0, len(scores), _CLASSES_AT_ONCE):
+        part = scores[None, first : first + _CLASSES_AT_ONCE]
+        values, positions = F.interpolate(part, size=size, mode="bilinear", align_corners=False)[0].max(dim=0)
+        better = values > best
+        best = torch.where(better, values, best)
+        winner = torch.where(better, positions + first, winner)
+    return best, winner

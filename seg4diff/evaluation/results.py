@@ -1,0 +1,206 @@
+"""Results of an evaluation, picture by picture, on disk as they come, and their sum.
+
+A line of JSON for each picture, in one file for each process. Lines are small (only what was counted), so
+that a run that was killed goes on where it stopped, on as many processes as one likes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seg4diff.evaluation.loading_ahead import Failure
+from seg4diff.evaluation.metrics import Counts, Rates, rates_of, rejecting_counts
+
+logger = logging.getLogger(__name__)
+
+_FILES = "results-*.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """What was counted in one picture under one protocol.
+
+    Attributes:
+        confusion: int64 [classes, labels]; None where regions were matched with classes instead.
+        matched: counts of matched regions, None where there is a confusion matrix.
+        boundary: counts near boundaries, None if not counted.
+    """
+
+    confusion: Tensor | None = None
+    matched: Counts | None = None
+    boundary: Counts | None = None
+
+    @property
+    def counts(self) -> Counts:
+        if self.confusion is not None:
+            return rejecting_counts(self.confusion)
+        assert self.matched is not None
+        return self.matched
+
+    def __add__(self, other: Tally) -> Tally:
+        def total(mine: Any, theirs: Any) -> Any:
+            return theirs if mine is None else mine if theirs is None else mine + theirs
+
+        return Tally(
+            total(self.confusion, other.confusion),
+            total(self.matched, other.matched),
+            total(self.boundary, other.boundary),
+        )
+
+    @property
+    def rates(self) -> Rates:
+        return rates_of(self.counts, self.boundary)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What became of one picture.
+
+    Attributes:
+        index: position in the data set.
+        name: of the sample.
+        tallies: by protocol; empty if no pixel counts, or ``failure`` is given.
+        failure: why the picture could not be evaluated.
+    """
+
+    index: int
+    name: str
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    failure: str | None = None
+
+    def to_line(self) -> str:
+        """One line of JSON."""
+        entry: dict[str, Any] = {"index": self.index, "name": self.name}
+        if self.failure is not None:
+            entry["failure"] = self.failure
+        for protocol, tally in self.tallies.items():
+            kept: dict[str, Any] = {}
+            if tally.confusion is not None:
+                rows, columns = tally.confusion.nonzero(as_tuple=True)
+                kept["shape"] = list(tally.confusion.shape)
+                kept["confusion"] = torch.stack([rows, columns, tally.confusion[rows, columns]], 1).tolist()
+            if tally.matched is not None:
+                kept["matched"] = _sparse(tally.matched)
+            if tally.boundary is not None:
+                kept["boundary"] = _sparse(tally.boundary)
+            entry.setdefault("tallies", {})[protocol] = kept
+        return json.dumps(entry, separators=(",", ":"), ensure_ascii=False)
+
+    @staticmethod
+    def from_line(line: str, classes: int) -> Result:
+        """The result that :meth:`to_line` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError, IndexError: the line is damaged.
+        """
+        entry = json.loads(line)
+        tallies = {}
+        for protocol, kept in entry.get("tallies", {}).items():
+            confusion = None
+            if "confusion" in kept:
+                confusion = torch.zeros(kept["shape"], dtype=torch.int64)
+                for row, column, pixels in kept["confusion"]:
+                    confusion[row, column] = pixels
+            tallies[protocol] = Tally(
+                confusion,
+                _dense(kept["matched"], classes) if "matched" in kept else None,
+                _dense(kept["boundary"], classes) if "boundary" in kept else None,
+            )
+        return Result(int(entry["index"]), str(entry["name"]), tallies, entry.get("failure"))
+
+
+def read_results(folder: Path, classes: int) -> dict[int, Result]:
+    """All results in a folder by index, of a picture evaluated more than once the one without failure.
+
+    Lines that were cut off while they were written are left out.
+    """
+    found: dict[int, Result] = {}
+    for path in sorted(folder.glob(_FILES)):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                result = Result.from_line(line, classes)
+            except (ValueError, KeyError, TypeError, IndexError):
+                logger.warning("line %d of %s was cut off; that picture is evaluated again", number, path)
+                continue
+            known = found.get(result.index)
+            if known is None or known.failure is not None:
+                found[result.index] = result
+    return found
+
+
+def append_results(folder: Path, process: int, results: Iterable[Result]) -> None:
+    """Add results to the file of a process, and wait until they are on the disk.
+
+    Raises:
+        OSError: they cannot be written; the message says that earlier results are kept.
+    """
+    path = folder / f"results-{process:05d}.jsonl"
+    text = "".join(result.to_line() + "\n" for result in results)
+    try:
+        cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n" + text if cut_off else text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise no_space(error, path) from error
+
+
+def remove_results(folder: Path) -> None:
+    """Forget all results in a folder."""
+    for path in folder.glob(_FILES):
+        path.unlink()
+
+
+def no_space(error: OSError, path: Path) -> OSError:
+    """The error with what to do about it, where it says that a disk is full; else as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return OSError(
+        error.errno,
+        f"no space left for {str(path)!r}; what is done is kept: make room (predictions need most of it) "
+        "and run the "
+        "same command again",
+    )
+
+
+def add_up(results: Iterable[Result], protocols: Sequence[str]) -> dict[str, Tally]:
+    """Tallies of all pictures by protocol; protocols under which nothing was counted are left out."""
+    total: dict[str, Tally] = {}
+    for result in results:
+        for protocol in protocols:
+            if protocol in result.tallies:
+                total[protocol] = total.get(protocol, Tally()) + result.tallies[protocol]
+    return total
+
+
+def failures_of(results: Iterable[Result]) -> tuple[Failure, ...]:
+    """The pictures that could not be evaluated, by position."""
+    failed = [r for r in results if r.failure is not None]
+    return tuple(
+        Failure(r.index, r.name, r.failure or "") for r in sorted(failed, key=lambda result: result.index)
+    )
+
+
+def _sparse(counts: Counts) -> list[list[int]]:
+    table = torch.stack([counts.true_positive, counts.false_positive, counts.false_negative], dim=1)
+    return [[c, *table[c].tolist()] for c in table.sum(dim=1).nonzero().flatten().tolist()]
+
+
+def _dense(entries: list[list[int]], classes: int) -> Counts:
+    table = torch.zeros(3, classes, dtype=torch.int64)
+    for label, *numbers in entries:
+        table[:, label] = torch.tensor(numbers)
+    return Counts(*table)
