@@ -90,17 +90,20 @@ def load_lora(pipe: DiffusionPipeline, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: the file holds no LoRA for this model, or is damaged.
+        ValueError: the file holds no LoRA for this model, or is damaged; or the folder holds several files.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"LoRA {str(path)!r} does not exist; check the path")
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            found = ", ".join(file.name for file in files) or "none"
+            raise ValueError(f"LoRA folder {str(path)!r} must hold one .safetensors file, found: {found}")
+        path = files[0]
     before = set(_adapters(pipe))
     try:
-        if path.is_dir():
-            pipe.load_lora_weights(str(path))
-        else:
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name)
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(out_of_memory_remedy(f"loading {str(path)!r}")) from error

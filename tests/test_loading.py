@@ -224,6 +224,8 @@ def test_lora(saved, tmp_path):
     pipe = load_pipeline(saved, "cpu")
     with pytest.raises(FileNotFoundError, match="gone.safetensors"):
         load_lora(pipe, tmp_path / "gone.safetensors")
+    with pytest.raises(ValueError, match="must hold one .safetensors file, found: none"):
+        load_lora(pipe, saved)
     (tmp_path / "text.safetensors").write_text("text")
     with pytest.raises(ValueError, match="text.safetensors.*cannot be loaded"):
         load_lora(pipe, tmp_path / "text.safetensors")
