@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seg4diff import demo
     from seg4diff.capturing import Capture, Record, capture
+    from seg4diff.guidance import guide
     from seg4diff.kernels.api import MapRequest
     from seg4diff.patching import is_patched, patch, unpatch
     from seg4diff.perturbation import edit, perturb
@@ -23,6 +24,7 @@ _PUBLIC = {
     "capture": "seg4diff.capturing",
     "demo": "",
     "edit": "seg4diff.perturbation",
+    "guide": "seg4diff.guidance",
     "is_patched": "seg4diff.patching",
     "patch": "seg4diff.patching",
     "perturb": "seg4diff.perturbation",
@@ -38,6 +40,7 @@ __all__ = [
     "capture",
     "demo",
     "edit",
+    "guide",
     "is_patched",
     "patch",
     "perturb",
