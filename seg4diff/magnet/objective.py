@@ -7,7 +7,7 @@ logits, and which of them stands for which mask (Seg4Diff, section 4.3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seg4diff.backbones import find_backbone
-from seg4diff.capturing import capture
+from seg4diff.capturing import Capture, capture
 from seg4diff.kernels.api import Backend, MapRequest
 from seg4diff.magnet.losses import dice_loss, flow_matching_loss, focal_loss
 from seg4diff.magnet.matching import match
@@ -108,28 +108,9 @@ class Magnet(nn.Module):
         return self.fm_weight == 0
 
     def forward(self, batch: Batch) -> Losses:
-        sigma = batch.sigma.view(-1, 1, 1, 1)
-        noisy = torch.lerp(batch.latents, batch.noise, sigma)
-        dtype: torch.dtype = self.transformer.dtype  # type: ignore[assignment]
-        with_maps = self.mask.weight > 0
-        asked = (
-            capture(
-                self.transformer,
-                self.layers,
-                maps=self._request(batch),
-                stop_early=self.stops_early,
-                backend=self.backend,
-            )
-            if with_maps
-            else nullcontext()
-        )
+        asked = self._capture(batch, stop_early=self.stops_early) if self.mask.weight > 0 else nullcontext()
         with asked as captured:
-            velocity = self.transformer(
-                hidden_states=noisy.to(dtype),
-                timestep=batch.sigma * _TIMESTEPS,
-                return_dict=False,
-                **{name: tensor.to(dtype) for name, tensor in batch.text.items()},
-            )[0]
+            velocity = self._run(batch)
         zero = velocity.new_zeros((), dtype=torch.float32)
         flow = zero if self.stops_early else flow_matching_loss(velocity, batch.latents, batch.noise)
         focal = dice = zero
@@ -143,12 +124,43 @@ class Magnet(nn.Module):
         mask = self.mask.focal_weight * focal + self.mask.dice_weight * dice
         return Losses(self.fm_weight * flow + self.mask.weight * mask, flow, focal, dice)
 
-    def _request(self, batch: Batch) -> MapRequest:
+    def predict(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """For each row its mask logits and the masks they stand for, [M', P] both, from the last layer trained.
+
+        Rows without masks have none, [0, 1].
+        """
+        with self._capture(batch, stop_early=True) as captured:
+            self._run(batch)
+        record = captured.records[-1]
+        assert record.maps is not None
+        return [
+            self.predictions(maps, record.grid, masks, columns)
+            if len(masks) and columns
+            else (maps.new_zeros(0, 1), maps.new_zeros(0, 1))
+            for maps, masks, columns in zip(record.maps, batch.masks, batch.columns, strict=True)
+        ]
+
+    def _run(self, batch: Batch) -> Tensor:
+        """The velocity that the transformer predicts for the noisy latents."""
+        dtype: torch.dtype = self.transformer.dtype  # type: ignore[assignment]
+        velocity: Tensor = self.transformer(
+            hidden_states=torch.lerp(batch.latents, batch.noise, batch.sigma.view(-1, 1, 1, 1)).to(dtype),
+            timestep=batch.sigma * _TIMESTEPS,
+            return_dict=False,
+            **{name: tensor.to(dtype) for name, tensor in batch.text.items()},
+        )[0]
+        return velocity
+
+    def _capture(self, batch: Batch, *, stop_early: bool) -> AbstractContextManager[Capture]:
+        """Capture the layers that are trained, up to the last text column that some mask needs."""
         last = max((column for row in batch.columns for group in row for column in group), default=0)
-        return MapRequest(
+        request = MapRequest(
             scores=self.mask.scores,
             heads="each" if self.mask.pairing == "head" else "mean",
             text=slice(0, last + 1),
+        )
+        return capture(
+            self.transformer, self.layers, maps=request, stop_early=stop_early, backend=self.backend
         )
 
     def _mask_losses(self, maps: Tensor, grid: tuple[int, int], batch: Batch) -> tuple[Tensor, Tensor]:
@@ -183,7 +195,9 @@ class Magnet(nn.Module):
             return resize(candidates, size).flatten(1), target.flatten(1)
         # Candidates are many and masks large: they meet on the grid, and only those chosen are enlarged.
         fine = self.mask.focal == "reference"
-        compared = resize(candidates.detach(), size) if fine else candidates.detach()
+        # What is NaN makes the loss NaN, which the trainer handles; it must not stop the matching.
+        compared = candidates.detach().nan_to_num(posinf=0.0, neginf=0.0)
+        compared = resize(compared, size) if fine else compared
         coarse = target if fine else F.interpolate(target[None], size=grid, mode="area")[0]
         rows, columns_ = match(
             compared.flatten(1),

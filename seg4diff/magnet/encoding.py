@@ -1,0 +1,412 @@
+"""Pictures, masks and captions as the transformer takes them: encoded once, kept in verified files.
+
+Called by the trainer before training, so that neither VAE nor text encoders occupy memory while it runs, and by the
+samples during it. It hides the files: a cache that is stale, truncated or half built is completed before use.
+
+A cache is a folder of shards, each one safetensors file with a checksum and an identity in its header: a hash of
+the encoders' weights, the source's files and every setting that decides what is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from seg4diff.backbones import find_backbone
+from seg4diff.magnet.settings import DataSettings
+from seg4diff.magnet.sources import Example, Source, UnusableExampleError
+from seg4diff.magnet.verified_files import DamagedFileError, read_metadata, verify, write_verified
+from seg4diff.segmentation.recipe import find_preset
+from seg4diff.segmentation.zero_shot import plan_prompts
+from seg4diff.tokens import TextEncoding, columns_of_characters, find_words
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "seg4diff-magnet-encodings-1"
+_MASK_SIDE = 256  # masks are kept at the picture's resolution, but no larger than this
+_THUMBNAIL = 128
+CUT_OFF = "class words cut off by the length of a prompt"
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One prompt of a picture.
+
+    Attributes:
+        text: the prompt.
+        content: text columns of its words, without begin, end and padding.
+        classes: text columns of every class name that occurs in it.
+        arguments: the transformer's text arguments, without the batch axis.
+    """
+
+    text: str
+    content: tuple[int, ...]
+    classes: Mapping[str, tuple[int, ...]]
+    arguments: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of an encoded picture without reading its tensors.
+
+    Attributes:
+        name: of the picture.
+        classes: the name of each mask, or ``""``.
+        masks: run-length encodings (pycocotools), all of one size.
+        texts: its prompts: text, content columns, columns by class, shapes by argument.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    masks: tuple[dict[str, Any], ...]
+    texts: tuple[dict[str, Any], ...]
+
+
+class Encodings:
+    """A complete cache, open for reading. Pickles, so that processes can read ahead."""
+
+    def __init__(self, folder: Path, shards: Sequence[Path]) -> None:
+        self._folder = folder
+        self.descriptions: list[Description] = []
+        self.skipped: Counter[str] = Counter()
+        self._places: list[tuple[Path, int]] = []
+        for path in shards:
+            metadata = read_metadata(path)
+            self.skipped.update(json.loads(metadata["skipped"]))
+            for position, entry in enumerate(json.loads(metadata["examples"])):
+                entry = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+                self.descriptions.append(Description(**entry))
+                self._places.append((path, position))
+
+    def __len__(self) -> int:
+        return len(self.descriptions)
+
+    def latents(self, index: int) -> Tensor:
+        """Clean latents [C, height, width]."""
+        return self._tensor(index, "latents")
+
+    def thumbnail(self, index: int) -> Tensor:
+        """The picture in small, [height, width, 3] uint8."""
+        return self._tensor(index, "thumbnail")
+
+    def text(self, index: int, number: int) -> EncodedText:
+        """Prompt ``number`` of a picture."""
+        entry = self.descriptions[index].texts[number]
+        arguments = {
+            name: _restored(self._tensor(index, f"text.{number}.{name}"), shape)
+            for name, shape in entry["shapes"].items()
+        }
+        classes = {name: tuple(columns) for name, columns in entry["classes"].items()}
+        return EncodedText(entry["text"], tuple(entry["content"]), classes, arguments)
+
+    def empty_text(self) -> EncodedText:
+        """The empty prompt."""
+        path = self._folder / "empty-prompt.safetensors"
+        shapes = json.loads(read_metadata(path)["shapes"])
+        with safe_open(path, "pt") as file:
+            arguments = {name: _restored(file.get_tensor(name), shape) for name, shape in shapes.items()}
+        return EncodedText("", (), {}, arguments)
+
+    def _tensor(self, index: int, name: str) -> Tensor:
+        path, position = self._places[index]
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(f"{position}.{name}")
+        return tensor
+
+
+def encode(
+    pipe: Any, source: Source, data: DataSettings, folder: Path, *, progress: bool = True
+) -> Encodings:
+    """Open the cache in ``folder``, after building whatever of it is missing, stale or damaged.
+
+    Shards are written whole, one after the other: an interrupted build goes on where it stopped.
+
+    Args:
+        pipe: a pipeline with VAE and text encoders.
+        source: the examples.
+        data: resolution, geometry, kind of text, shard size, limit.
+        folder: of the cache.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: not one example can be used (the message counts the reasons), or the resolution does not
+            suit the model.
+        OSError: the cache cannot be written; what is complete stays and is used the next time.
+    """
+    backbone = find_backbone(pipe)
+    multiple, largest = backbone.pixel_multiple(pipe), backbone.largest_size(pipe)
+    if data.resolution % multiple or data.resolution > largest:
+        raise ValueError(
+            f"data.resolution={data.resolution} does not suit this model: use a multiple of {multiple} "
+            f"up to {largest}"
+        )
+    count = min(len(source), data.limit or len(source))
+    identity = cache_identity(pipe, source, data)
+    shards = [folder / f"shard-{number:05d}.safetensors" for number in range(-(-count // data.shard))]
+    empty = folder / "empty-prompt.safetensors"
+    wanting = [path for path in (empty, *shards) if not _usable(path, identity)]
+    encoder = _Encoder(pipe, data)
+    try:
+        if empty in wanting:
+            tensors, shapes = _trimmed_arguments(encoder.encode_texts([""])[0])
+            write_verified(empty, tensors, {"identity": identity, "shapes": json.dumps(shapes)})
+        missing = [(number, path) for number, path in enumerate(shards) if path in wanting]
+        numbers = [
+            range(number * data.shard, min((number + 1) * data.shard, count)) for number, _ in missing
+        ]
+        with tqdm(
+            total=sum(map(len, numbers)), desc="encoding", unit="picture", disable=None if progress else True
+        ) as bar:
+            for (_, path), indices in zip(missing, numbers, strict=True):
+                _write_shard(path, identity, encoder, source, indices, bar)
+    except OSError as error:
+        raise OSError(
+            f"the cache in {str(folder)!r} cannot be written ({error}); free some space or set data.cache to "
+            "another folder, and start again: what is complete is kept"
+        ) from error
+    for path in set(folder.glob("shard-*.safetensors")) - set(shards):  # of a larger data set, once
+        path.unlink()
+    encodings = Encodings(folder, shards)
+    _report(encodings, count)
+    return encodings
+
+
+def open_encodings(folder: Path, data: DataSettings, source: Source) -> Encodings:
+    """Open a cache that another process has just completed."""
+    count = min(len(source), data.limit or len(source))
+    return Encodings(folder, [folder / f"shard-{n:05d}.safetensors" for n in range(-(-count // data.shard))])
+
+
+def cache_identity(pipe: Any, source: Source, data: DataSettings) -> str:
+    """Hash of everything that decides what a cache holds."""
+    what = {
+        "format": _FORMAT,
+        "model": encoders_identity(pipe),
+        "source": source.fingerprint(),
+        **{name: getattr(data, name) for name in ("kind", "resolution", "geometry", "text", "limit", "shard")},
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def encoders_identity(pipe: Any) -> str:
+    """Hash of the VAE and the text encoders: their classes, and names, shapes, dtypes and a sample of weights."""
+    digest = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if "tokenizer" in part and module is not None:
+            digest.update(f"{part} {type(module).__name__} {len(module)}\n".encode())
+        if not isinstance(module, nn.Module) or "transformer" in part:
+            continue
+        digest.update(f"{part} {type(module).__name__}\n".encode())
+        if part == "vae":
+            digest.update(f"{module.config.scaling_factor} {module.config.shift_factor}\n".encode())
+        for name, weight in module.state_dict().items():
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes()
+            digest.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode() + sample)
+    return digest.hexdigest()
+
+
+class _Encoder:
+    """VAE and text encoders of a pipeline, one example at a time."""
+
+    def __init__(self, pipe: Any, data: DataSettings) -> None:
+        self._pipe = pipe
+        self._data = data
+        self._backbone = find_backbone(pipe)
+        self._clip: TextEncoding = self._backbone.text_encodings(pipe, 0)[0]
+
+    @torch.no_grad()
+    def __call__(self, example: Example) -> tuple[dict[str, Any], dict[str, Tensor], Counter[str]]:
+        """Description, tensors, and what was left out of the texts.
+
+        Raises:
+            UnusableExampleError: nothing to train on is left.
+        """
+        fitted = _fit(example, self._data)
+        texts, left_out = self._texts(fitted)
+        if not texts:
+            raise UnusableExampleError("no text to train on", example.name)
+        pixels = torch.from_numpy(np.array(fitted.image)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        latents = self._backbone.latents(self._pipe, pixels)[0]
+        small = fitted.image.resize((min(_THUMBNAIL, fitted.image.width),) * 2)
+        tensors = {"latents": latents, "thumbnail": torch.from_numpy(np.array(small))}
+        for number, (entry, arguments) in enumerate(
+            zip(texts, self.encode_texts([entry["text"] for entry in texts]), strict=True)
+        ):
+            trimmed, entry["shapes"] = _trimmed_arguments(arguments)
+            tensors.update({f"text.{number}.{name}": tensor for name, tensor in trimmed.items()})
+        description = {
+            "name": example.name,
+            "classes": fitted.classes,
+            "masks": [_run_lengths(mask) for mask in fitted.masks],
+            "texts": texts,
+        }
+        return description, tensors, left_out
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        """Transformer arguments of each text, without the batch axis."""
+        arguments = self._backbone.encode_text(self._pipe, texts)
+        return [{name: tensor[row] for name, tensor in arguments.items()} for row in range(len(texts))]
+
+    def _texts(self, example: Example) -> tuple[list[dict[str, Any]], Counter[str]]:
+        left_out: Counter[str] = Counter()
+        names = list(dict.fromkeys(name for name in example.classes if name))
+        if self._data.text == "classes":
+            if not names:
+                raise UnusableExampleError("no class names", example.name)
+            try:
+                prompts = plan_prompts(names, self._clip, find_preset("default"))
+            except ValueError as error:
+                raise UnusableExampleError("class names that no prompt holds", str(error)) from None
+            first = prompts[0]
+            kept = names[: len(first.columns)]
+            left_out[CUT_OFF] += len(names) - len(kept)
+            content = sorted(column for columns in first.columns for column in columns)
+            entry = {"text": first.text, "content": content, "classes": dict(zip(kept, first.columns, strict=True))}
+            return [entry], +left_out
+        texts = []
+        for caption in example.captions:
+            classes = {}
+            for name in names:
+                try:
+                    classes[name] = find_words([self._clip], [caption], name)
+                except ValueError:  # not a word of the caption, or one that was cut off
+                    left_out[CUT_OFF] += name.casefold() in caption.casefold()
+            content = columns_of_characters(self._clip, caption, 0, len(caption))
+            texts.append({"text": caption, "content": content, "classes": classes})
+        return texts, +left_out
+
+
+def _fit(example: Example, data: DataSettings) -> Example:
+    """The example on its square, masks at their own resolution."""
+    width, height = example.image.size
+    box = (0, 0, width, height)
+    if data.geometry == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    image = example.image.resize((data.resolution,) * 2, Image.Resampling.BICUBIC, box=box)
+    small = min(data.resolution, _MASK_SIDE)
+    masks, classes = [], []
+    for mask, name in zip(example.masks, example.classes, strict=True):
+        grey = Image.fromarray(mask.astype(np.uint8) * 255)
+        fitted = np.asarray(grey.resize((small, small), Image.Resampling.BOX, box=box)) > 127
+        if fitted.any():
+            masks.append(fitted)
+            classes.append(name)
+    if not masks:
+        raise UnusableExampleError("no mask on the square", example.name)
+    return Example(example.name, image, tuple(masks), tuple(classes), example.captions)
+
+
+def _write_shard(
+    path: Path, identity: str, encoder: _Encoder, source: Source, indices: range, bar: Any
+) -> None:
+    descriptions, tensors = [], {}
+    skipped: Counter[str] = Counter()
+    for index in indices:
+        try:
+            description, of_example, left_out = encoder(source.load(index))
+        except UnusableExampleError as error:
+            logger.debug("skipping %s: %s", source.name(index), error)
+            skipped[error.reason] += 1
+        else:
+            tensors.update({f"{len(descriptions)}.{name}": tensor for name, tensor in of_example.items()})
+            descriptions.append(description)
+            skipped.update(left_out)
+        bar.update()
+    metadata = {"identity": identity, "examples": json.dumps(descriptions), "skipped": json.dumps(skipped)}
+    write_verified(path, tensors, metadata)
+
+
+def _usable(path: Path, identity: str) -> bool:
+    """Whether a file of the cache is whole and of this identity; if not, a message says why."""
+    if not path.is_file():
+        return False
+    try:
+        found = verify(path).get("identity")
+    except DamagedFileError as error:
+        logger.warning("%s; it is built again", error)
+        return False
+    if found != identity:
+        logger.warning("%s was made from another model, other data or settings; it is built again", path)
+        return False
+    return True
+
+
+def _report(encodings: Encodings, count: int) -> None:
+    reasons = ", ".join(f"{number} x {reason}" for reason, number in encodings.skipped.most_common())
+    if len(encodings) == 0:
+        raise ValueError(f"none of the {count} pictures can be used: {reasons}")
+    if reasons:
+        logger.warning("%d of %d pictures are used; left out: %s", len(encodings), count, reasons)
+
+
+def _trimmed_arguments(arguments: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Arguments without the zeros at the end of each axis (T5's place, CLIP's missing channels), and shapes."""
+    trimmed, shapes = {}, {}
+    for name, tensor in arguments.items():
+        nonzero = tensor != 0
+        lengths = []
+        for axis in range(tensor.dim()):
+            others = tuple(a for a in range(tensor.dim()) if a != axis)
+            used = nonzero.any(dim=others) if others else nonzero
+            lengths.append(max(int(used.nonzero().max()) + 1 if bool(used.any()) else 0, 1))
+        trimmed[name] = tensor[tuple(slice(0, length) for length in lengths)].clone()
+        shapes[name] = list(tensor.shape)
+    return trimmed, shapes
+
+
+def _restored(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    if list(tensor.shape) == list(shape):
+        return tensor
+    whole = tensor.new_zeros(tuple(shape))
+    whole[tuple(slice(0, length) for length in tensor.shape)] = tensor
+    return whole
+
+
+def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    from pycocotools import mask as rle
+
+    encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+@lru_cache(maxsize=1)
+def _pycocotools_mask() -> Any:
+    from pycocotools import mask as rle
+
+    return rle
+
+
+def areas(masks: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Share of the picture that each run-length mask covers."""
+    rle = _pycocotools_mask()
+    return [float(rle.area(dict(mask))) / (mask["size"][0] * mask["size"][1]) for mask in masks]
+
+
+def union(masks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One run-length mask from several."""
+    merged: dict[str, Any] = _pycocotools_mask().merge([dict(mask) for mask in masks])
+    return merged
+
+
+def decode_masks(masks: Sequence[Mapping[str, Any]]) -> Tensor:
+    """uint8 [M, height, width] from run-length masks of one size."""
+    decoded = _pycocotools_mask().decode([dict(mask) for mask in masks])  # [height, width, M]
+    return torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))

@@ -1,0 +1,200 @@
+"""Adapters in and out: files that stock diffusers loads, and the authors' published ones.
+
+Called by the trainer and by users. It hides key layouts; nothing is loaded from a file of which a single key does
+not fit the model.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from seg4diff.backbones import transformer_of
+from seg4diff.magnet.adapters import ADAPTER
+from seg4diff.saving import write_atomically
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers looks for adapters in a folder."""
+
+_LAYOUTS = {
+    # "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", as diffusers and this library write it
+    "diffusers": re.compile(r"transformer\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight"),
+    # "backbone.transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight", the authors' checkpoints
+    "authors": re.compile(r"(model\.)?backbone\.transformer\.(?P<module>.+)\.lora_(?P<part>[AB])\.default\.weight"),
+}
+_LISTED = 12
+
+Pipeline = TypeVar("Pipeline")
+
+
+def save_lora(
+    transformer: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    adapter: str = ADAPTER,
+) -> Path:
+    """Write an adapter so that ``pipe.load_lora_weights(path)`` of stock diffusers loads it.
+
+    Args:
+        transformer: has the adapter.
+        path: a ``.safetensors`` file, or a folder, in which it is called as diffusers expects. A file that is
+            there is replaced by a whole one or not at all.
+        weights: other values for the adapter's parameters, by their name in ``transformer``.
+        adapter: its name.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: there is no such adapter.
+        OSError: the file cannot be written; what was there is untouched.
+    """
+    from diffusers import StableDiffusion3Pipeline
+    from peft import get_peft_model_state_dict
+
+    configurations: Any = getattr(transformer, "peft_config", {})
+    if adapter not in configurations:
+        raise ValueError(f"the transformer has no adapter {adapter!r}; it has {sorted(configurations)}")
+    state = {**transformer.state_dict(), **(weights or {})}
+    layers = get_peft_model_state_dict(transformer, state_dict=state, adapter_name=adapter)
+    layers = {name: tensor.detach().float().cpu().contiguous() for name, tensor in layers.items()}
+    config = configurations[adapter]
+    # The few settings that every version of peft knows.
+    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    path = Path(path)
+    file = path if path.suffix == ".safetensors" else path / FILE_NAME
+
+    def write(temporary: Path) -> None:
+        StableDiffusion3Pipeline.save_lora_weights(
+            str(temporary.parent),
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=metadata,
+            weight_name=temporary.name,
+        )
+
+    return write_atomically(file, write)
+
+
+def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | None = None) -> Pipeline:
+    """Load an adapter into a pipeline, if every key of the file fits its transformer.
+
+    Args:
+        pipe: a diffusers pipeline, patched or not.
+        path: a ``.safetensors`` file in diffusers' layout or a folder with one, or a ``.pth`` file of the
+            authors. Pickles are read with ``weights_only=True``, so that nothing in them runs.
+        adapter: the name it gets; diffusers chooses one when None.
+
+    Returns:
+        ``pipe`` itself, with the adapter switched on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no adapter, or keys or shapes do not fit; the message lists them.
+    """
+    file = _file(Path(path))
+    state = _read(file)
+    layout, parts = _parse(state, file)
+    _check(parts, transformer_of(pipe), file)
+    arguments: dict[str, Any] = {} if adapter is None else {"adapter_name": adapter}
+    target: Any = pipe
+    if layout == "diffusers" and file.suffix == ".safetensors":  # with the alpha that its header may hold
+        target.load_lora_weights(str(file.parent), weight_name=file.name, **arguments)
+    else:
+        renamed = {
+            f"transformer.{module}.lora_{part}.weight": tensor
+            for module, both in parts.items()
+            for part, tensor in both.items()
+        }
+        target.load_lora_weights(renamed, **arguments)
+    return pipe
+
+
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        found = [path / FILE_NAME] if (path / FILE_NAME).is_file() else sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise FileNotFoundError(
+                f"LoRA folder {str(path)!r} holds {len(found)} safetensors files and no {FILE_NAME}; name the file"
+            )
+        return found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"LoRA {str(path)!r} does not exist; check the path")
+    return path
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"LoRA {str(file)!r} is damaged, or holds more than weights ({reason}); get a whole copy of it"
+        ) from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"LoRA {str(file)!r} holds no table of weights; a file of LoRA weights is expected")
+    return content
+
+
+def _parse(state: Mapping[str, Tensor], file: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """The layout, and the matrices A and B of every module."""
+    if not state:
+        raise ValueError(f"LoRA {str(file)!r} is empty")
+    fits = {
+        name: {key: found for key in state if (found := layout.fullmatch(key))}
+        for name, layout in _LAYOUTS.items()
+    }
+    layout = max(fits, key=lambda name: len(fits[name]))
+    strange = [key for key in state if key not in fits[layout]]
+    if strange:
+        raise ValueError(
+            f"LoRA {str(file)!r} is refused: {len(strange)} of {len(state)} keys are no LoRA of a transformer: "
+            + _listed(strange)
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, found in fits[layout].items():
+        parts.setdefault(found["module"], {})[found["part"]] = state[key]
+    return layout, parts
+
+
+def _check(parts: Mapping[str, Mapping[str, Tensor]], transformer: nn.Module, file: Path) -> None:
+    modules = dict(transformer.named_modules())
+    problems = []
+    for name, both in parts.items():
+        module: Any = modules.get(name)
+        if module is None or not hasattr(module, "in_features"):
+            problems.append(f"{name} (no such layer)")
+        elif both.keys() != {"A", "B"}:
+            problems.append(f"{name} (lora_{'B' if 'A' in both else 'A'} is missing)")
+        else:
+            rank = both["A"].shape[0] if both["A"].dim() == 2 else 0
+            expected = [rank, module.in_features], [module.out_features, rank]
+            shapes = list(both["A"].shape), list(both["B"].shape)
+            if shapes != expected:
+                problems.append(
+                    f"{name} (A {shapes[0]}, B {shapes[1]}; the layer is {module.in_features} -> "
+                    f"{module.out_features})"
+                )
+    if problems:
+        raise ValueError(
+            f"LoRA {str(file)!r} is refused: {len(problems)} of {len(parts)} layers do not fit this "
+            f"{type(transformer).__name__}: {_listed(problems)}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"
