@@ -177,48 +177,33 @@ def run_maps(
         torch.OutOfMemoryError: with remedies.
     """
     state = patch_of(pipe)
-    backbone = state.backbone
-    chosen = state.layers(backbone.expert_layers(state.transformer) if layers is None else layers)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator are both given; give one")
+    chosen = state.layers(state.backbone.expert_layers(state.transformer) if layers is None else layers)
     show = len(views) > 1 if progress is None else progress
+    found: dict[int, list[Tensor]] = defaultdict(list)
     try:
-        text = _encode(backbone, pipe, prompts, batch_size, {} if known_text is None else known_text)
         with _bar(pipe, total=len(views), show=show) as bar:
-            for batch in _batches(views, batch_size):
-                pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
-                latents = backbone.latents(pipe, pixels).float()
-                noise = _noise(latents, seed, generator)
-                noisy, timestep = backbone.add_noise(pipe, latents, noise, preset.steps, preset.index)
-                noisy = noisy.to(state.transformer.dtype)  # type: ignore[arg-type]
-                pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
-                found: dict[int, list[Tensor]] = defaultdict(list)
-                grid = (0, 0)
-                for first in range(0, len(pairs), batch_size):
-                    rows, texts = zip(*pairs[first : first + batch_size], strict=True)
-                    arguments = {
-                        key: torch.stack([text[prompt][key] for prompt in texts]).to(noisy.device)
-                        for key in text[texts[0]]
-                    }
-                    with capture(
-                        state.transformer, chosen, maps=maps, stop_early=True, backend=backend
-                    ) as captured:
-                        pipe.transformer(
-                            hidden_states=noisy[list(rows)],
-                            timestep=timestep.expand(len(rows)),
-                            return_dict=False,
-                            **arguments,
-                        )
-                    records = captured.records
-                    grid = records[0].grid
-                    layer_maps = torch.stack([r.maps for r in records if r.maps is not None]).mean(dim=0)
-                    for row, entry in zip(rows, layer_maps, strict=True):
-                        found[row].append(entry)
-                for row, i in enumerate(batch):
-                    bar.update()
-                    yield ImageMaps(i, tuple(found[row]), grid, float(timestep))
+            for inputs in model_inputs(
+                pipe,
+                views,
+                prompts,
+                steps=preset.steps,
+                noise_indices=(preset.index,),
+                seed=seed,
+                generator=generator,
+                batch_size=batch_size,
+                known_text=known_text,
+            ):
+                with capture(
+                    state.transformer, chosen, maps=maps, stop_early=True, backend=backend
+                ) as captured:
+                    pipe.transformer(**inputs.arguments)
+                records = captured.records
+                layer_maps = torch.stack([r.maps for r in records if r.maps is not None]).mean(dim=0)
+                for picture, entry in zip(inputs.pictures, layer_maps, strict=True):
+                    found[picture].append(entry)
+                    if len(found[picture]) == len(prompts[picture]):
+                        bar.update()
+                        yield ImageMaps(picture, tuple(found.pop(picture)), records[0].grid, inputs.timestep)
     except torch.OutOfMemoryError as error:
         width, height = views[0].pixels.size
         raise torch.OutOfMemoryError(
@@ -227,6 +212,73 @@ def run_maps(
         ) from error
     finally:
         pipe.maybe_free_model_hooks()
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One call of the transformer: pictures at one noise level, each with one of its prompts.
+
+    Attributes:
+        pictures: for every row, the position of its picture in the list that was given.
+        prompts: for every row, its prompt.
+        noise_index: position in the noise schedule.
+        timestep: what the schedule has there.
+        arguments: of the transformer's call.
+    """
+
+    pictures: tuple[int, ...]
+    prompts: tuple[str, ...]
+    noise_index: int
+    timestep: float
+    arguments: dict[str, Any]
+
+
+@torch.no_grad()
+def model_inputs(
+    pipe: Any,
+    views: Sequence[View],
+    prompts: Sequence[Sequence[str]],
+    *,
+    steps: int,
+    noise_indices: Sequence[int],
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = 1,
+    known_text: Mapping[str, dict[str, Tensor]] | None = None,
+) -> Iterator[ModelInputs]:
+    """Noisy latents and encoded prompts of pictures, in batches of one size.
+
+    A picture's rows follow each other in the order of its prompts, once for every noise level. Its noise is
+    the same at all levels. Arguments and errors are those of :func:`run_maps`; ``noise_indices`` are
+    positions in a schedule of ``steps`` steps.
+    """
+    state = patch_of(pipe)
+    backbone = state.backbone
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator are both given; give one")
+    text = _encode(backbone, pipe, prompts, batch_size, {} if known_text is None else known_text)
+    for batch in _batches(views, batch_size):
+        pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
+        latents = backbone.latents(pipe, pixels).float()
+        noise = _noise(latents, seed, generator)
+        pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
+        for index in noise_indices:
+            noisy, timestep = backbone.add_noise(pipe, latents, noise, steps, index)
+            noisy = noisy.to(state.transformer.dtype)  # type: ignore[arg-type]
+            for first in range(0, len(pairs), batch_size):
+                rows, texts = zip(*pairs[first : first + batch_size], strict=True)
+                arguments = {
+                    key: torch.stack([text[prompt][key] for prompt in texts]).to(noisy.device)
+                    for key in text[texts[0]]
+                }
+                arguments["hidden_states"] = noisy[list(rows)]
+                arguments["timestep"] = timestep.expand(len(rows))
+                pictures = tuple(batch[row] for row in rows)
+                yield ModelInputs(
+                    pictures, texts, index, float(timestep), {**arguments, "return_dict": False}
+                )
 
 
 def _encode(
