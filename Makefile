@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; exit; fi; \
 	done; echo python3)
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
-EXTRAS := demo,dev,viz
+EXTRAS := demo,dev,eval,train,viz
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 # Each worker keeps to one thread, and nothing is fetched but packages.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
