@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeAlias, cast
 import tyro
 
 from seg4diff.evaluation.commands import Evaluate, Prepare, run_evaluate, run_prepare
+from seg4diff.magnet.commands import Caption, Train, run_caption, run_train
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all went well; something failed; what was asked for makes no sense; Ctrl-C."""
@@ -88,6 +89,8 @@ Command: TypeAlias = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Caption, tyro.conf.subcommand("caption")]
 )
 
 
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"seg4diff {version('seg4diff')}")
         return DONE
-    command: Segment | Demo | Evaluate | Prepare = tyro.cli(
+    command: Segment | Demo | Evaluate | Prepare | Train | Caption = tyro.cli(
         Command,
         args=words or ["--help"],
         prog="seg4diff",
@@ -125,6 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run_evaluate(command)
             case Prepare():
                 run_prepare(command)
+            case Train():
+                run_train(command)
+            case Caption():
+                run_caption(command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

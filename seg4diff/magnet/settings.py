@@ -291,17 +291,26 @@ def read_settings(path: Path | str) -> TrainSettings:
         FileNotFoundError: no such file.
         ValueError: it is not TOML, or a key or value is wrong; the message names it and what is accepted.
     """
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"configuration {str(path)!r} does not exist; check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {str(path)!r} is no TOML: {error}") from None
+    values = read_table(path)
     try:
         return build_settings(values)
     except ValueError as error:
         raise ValueError(f"configuration {str(path)!r}: {error}") from None
+
+
+def read_table(path: Path | str) -> dict[str, Any]:
+    """What a TOML file holds, unchecked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"configuration {str(path)!r} does not exist; check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {str(path)!r} is no TOML: {error}") from None
 
 
 def build_settings(values: Mapping[str, Any]) -> TrainSettings:
@@ -314,16 +323,17 @@ def build_settings(values: Mapping[str, Any]) -> TrainSettings:
     preset = values.pop("preset", "default")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; accepted: {', '.join(map(repr, PRESETS))}")
-    result: TrainSettings = _build(TrainSettings, _merged(PRESETS[preset], values), "")
+    result: TrainSettings = _build(TrainSettings, merged(PRESETS[preset], values), "")
     return result
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested tables as one; where both have a value, that of ``above`` counts."""
+    result = dict(below)
     for name, value in above.items():
-        mine = merged.get(name)
-        merged[name] = _merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        mine = result.get(name)
+        result[name] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -103,11 +103,7 @@ class Paired:
 
     def __init__(self, folder: Path, captions: Path | None, *, with_png: bool) -> None:
         self._folder = folder
-        self._files = [
-            path
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in _PICTURES and not path.name.endswith(".mask.png")
-        ]
+        self._files = picture_files(folder)
         if not self._files:
             raise ValueError(f"data.images={str(folder)!r} holds no picture ({', '.join(_PICTURES)})")
         self._captions_file = captions
@@ -262,6 +258,15 @@ class DemoScenes:
         drawn = self.load(0)
         content = drawn.image.tobytes() + drawn.captions[0].encode()
         return hashlib.sha256(f"{self._first} {self._count} ".encode() + content).hexdigest()
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and those within it, sorted; files of masks are none."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in _PICTURES and not path.name.endswith(".mask.png")
+    ]
 
 
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
