@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seg4diff import demo
+    from seg4diff.analysis import analyze, expert_layers
     from seg4diff.capturing import Capture, Record, capture
     from seg4diff.guidance import guide
     from seg4diff.kernels.api import MapRequest
@@ -21,9 +22,11 @@ _PUBLIC = {
     "MapRequest": "seg4diff.kernels.api",
     "Record": "seg4diff.capturing",
     "Segmentation": "seg4diff.segmentation",
+    "analyze": "seg4diff.analysis",
     "capture": "seg4diff.capturing",
     "demo": "",
     "edit": "seg4diff.perturbation",
+    "expert_layers": "seg4diff.analysis",
     "guide": "seg4diff.guidance",
     "is_patched": "seg4diff.patching",
     "patch": "seg4diff.patching",
@@ -37,9 +40,11 @@ __all__ = [
     "MapRequest",
     "Record",
     "Segmentation",
+    "analyze",
     "capture",
     "demo",
     "edit",
+    "expert_layers",
     "guide",
     "is_patched",
     "patch",

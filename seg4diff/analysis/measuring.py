@@ -1,0 +1,397 @@
+"""Attention budget, value norms and projections of a model's layers (Seg4Diff, sections 3.2 and 3.3).
+
+Everything is reduced to a few numbers a layer as soon as a forward has ended; the attention matrix never
+exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seg4diff.analysis.principal import principal_components
+from seg4diff.analysis.report import Measures, Report
+from seg4diff.backbones import CallInputs
+from seg4diff.images import ImageInput, as_list
+from seg4diff.kernels.api import AttentionStatistics, Backend
+from seg4diff.patching import Patch, patch_of
+from seg4diff.processors import RESULT_ATTRIBUTE, LayerRequest, Projections
+from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
+from seg4diff.tokens import columns_of_characters
+from seg4diff.watching import EncodedPrompt, watching_forwards, watching_pipeline
+
+PROJECTIONS = ("query", "key", "value")
+
+
+def analyze(
+    pipe: Any,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    images: ImageInput | Sequence[ImageInput] | None = None,
+    layers: Sequence[int] | int | None = None,
+    noise_levels: Sequence[int] = (8, 28),
+    steps: int = 28,
+    per_head: bool = False,
+    projections: bool = False,
+    preset: str = "default",
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+    batch_size: int = 1,
+    progress: bool | None = None,
+    backend: Backend = "auto",
+    **call: Any,
+) -> Report:
+    """Where the attention of each layer goes and how large its values are, at some noise levels.
+
+    With prompts alone, the pipeline draws them and is watched while it does, as in the paper, which samples
+    50 prompts of DrawBench and looks at t = 8 and t = 28. With images, these are noised, and the model looks
+    at them once a level, beside their prompts.
+
+    Args:
+        pipe: a patched pipeline, see :func:`seg4diff.patch`.
+        prompts: one text, or several; with images one for each, or one for all, or None for empty prompts.
+        images: a picture or several, in any form that :func:`seg4diff.segment` takes.
+        layers: the layers to analyse; all when None.
+        noise_levels: steps that are left of the schedule, 1 to ``steps``: of 28, 28 is pure noise and 8 is
+            where the paper segments.
+        steps: length of the noise schedule.
+        per_head: also report single heads.
+        projections: also report the principal components of queries, keys and values of the first picture.
+        preset: how images are fitted to the model, as in :func:`seg4diff.segment`.
+        guidance_scale: of classifier-free guidance while drawing; the conditional half is reported.
+        seed: of the noise. Picture number i is drawn from noise of seed + i; given images are all noised
+        alike. batch_size: pictures that run together.
+        progress: whether to show the pipeline's progress bar; when None, for more than one picture.
+        backend: see :func:`seg4diff.kernels.api.joint_attention`.
+        call: more arguments of the pipeline's call, while drawing.
+
+    Raises:
+        RuntimeError: ``pipe`` is not patched.
+        TypeError: ``pipe`` is a bare transformer.
+        ValueError: neither prompts nor images, an empty list of either, numbers that do not match, a layer or
+            noise level out of range.
+    """
+    state = patch_of(pipe)
+    if not hasattr(pipe, "vae"):
+        raise TypeError(f"{type(pipe).__name__} has no VAE; analyze takes a whole pipeline")
+    chosen = state.layers(layers)
+    check_levels(noise_levels, steps)
+    texts = None if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
+    if texts is not None and not texts:
+        raise ValueError("prompts is empty: at least one is needed")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
+    measurement = _Measurement(state, pipe, chosen, len(noise_levels), projections)
+    request = LayerRequest(
+        statistics=True, observe=measurement.observe if projections else None, backend=backend
+    )
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(state.asking(chosen, request))
+        stack.callback(state.clear_results)
+        stack.enter_context(
+            watching_forwards(pipe, measurement.before_forward, lambda _: measurement.after_forward(request))
+        )
+        if images is None:
+            if texts is None:
+                raise ValueError("neither prompts nor images are given; give at least one of them")
+            _draw(
+                pipe, measurement, texts, stack,
+                noise_levels=noise_levels, steps=steps, guidance_scale=guidance_scale, seed=seed,
+                batch_size=batch_size, progress=progress, call=call,
+            )  # fmt: skip
+        else:
+            if call:
+                raise ValueError(f"{', '.join(map(repr, call))}: only for drawing, but images are given")
+            _look(
+                pipe, measurement, images, texts,
+                noise_levels=noise_levels, steps=steps, preset=preset, seed=seed, batch_size=batch_size,
+                progress=progress,
+            )  # fmt: skip
+    return measurement.report(
+        noise_levels,
+        per_head,
+        {
+            "subject": "prompts" if images is None else "images",
+            "prompts": texts,
+            "steps": steps,
+            "guidance_scale": guidance_scale if images is None else None,
+            "preset": None if images is None else preset,
+            "seed": seed,
+            "model": type(state.transformer).__name__,
+        },
+    )
+
+
+def check_levels(noise_levels: Sequence[int], steps: int) -> None:
+    """Raise ValueError unless there are noise levels, all different and within a schedule of ``steps``."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be a positive integer")
+    if not noise_levels or len(set(noise_levels)) < len(noise_levels):
+        raise ValueError(f"noise_levels={noise_levels!r} must name at least one level, each once")
+    for level in noise_levels:
+        if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= steps:
+            raise ValueError(f"noise level {level!r} is out of range: 1 to {steps} of {steps} steps")
+
+
+def _draw(
+    pipe: Any,
+    measurement: _Measurement,
+    texts: list[str],
+    stack: ExitStack,
+    *,
+    noise_levels: Sequence[int],
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    progress: bool | None,
+    call: dict[str, Any],
+) -> None:
+    """Draw the prompts and measure the steps at ``noise_levels``."""
+    stack.enter_context(watching_pipeline(pipe, measurement.begin, measurement.end))
+    measurement.steps = {steps - level: position for position, level in enumerate(noise_levels)}
+    if getattr(pipe, "text_encoder_3", True) is None:
+        call = {"max_sequence_length": 77, **call}  # 77 empty tokens in the place of T5's, as in the paper
+    with pictures_bar(pipe, len(texts), progress) as bar:
+        for first in range(0, len(texts), batch_size):
+            batch = texts[first : first + batch_size]
+            generators = [torch.Generator().manual_seed(seed + first + row) for row in range(len(batch))]
+            with _without_bar(pipe):
+                pipe(
+                    batch,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    generator=generators,
+                    **{"output_type": "latent", **call},
+                )
+            bar.update(len(batch))
+
+
+def _look(
+    pipe: Any,
+    measurement: _Measurement,
+    images: ImageInput | Sequence[ImageInput],
+    texts: list[str] | None,
+    *,
+    noise_levels: Sequence[int],
+    steps: int,
+    preset: str,
+    seed: int,
+    batch_size: int,
+    progress: bool | None,
+) -> None:
+    """Noise the images to every level and measure one forward each."""
+    choices = find_preset(preset)
+    pictures, _ = as_list(images)
+    prompts = [""] if texts is None else texts
+    if len(prompts) == 1:
+        prompts = prompts * len(pictures)
+    if len(prompts) != len(pictures):
+        raise ValueError(f"{len(prompts)} prompts for {len(pictures)} pictures; give one for each, or one")
+    views = views_of(pipe, pictures, choices)
+    try:
+        with pictures_bar(pipe, len(pictures) * len(noise_levels), progress) as bar:
+            for inputs in model_inputs(
+                pipe,
+                views,
+                [[prompt] for prompt in prompts],
+                steps=steps,
+                noise_indices=[-level for level in noise_levels],
+                seed=seed,
+                batch_size=batch_size,
+            ):
+                level = noise_levels.index(-inputs.noise_index)
+                measurement.expect(level, inputs.prompts, first_picture=inputs.pictures[0] == 0)
+                pipe.transformer(**inputs.arguments)
+                bar.update(len(inputs.pictures))
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
+class _Measurement:
+    """Sums over pictures; knows which forwards count, and at which noise level they are."""
+
+    def __init__(
+        self, state: Patch, pipe: Any, layers: tuple[int, ...], levels: int, projections: bool
+    ) -> None:
+        self._state = state
+        self._pipe = pipe
+        self._layers = layers
+        heads: Any = state.attention(layers[0]).heads
+        names = [f.name for f in fields(Measures)]
+        self._by_layer = {name: torch.zeros(levels, len(layers), dtype=torch.float64) for name in names}
+        self._by_head = {name: torch.zeros(levels, len(layers), heads, dtype=torch.float64) for name in names}
+        self._pictures = torch.zeros(levels, dtype=torch.float64)
+        self._with_prompt = torch.zeros(levels, dtype=torch.float64)
+        self._uniform = 0.0
+        self._timesteps = [float("nan")] * levels
+        self._keeps_projections = projections
+        self._projections: dict[tuple[int, int], dict[str, Tensor]] = {}  # by level and layer
+        self._grid = (0, 0)
+        # While drawing: which step of a call is at which level, and how far the call is.
+        self.steps: dict[int, int] = {}
+        self._encoded: EncodedPrompt | None = None
+        self._step = -1
+        # Of the forward that runs:
+        self._inputs: CallInputs | None = None
+        self._level: int | None = None
+        self._rows = slice(0, 0)
+        self._texts: tuple[tuple[str, str], ...] = ()
+        self._first_picture = False
+
+    def begin(self, encoded: EncodedPrompt) -> None:
+        self._encoded, self._step = encoded, -1
+
+    def end(self) -> None:
+        self._encoded = None
+
+    def expect(self, level: int, prompts: Sequence[str], *, first_picture: bool) -> None:
+        """Say what the next forward, of a bare transformer, is."""
+        self._level, self._first_picture = level, first_picture
+        self._rows = slice(0, len(prompts))
+        self._texts = tuple((prompt, prompt) for prompt in prompts)
+
+    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = self._state.backbone.read_call(self._state.transformer, args, kwargs)
+        self._state.clear_results()
+        self._inputs = None
+        if self._encoded is not None:
+            self._level = None
+            if not inputs.skipped_layers:
+                self._step += 1
+                self._level = self.steps.get(self._step)
+            if self._level is not None:
+                self._rows = self._encoded.rows_of("conditional", inputs.batch)
+                count = self._rows.stop - self._rows.start
+                self._texts = tuple(self._encoded.text_of(row) for row in range(count))
+                self._first_picture = bool(self._pictures[self._level] == 0)
+        if self._level is not None:
+            self._inputs = inputs
+            if self._first_picture:
+                self._grid = inputs.grid
+        return args, kwargs
+
+    def observe(self, projections: Projections) -> dict[str, Tensor] | None:
+        """Principal components [N, 3] of the first picture's image tokens, while a layer has them at hand."""
+        if self._inputs is None or not self._first_picture:
+            return None
+        row = self._rows.start
+        return {
+            name: principal_components(getattr(projections, name)[row].flatten(1)) for name in PROJECTIONS
+        }
+
+    def after_forward(self, request: LayerRequest) -> None:
+        inputs, level = self._inputs, self._level
+        self._inputs = self._level = None
+        if inputs is None or level is None:
+            return
+        prompt_columns = self._prompt_columns(inputs.text_length)
+        for position, layer in enumerate(self._layers):
+            results = getattr(self._state.attention(layer), RESULT_ATTRIBUTE)
+            result = results[self._state.requests(layer).index(request)]
+            self._add(level, position, result.statistics, prompt_columns)
+            if result.observed is not None:
+                self._projections[level, position] = result.observed
+        tokens = inputs.grid[0] * inputs.grid[1]
+        count = len(self._texts)
+        self._uniform += count * inputs.text_length / (tokens + inputs.text_length)
+        self._pictures[level] += count
+        self._with_prompt[level] += sum(len(columns) > 0 for columns in prompt_columns)
+        if inputs.timestep is not None:
+            self._timesteps[level] = float(inputs.timestep.reshape(-1)[0])
+        self._state.clear_results()
+
+    def _prompt_columns(self, text_length: int) -> list[list[int]]:
+        """For every row, the text columns of its prompt's tokens."""
+        encodings = self._state.backbone.text_encodings(self._pipe, text_length)
+        found = []
+        for clip, t5 in self._texts:
+            columns: list[int] = []
+            for encoding in encodings:
+                text = t5 if encoding.encoder == "t5" else clip
+                columns += columns_of_characters(encoding, text, 0, len(text))
+            found.append(columns)
+        return found
+
+    def _add(
+        self,
+        level: int,
+        position: int,
+        statistics: AttentionStatistics,
+        prompt_columns: list[list[int]],
+    ) -> None:
+        """Add one layer's statistics, row by row."""
+        assert statistics.image_value_norm is not None
+        assert statistics.text_value_norm is not None
+
+        def record(name: str, per_token: Tensor) -> None:
+            """``per_token`` [rows, H, tokens]: shares, or norms of single heads."""
+            exact = per_token.cpu().double()
+            together = exact.square().sum(dim=1).sqrt() if name.endswith("norm") else exact
+            self._by_head[name][level, position] += exact.mean(dim=-1).sum(dim=0)
+            self._by_layer[name][level, position] += together.flatten(1).mean(dim=1).sum()
+
+        text_norm = statistics.text_value_norm[self._rows]
+        record("image_to_text", statistics.image_to_text[self._rows])
+        record("text_to_text", statistics.text_to_text[self._rows])
+        record("image_value_norm", statistics.image_value_norm[self._rows])
+        record("text_value_norm", text_norm)
+        for row, columns in zip(text_norm, prompt_columns, strict=True):
+            if columns:
+                record("prompt_value_norm", row[None, :, columns])
+
+    def report(self, noise_levels: Sequence[int], per_head: bool, metadata: dict[str, Any]) -> Report:
+        def measures(sums: dict[str, Tensor]) -> Measures:
+            means = {}
+            for name, total in sums.items():
+                count = self._with_prompt if name == "prompt_value_norm" else self._pictures
+                means[name] = total / count.reshape(-1, *(1,) * (total.dim() - 1))
+            return Measures(**means)
+
+        components: dict[str, Tensor] = {}
+        if self._keeps_projections:
+            levels, layers = range(len(noise_levels)), range(len(self._layers))
+            components = {
+                name: torch.stack(
+                    [torch.stack([self._projections[n, p][name] for p in layers]) for n in levels]
+                )
+                for name in PROJECTIONS
+            }
+        return Report(
+            layers=self._layers,
+            noise_levels=tuple(noise_levels),
+            timesteps=tuple(self._timesteps),
+            by_layer=measures(self._by_layer),
+            by_head=measures(self._by_head) if per_head else None,
+            uniform_to_text=self._uniform / float(self._pictures.sum()),
+            pictures=int(self._pictures[0]),
+            projections=components,
+            grid=self._grid,
+            metadata=metadata,
+        )
+
+
+def pictures_bar(pipe: Any, total: int, progress: bool | None) -> Any:
+    """The pipeline's own progress bar, or a silent one: for a single item when ``progress`` is None."""
+    if progress or (progress is None and total > 1):
+        return pipe.progress_bar(total=total)
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=True)
+
+
+@contextmanager
+def _without_bar(pipe: Any) -> Iterator[None]:
+    """No progress bar of single steps, while one of pictures is shown."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

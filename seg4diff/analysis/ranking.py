@@ -1,0 +1,293 @@
+"""Which layers segment best: by the size of their values, or measured on labelled pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seg4diff.analysis.measuring import analyze, check_levels, pictures_bar
+from seg4diff.analysis.report import _figure
+from seg4diff.capturing import capture
+from seg4diff.evaluation.metrics import confusion_matrix, counts_of
+from seg4diff.images import ImageInput, as_list
+from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.patching import patch_of
+from seg4diff.saving import write_atomically
+from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
+from seg4diff.segmentation.zero_shot import plan_prompts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+Criterion = Literal["value_norm_ratio", "miou"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Layers and how well they do.
+
+    Attributes:
+        criterion: ``"value_norm_ratio"``: norm of the prompt's values over that of the image's, a guess
+            without labels. ``"miou"``: mean intersection over union of segmentation by that layer alone,
+            measured.
+        layers: the layers compared, in the order of ``scores``.
+        noise_levels: steps that are left of the schedule.
+        timesteps: the model's timestep at each level.
+        scores: float64 [levels, layers]; larger is better.
+        pictures: number of pictures.
+    """
+
+    criterion: Criterion
+    layers: tuple[int, ...]
+    noise_levels: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    scores: Tensor
+    pictures: int
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The layers, best first, each by its best noise level."""
+        best = self.scores.max(dim=0).values.argsort(descending=True, stable=True)
+        return tuple(self.layers[position] for position in best.tolist())
+
+    @property
+    def best(self) -> tuple[int, int]:
+        """Layer and noise level of the largest score."""
+        level, position = divmod(int(self.scores.argmax()), len(self.layers))
+        return self.layers[position], self.noise_levels[level]
+
+    def table(self) -> Table:
+        """Scores of all layers, best layer first, to print with rich."""
+        from rich.table import Table
+
+        percent = self.criterion == "miou"
+        table = Table(
+            title="mIoU in % by layer and steps left"
+            if percent
+            else "value-norm ratio by layer and steps left",
+            caption=f"{self.pictures} picture{'s' if self.pictures != 1 else ''}",
+        )
+        table.add_column("layer", justify="right")
+        for level, timestep in zip(self.noise_levels, self.timesteps, strict=True):
+            table.add_column(f"{level} (t {timestep:.0f})", justify="right")
+        for layer in self.order:
+            scores = self.scores[:, self.layers.index(layer)].tolist()
+            table.add_row(str(layer), *(f"{100 * s:.1f}" if percent else f"{s:.3f}" for s in scores))
+        return table
+
+    def plot(self) -> Figure:
+        """Scores over layers, a line for every noise level."""
+        figure = _figure(7, 3.6)
+        axes = figure.add_subplot()
+        names = [str(layer) for layer in self.layers]
+        for level, scores in zip(self.noise_levels, self.scores, strict=True):
+            axes.plot(names, scores.tolist(), marker="o", markersize=3, label=f"{level} steps left")
+        axes.set(xlabel="layer", ylabel="mIoU" if self.criterion == "miou" else "value-norm ratio")
+        axes.tick_params(axis="x", labelsize=7)
+        axes.legend(fontsize=8)
+        return figure
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything as JSON; the file appears whole or not at all."""
+        document = {
+            "criterion": self.criterion,
+            "layers": self.layers,
+            "noise_levels": self.noise_levels,
+            "timesteps": self.timesteps,
+            "scores": self.scores.tolist(),
+            "order": self.order,
+            "pictures": self.pictures,
+        }
+        text = json.dumps(document, indent=2)
+        return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def expert_layers(
+    pipe: Any,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    images: ImageInput | Sequence[ImageInput] | None = None,
+    labels: Sequence[Tensor | np.ndarray] | None = None,
+    classes: Sequence[Sequence[str]] | None = None,
+    layers: Sequence[int] | int | None = None,
+    noise_levels: Sequence[int] = (8,),
+    steps: int = 28,
+    preset: str = "default",
+    seed: int = 0,
+    batch_size: int = 1,
+    progress: bool | None = None,
+    backend: Backend = "auto",
+) -> Ranking:
+    """Rank layers by how well their image-to-text attention should segment, or does.
+
+    Without labels, by the norm of the prompt's values over that of the image's (Seg4Diff, section 3.3): a
+    layer that writes more text into image tokens than image is a candidate. With labels, every layer segments
+    every picture at every noise level, from one forward a level, as :func:`seg4diff.segment` does with the
+    names that are in the picture (the sweep of the paper's figure 8).
+
+    Args:
+        pipe: a patched pipeline.
+        prompts: without labels, as in :func:`seg4diff.analyze`.
+        images: pictures; needed with labels.
+        labels: for each picture integers [height, width], an index into its classes; 255 does not count.
+        classes: for each picture the names of its classes, which make up its prompt.
+        layers: the layers to compare; all when None.
+        noise_levels, steps, preset, seed, batch_size, progress, backend: as in :func:`seg4diff.analyze`.
+
+    Raises:
+        RuntimeError: ``pipe`` is not patched.
+        ValueError: labels without images or classes, numbers or sizes that do not match, or what
+            :func:`seg4diff.analyze` refuses.
+    """
+    if labels is None:
+        if classes is not None:
+            raise ValueError("classes are given without labels; give both to measure, or prompts to guess")
+        report = analyze(
+            pipe, prompts, images=images, layers=layers, noise_levels=noise_levels, steps=steps,
+            preset=preset, seed=seed, batch_size=batch_size, progress=progress, backend=backend,
+        )  # fmt: skip
+        return Ranking(
+            criterion="value_norm_ratio",
+            layers=report.layers,
+            noise_levels=report.noise_levels,
+            timesteps=report.timesteps,
+            scores=report.by_layer.value_norm_ratio,
+            pictures=report.pictures,
+        )
+    if images is None or classes is None:
+        raise ValueError("labels need images and the names of their classes: give images= and classes=")
+    if prompts is not None:
+        raise ValueError("prompts are made of the names in classes= where labels are given; leave them out")
+    return _measure(
+        pipe, images, labels, classes,
+        layers=layers, noise_levels=noise_levels, steps=steps, preset=preset, seed=seed,
+        batch_size=batch_size, progress=progress, backend=backend,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _measure(
+    pipe: Any,
+    images: ImageInput | Sequence[ImageInput],
+    labels: Sequence[Tensor | np.ndarray],
+    classes: Sequence[Sequence[str]],
+    *,
+    layers: Sequence[int] | int | None,
+    noise_levels: Sequence[int],
+    steps: int,
+    preset: str,
+    seed: int,
+    batch_size: int,
+    progress: bool | None,
+    backend: Backend,
+) -> Ranking:
+    """mIoU over all pictures of every layer at every noise level."""
+    state = patch_of(pipe)
+    chosen = state.layers(layers)
+    check_levels(noise_levels, steps)
+    choices = find_preset(preset)
+    pictures, _ = as_list(images)
+    if not len(pictures) == len(labels) == len(classes):
+        raise ValueError(
+            f"{len(pictures)} images, {len(labels)} labels and {len(classes)} lists of classes; "
+            "give one of each for every picture"
+        )
+    views = views_of(pipe, pictures, choices)
+    truths = [torch.as_tensor(np.asarray(label)) for label in labels]
+    for number, (view, truth) in enumerate(zip(views, truths, strict=True)):
+        if tuple(truth.shape) != (view.image.height, view.image.width):
+            raise ValueError(
+                f"labels[{number}] have shape {list(truth.shape)}, but preset {preset!r} looks at "
+                f"{view.image.height} x {view.image.width} (height x width) of the picture; "
+                "use labels of the whole picture and a preset that keeps it"
+            )
+        largest = int(truth[truth != 255].max()) if bool((truth != 255).any()) else 0
+        if int(truth.min()) < 0 or largest >= len(classes[number]):
+            raise ValueError(
+                f"labels[{number}] reach from {int(truth.min())} to {largest}, but classes[{number}] names "
+                f"{len(classes[number])}; accepted: indices of them, and 255 for what does not count"
+            )
+    encoding = state.backbone.text_encodings(pipe, 0)[0]
+    names = list(dict.fromkeys(name for several in classes for name in several))
+    plans = [plan_prompts(tuple(several), encoding, choices) for several in classes]
+    confusion = torch.zeros(len(noise_levels), len(chosen), len(names), len(names), dtype=torch.int64)
+    timesteps = [float("nan")] * len(noise_levels)
+    parts: dict[tuple[int, int], list[Tensor]] = {}
+    try:
+        with pictures_bar(pipe, len(pictures) * len(noise_levels), progress) as bar:
+            for inputs in model_inputs(
+                pipe,
+                views,
+                [[prompt.text for prompt in plan] for plan in plans],
+                steps=steps,
+                noise_indices=[-level for level in noise_levels],
+                seed=seed,
+                batch_size=batch_size,
+            ):
+                level = noise_levels.index(-inputs.noise_index)
+                timesteps[level] = inputs.timestep
+                with capture(
+                    state.transformer,
+                    chosen,
+                    maps=MapRequest(text=slice(0, encoding.length)),
+                    stop_early=True,
+                    backend=backend,
+                ) as captured:
+                    pipe.transformer(**inputs.arguments)
+                grid = captured.records[0].grid
+                maps = torch.stack(
+                    [r.maps for r in captured.records if r.maps is not None]
+                )  # [L, rows, N, T']
+                for row, picture in enumerate(inputs.pictures):
+                    found = parts.setdefault((level, picture), [])
+                    found.append(_scores(maps[:, row], plans[picture][len(found)].columns))
+                    if len(found) < len(plans[picture]):
+                        continue
+                    scores = torch.cat(parts.pop((level, picture)), dim=1)  # [L, names, N]
+                    own = torch.tensor([names.index(name) for name in classes[picture]])
+                    confusion[level] += _confusions(
+                        scores.unflatten(2, grid), truths[picture], own, len(names)
+                    )
+                    bar.update()
+    finally:
+        pipe.maybe_free_model_hooks()
+    miou = [
+        [counts_of(confusion[n, p]).mean_iou for p in range(len(chosen))] for n in range(len(noise_levels))
+    ]
+    return Ranking(
+        criterion="miou",
+        layers=chosen,
+        noise_levels=tuple(noise_levels),
+        timesteps=tuple(timesteps),
+        scores=torch.tensor(miou, dtype=torch.float64),
+        pictures=len(pictures),
+    )
+
+
+def _scores(maps: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
+    """Mean over each name's tokens: [L, names, N] from maps [L, N, T']."""
+    return torch.stack([maps[:, :, list(own)].mean(dim=-1) for own in columns], dim=1)
+
+
+def _confusions(scores: Tensor, truth: Tensor, own: Tensor, classes: int) -> Tensor:
+    """Confusion matrices [L, classes, classes] of one picture, from scores [L, names, h, w]."""
+    counted = truth != 255
+    labels = [
+        F.interpolate(layer[None].float().cpu(), size=truth.shape, mode="bilinear", align_corners=False)[
+            0
+        ].argmax(0)
+        for layer in scores
+    ]
+    # Numbers of the whole list of classes, among which 255 is one like any other.
+    actual = torch.where(counted, own[truth.long() * counted], -1)
+    return torch.stack([confusion_matrix(own[label], actual, classes, ignored=-1) for label in labels])

@@ -1,0 +1,332 @@
+"""What an analysis found: numbers to compute with, a table to read, figures to look at, two files to keep."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from seg4diff.saving import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+_FORMAT = "seg4diff analysis 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """Means over pictures and tokens, float64 [levels, layers] or, of single heads, [levels, layers, heads].
+
+    Attributes:
+        image_to_text: share of their attention that image tokens give to text tokens (all of them, padding
+            included). What they give to image tokens, I2I, is one minus this.
+        text_to_text: share that text tokens give to text tokens; T2I is one minus this.
+        image_value_norm: Euclidean norm of the image tokens' values: of all heads together, or of one.
+        text_value_norm: the same of all text tokens.
+        prompt_value_norm: the same of the tokens that stand for the prompt's characters, without begin, end
+            and padding; NaN if all prompts are empty.
+    """
+
+    image_to_text: Tensor
+    text_to_text: Tensor
+    image_value_norm: Tensor
+    text_value_norm: Tensor
+    prompt_value_norm: Tensor
+
+    @property
+    def image_to_image(self) -> Tensor:
+        """One minus ``image_to_text``."""
+        return 1 - self.image_to_text
+
+    @property
+    def text_to_image(self) -> Tensor:
+        """One minus ``text_to_text``."""
+        return 1 - self.text_to_text
+
+    @property
+    def value_norm_ratio(self) -> Tensor:
+        """Norm of the prompt's values (of all text where prompts are empty) over that of the image's."""
+        text = torch.where(self.prompt_value_norm.isnan(), self.text_value_norm, self.prompt_value_norm)
+        return text / self.image_value_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What :func:`seg4diff.analyze` returns.
+
+    Attributes:
+        layers: the layers analysed, in the order of all tensors' second axis.
+        noise_levels: steps that are left of the noise schedule at each level, the order of the first axis.
+        timesteps: the model's timestep at each level.
+        by_layer: measures of whole layers, [levels, layers].
+        by_head: of single heads, [levels, layers, heads], or None.
+        uniform_to_text: share that text would get if attention were uniform, T / (N + T).
+        pictures: number of pictures averaged.
+        projections: for ``"query"``, ``"key"``, ``"value"`` the first three principal components of the first
+            picture's image tokens, float32 [levels, layers, N, 3]; empty if not asked for.
+        grid: height and width of its image tokens, N = height * width.
+        metadata: how the report was made.
+    """
+
+    layers: tuple[int, ...]
+    noise_levels: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    by_layer: Measures
+    by_head: Measures | None
+    uniform_to_text: float
+    pictures: int
+    projections: Mapping[str, Tensor]
+    grid: tuple[int, int]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def projection(self, name: str, layer: int, noise_level: int | None = None) -> Tensor:
+        """Principal components of one layer as a picture.
+
+        Args:
+            name: ``"query"``, ``"key"`` or ``"value"``.
+            layer: number of the layer.
+            noise_level: one of ``noise_levels``; the first when None.
+
+        Returns:
+            [height, width, 3], float32, each component stretched to [0, 1] between its 1st and 99th
+            percentile.
+
+        Raises:
+            ValueError: not in the report; the message lists what is.
+        """
+        if name not in self.projections:
+            accepted = ", ".join(map(repr, self.projections)) or "none; analyse with projections=True"
+            raise ValueError(f"projection {name!r} is not in the report; it holds: {accepted}")
+        level = self._level(noise_level)
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} is not in the report; it holds layers {list(self.layers)}")
+        scores = self.projections[name][level, self.layers.index(layer)]
+        low, high = torch.quantile(scores, torch.tensor([0.01, 0.99]), dim=0)
+        return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).reshape(*self.grid, 3)
+
+    def table(self, noise_level: int | None = None) -> Table:
+        """The measures of every layer at a noise level (the first when None), to print with rich."""
+        from rich.table import Table
+
+        level = self._level(noise_level)
+        table = Table(
+            title=f"{self.noise_levels[level]} steps left (timestep {self.timesteps[level]:.1f}), "
+            f"{self.pictures} picture{'s' if self.pictures != 1 else ''}",
+            caption=f"shares of attention in %; uniform attention gives text {self.uniform_to_text:.2%}",
+        )
+        for name in ("layer", "I2I", "I2T", "x uniform", "T2I", "T2T", "image |V|", "text |V|", "prompt |V|"):
+            table.add_column(name, justify="right")
+        table.add_column("ratio", justify="right")
+        measures = self.by_layer
+        for position, layer in enumerate(self.layers):
+            at = (level, position)
+            to_text = float(measures.image_to_text[at])
+            table.add_row(
+                str(layer),
+                f"{100 * float(measures.image_to_image[at]):.2f}",
+                f"{100 * to_text:.2f}",
+                f"{to_text / self.uniform_to_text:.2f}",
+                f"{100 * float(measures.text_to_image[at]):.2f}",
+                f"{100 * float(measures.text_to_text[at]):.2f}",
+                f"{float(measures.image_value_norm[at]):.3g}",
+                f"{float(measures.text_value_norm[at]):.3g}",
+                f"{float(measures.prompt_value_norm[at]):.3g}",
+                f"{float(measures.value_norm_ratio[at]):.3g}",
+            )
+        return table
+
+    def plot_budget(self, noise_level: int | None = None) -> Figure:
+        """Where the attention of image and of text tokens goes, layer by layer, beside uniform attention."""
+        level = self._level(noise_level)
+        figure = _figure(10, 3.6)
+        measures, uniform = self.by_layer, self.uniform_to_text
+        panels = (
+            ("image tokens attend to", measures.image_to_image, measures.image_to_text),
+            ("text tokens attend to", measures.text_to_image, measures.text_to_text),
+        )
+        for position, (title, to_image, to_text) in enumerate(panels, start=1):
+            axes = figure.add_subplot(1, 2, position)
+            axes.bar(self._names, to_image[level].tolist(), color="#56B4E9", label="image")
+            axes.bar(
+                self._names,
+                to_text[level].tolist(),
+                bottom=to_image[level].tolist(),
+                color="#D55E00",
+                label="text",
+            )
+            axes.axhline(1 - uniform, color="black", linestyle="--", linewidth=1, label="uniform")
+            axes.set(title=title, xlabel="layer", ylabel="share of attention", ylim=(0, 1))
+            axes.tick_params(axis="x", labelsize=7)
+            axes.legend(loc="lower left", fontsize=8)
+        return figure
+
+    def plot_value_norms(self, noise_level: int | None = None) -> Figure:
+        """Mean norm of the values of image tokens, of all text tokens and of the prompt's, layer by layer."""
+        level = self._level(noise_level)
+        figure = _figure(7, 3.6)
+        axes = figure.add_subplot()
+        measures = self.by_layer
+        for name, norms, colour in (
+            ("image tokens", measures.image_value_norm, "#56B4E9"),
+            ("text tokens", measures.text_value_norm, "#D55E00"),
+            ("prompt, no padding", measures.prompt_value_norm, "#009E73"),
+        ):
+            axes.plot(self._names, norms[level].tolist(), marker="o", markersize=3, label=name, color=colour)
+        axes.set(xlabel="layer", ylabel="mean norm of values")
+        axes.tick_params(axis="x", labelsize=7)
+        axes.legend(fontsize=8)
+        return figure
+
+    def plot_projections(self, noise_level: int | None = None, columns: int = 8) -> Figure:
+        """The principal components of every layer's queries, keys and values as pictures.
+
+        Raises:
+            ValueError: the report holds no projections.
+        """
+        if not self.projections:
+            raise ValueError("the report holds no projections; analyse with projections=True")
+        names = list(self.projections)
+        columns = min(columns, len(self.layers))
+        groups = -(-len(self.layers) // columns)
+        figure = _figure(1.3 * columns, 1.45 * groups * len(names))
+        axes = figure.subplots(groups * len(names), columns, squeeze=False)
+        for panel in axes.flat:
+            panel.axis("off")
+        for position, layer in enumerate(self.layers):
+            for row, name in enumerate(names):
+                panel = axes[position // columns * len(names) + row, position % columns]
+                panel.imshow(self.projection(name, layer, noise_level).numpy())
+                panel.set_title(f"{layer} {name}", fontsize=7, pad=2)
+        return figure
+
+    def save(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
+        """Write PATH.safetensors with all tensors and PATH.json with the rest; a suffix of ``path`` is
+        dropped.
+
+        Returns:
+            Both paths. Each file appears whole or not at all.
+        """
+        tensors_path, description_path = _paths(path)
+        tensors = {f"by_layer.{name}": tensor for name, tensor in _tensors(self.by_layer).items()}
+        if self.by_head is not None:
+            tensors |= {f"by_head.{name}": tensor for name, tensor in _tensors(self.by_head).items()}
+        tensors |= {f"projections.{name}": tensor for name, tensor in self.projections.items()}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(tensors_path, lambda temporary: save_file(contiguous, temporary))
+        description = {
+            "format": _FORMAT,
+            "layers": self.layers,
+            "noise_levels": self.noise_levels,
+            "timesteps": self.timesteps,
+            "uniform_to_text": self.uniform_to_text,
+            "pictures": self.pictures,
+            "grid": self.grid,
+            "metadata": dict(self.metadata),
+        }
+        text = json.dumps(description, indent=2, default=str)
+        write_atomically(description_path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return tensors_path, description_path
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Report:
+        """Read what :meth:`save` wrote; ``path`` with either suffix or none.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: a file is damaged, or they are no report.
+        """
+        tensors_path, description_path = _paths(path)
+        for needed in (tensors_path, description_path):
+            if not needed.is_file():
+                raise FileNotFoundError(f"{str(needed)!r} does not exist; a report is a pair of files")
+        try:
+            description = json.loads(description_path.read_text(encoding="utf-8"))
+            if description.get("format") != _FORMAT:
+                raise ValueError(f"format is {description.get('format')!r}, expected {_FORMAT!r}")
+            tensors = load_file(tensors_path)
+
+            def measures(prefix: str) -> Measures:
+                return Measures(**{f.name: tensors[f"{prefix}.{f.name}"] for f in fields(Measures)})
+
+            return Report(
+                layers=tuple(description["layers"]),
+                noise_levels=tuple(description["noise_levels"]),
+                timesteps=tuple(description["timesteps"]),
+                by_layer=measures("by_layer"),
+                by_head=measures("by_head") if "by_head.image_to_text" in tensors else None,
+                uniform_to_text=description["uniform_to_text"],
+                pictures=description["pictures"],
+                projections={
+                    name.removeprefix("projections."): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith("projections.")
+                },
+                grid=tuple(description["grid"]),
+                metadata=description["metadata"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise ValueError(
+                f"{str(tensors_path)!r} and {description_path.name!r} are no saved report, or damaged "
+                f"({error})"
+            ) from error
+
+    @property
+    def _names(self) -> list[str]:
+        return [str(layer) for layer in self.layers]
+
+    def _level(self, noise_level: int | None) -> int:
+        if noise_level is None:
+            return 0
+        if noise_level not in self.noise_levels:
+            raise ValueError(
+                f"noise level {noise_level} is not in the report; it holds {list(self.noise_levels)}"
+            )
+        return self.noise_levels.index(noise_level)
+
+
+def save_figures(figures: Mapping[str, Figure], folder: str | os.PathLike[str]) -> list[Path]:
+    """Write figures as NAME.png into a folder."""
+
+    def write(figure: Figure) -> Any:
+        return lambda temporary: figure.savefig(temporary, dpi=150)
+
+    return [write_atomically(Path(folder) / f"{name}.png", write(figure)) for name, figure in figures.items()]
+
+
+def _tensors(measures: Measures) -> dict[str, Tensor]:
+    return {f.name: getattr(measures, f.name) for f in fields(Measures)}
+
+
+def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    given = Path(path)
+    if given.suffix in (".safetensors", ".json"):
+        given = given.with_suffix("")
+    return given.with_name(given.name + ".safetensors"), given.with_name(given.name + ".json")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure that belongs to no window."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'seg4diff[viz]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print rich tables to standard output."""
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table)

@@ -1,0 +1,125 @@
+"""The sweep over layers and noise levels against segmenting layer by layer; the guess by value norms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import seg4diff
+from seg4diff.analysis import Ranking, analyze, expert_layers
+from seg4diff.evaluation.metrics import confusion_matrix, counts_of
+from tests import tiny
+
+
+def picture(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random((height, width, 3))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return seg4diff.patch(tiny.pipeline())
+
+
+@pytest.fixture(scope="module")
+def scenes() -> dict[str, Any]:
+    images = [picture(64, 64, 1), picture(48, 80, 2), picture(64, 64, 3)]
+    rng = np.random.default_rng(0)
+    labels = [rng.integers(0, 2, image.shape[:2]) for image in images]
+    labels[0][:5] = 255
+    return {
+        "images": images,
+        "labels": labels,
+        "classes": [("cat", "sofa"), ("red dog", "tree"), ("tree", "cat")],
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_sweep_is_segmentation_layer_by_layer(pipe: Any, scenes: dict[str, Any], batch_size: int) -> None:
+    ranking = expert_layers(pipe, **scenes, noise_levels=[8, 20], batch_size=batch_size, progress=False)
+    assert ranking.scores.shape == (2, 3)
+    names = ["cat", "sofa", "red dog", "tree"]
+    for layer in range(3):
+        total = torch.zeros(4, 4, dtype=torch.int64)
+        for image, label, classes in zip(*scenes.values(), strict=True):
+            own = torch.tensor([names.index(name) for name in classes])
+            found = seg4diff.segment(pipe, image, classes, layers=layer).labels
+            truth = torch.from_numpy(label)
+            actual = torch.where(truth == 255, 255, own[truth * (truth != 255)])
+            total += confusion_matrix(own[found], actual, 4)
+        assert float(ranking.scores[0, layer]) == pytest.approx(counts_of(total).mean_iou, abs=2e-3)
+    assert (
+        len(set(ranking.scores.flatten().tolist())) == 6
+    )  # all different: layers and levels cannot be mixed up
+    assert 0 < ranking.scores.min() < ranking.scores.max() < 1
+
+
+def test_labels_are_left_as_they_were(pipe: Any, scenes: dict[str, Any]) -> None:
+    before = [label.copy() for label in scenes["labels"]]
+    expert_layers(pipe, **scenes, layers=1, progress=False)
+    for label, kept in zip(scenes["labels"], before, strict=True):
+        assert np.array_equal(label, kept)
+
+
+def test_without_labels_by_value_norms(pipe: Any) -> None:
+    ranking = expert_layers(pipe, ["a cat", "a dog"], noise_levels=[2, 3], steps=3)
+    report = analyze(pipe, ["a cat", "a dog"], noise_levels=[2, 3], steps=3)
+    assert ranking.criterion == "value_norm_ratio"
+    assert torch.equal(ranking.scores, report.by_layer.value_norm_ratio)
+    best_of_each = ranking.scores.max(dim=0).values
+    assert list(ranking.order) == best_of_each.argsort(descending=True).tolist()
+
+
+def test_order_and_best() -> None:
+    scores = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 0.6]], dtype=torch.float64)
+    ranking = Ranking("miou", (3, 7, 9), (8, 28), (515.0, 1000.0), scores, 4)
+    assert ranking.order == (9, 7, 3)
+    assert ranking.best == (9, 28)
+
+
+def test_table_figure_and_file(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    scores = torch.tensor([[0.125, 0.5], [0.25, 0.375]], dtype=torch.float64)
+    ranking = Ranking("miou", (3, 7), (8, 28), (515.1, 1000.0), scores, 4)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(ranking.table())
+    lines = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
+    assert lines.index(["7", "50.0", "37.5"]) < lines.index(["3", "12.5", "25.0"])
+    assert list(ranking.plot().axes[0].lines[1].get_ydata()) == [0.25, 0.375]
+    document = json.loads(ranking.save(tmp_path / "ranking.json").read_text())
+    assert document["scores"] == scores.tolist()
+    assert document["order"] == [7, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, "classes are given without labels"),
+        ({"images": None}, "give images= and classes="),
+        ({"classes": None}, "give images= and classes="),
+        ({"prompts": "a cat"}, "prompts are made of the names"),
+        ({"labels": []}, "3 images, 0 labels"),
+        ({"images": []}, "images is empty"),
+        ({"layers": 9}, "layer 9 is out of range"),
+        ({"noise_levels": [99]}, "noise level 99"),
+        ({"preset": "paper"}, r"labels\[1\] have shape \[48, 80\].*48 x 48"),
+        (
+            {"classes": [("cat",), ("dog", "tree"), ("tree", "cat")]},
+            r"labels\[0\] reach from 0 to 1.* names 1;",
+        ),
+        ({"classes": [("cat", " "), ("dog", "tree"), ("tree", "cat")]}, "has no tokens"),
+    ],
+)
+def test_bad_requests_are_named(
+    pipe: Any, scenes: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        expert_layers(pipe, **{**scenes, **changes})
+    image = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+    assert seg4diff.segment(pipe, image, ["cat", "dog"], layers=0)
