@@ -104,6 +104,8 @@ class Result:
             ValueError, KeyError, TypeError, IndexError: the line is damaged.
         """
         entry = json.loads(line)
+        if not isinstance(entry, dict):
+            raise TypeError(f"{line!r} is no result")
         tallies = {}
         for protocol, kept in entry.get("tallies", {}).items():
             confusion = None

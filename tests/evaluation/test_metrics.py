@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.ndimage import binary_erosion
 
-from seg4diff.evaluation.metrics import Counts, confusion_matrix, counts_of, matched_counts
+from seg4diff.evaluation.metrics import (
+    Counts,
+    boundary_counts,
+    confusion_matrix,
+    counts_of,
+    matched_counts,
+    rates_of,
+    rejecting_counts,
+)
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference.safetensors"
 
@@ -107,3 +118,112 @@ def test_labels_are_integers() -> None:
         confusion_matrix(torch.zeros(2), torch.zeros(2, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match="classes, classes"):
         counts_of(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def random_labels(classes: int, shape: tuple[int, ...], seed: int, void: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) < void] = 255
+    return labels
+
+
+def test_rates_are_those_of_torchmetrics() -> None:
+    """On the same predictions: pictures of several sizes, void pixels, a class that does not occur."""
+    classification = pytest.importorskip("torchmetrics.classification")
+    classes = 7
+    shapes = [(31, 17), (8, 40), (23, 23)]
+    actual = [random_labels(classes - 1, shape, seed, void=0.2) for seed, shape in enumerate(shapes)]
+    guesses = [random_labels(classes - 1, shape, 10 + seed) for seed, shape in enumerate(shapes)]
+    predicted = [
+        torch.where(random_labels(3, labels.shape, 20 + i) == 0, guess, labels.clamp(max=classes - 2))
+        for i, (labels, guess) in enumerate(zip(actual, guesses, strict=True))
+    ]
+    arguments = {"num_classes": classes, "ignore_index": 255}
+    library = {
+        "miou": classification.MulticlassJaccardIndex(average="macro", **arguments),
+        "frequency_weighted_iou": classification.MulticlassJaccardIndex(average="weighted", **arguments),
+        "pixel_accuracy": classification.MulticlassAccuracy(average="micro", **arguments),
+        "mean_accuracy": classification.MulticlassAccuracy(average="macro", **arguments),
+    }
+    per_class = classification.MulticlassJaccardIndex(average="none", **arguments)
+    matrix_of_library = classification.MulticlassConfusionMatrix(**arguments)
+    total = torch.zeros(classes, classes, dtype=torch.int64)
+    for found, labels in zip(predicted, actual, strict=True):
+        total += confusion_matrix(found, labels, classes)
+        for metric in (*library.values(), per_class, matrix_of_library):
+            metric.update(found.flatten(), labels.flatten())
+    assert torch.equal(total, matrix_of_library.compute())
+    rates = rates_of(counts_of(total))
+    for name, metric in library.items():
+        assert getattr(rates, name) == pytest.approx(float(metric.compute()), abs=1e-6), name
+    assert list(rates.iou[:-1]) == pytest.approx(per_class.compute()[:-1].tolist(), abs=1e-6)
+    assert math.isnan(rates.iou[-1])
+    assert 0.4 < rates.miou < 0.9  # neither all right nor all wrong
+
+
+def test_rates_counted_by_hand() -> None:
+    confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
+    rates = rates_of(counts_of(confusion))
+    assert rates.iou[:2] == (6 / 9, 3 / 6)
+    assert rates.miou == pytest.approx((6 / 9 + 3 / 6) / 2)
+    assert rates.frequency_weighted_iou == pytest.approx(8 / 12 * 6 / 9 + 4 / 12 * 3 / 6)
+    assert rates.pixel_accuracy == pytest.approx(9 / 12)
+    assert rates.mean_accuracy == pytest.approx((6 / 8 + 3 / 4) / 2)
+    assert rates.boundary_iou is None
+
+
+def test_labels_that_are_no_class_are_misses_and_nothing_else() -> None:
+    actual = torch.tensor([0, 0, 1, 1, 255])
+    predicted = torch.tensor([0, 2, 2, 1, 2])
+    counts = rejecting_counts(confusion_matrix(predicted, actual, 2, predictions=3))
+    assert counts.true_positive.tolist() == [1, 1]
+    assert counts.false_positive.tolist() == [0, 0]
+    assert counts.false_negative.tolist() == [1, 1]
+    square = confusion_matrix(predicted.clamp(max=1), actual, 2)
+    assert (
+        rejecting_counts(square).false_positive.tolist()
+        == counts_of(square).false_positive.tolist()
+        == [0, 1]
+    )
+    with pytest.raises(ValueError, match="at least as many labels"):
+        rejecting_counts(torch.zeros(3, 2, dtype=torch.int64))
+
+
+def eroded_boundary(mask: np.ndarray, distance: int) -> np.ndarray:
+    """Boundary zone of one mask as Boundary IoU defines it: what erosion takes away."""
+    if not mask.any():
+        return mask
+    square = np.ones((3, 3), bool)
+    return mask & ~binary_erosion(mask, square, iterations=distance, border_value=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (7, 5), (1, 30)])
+def test_boundary_counts_are_those_of_eroded_masks(height: int, width: int) -> None:
+    blocks = random_labels(4, (-(-height // 10), -(-width // 10)), seed=3)
+    actual = blocks.repeat_interleave(10, 0).repeat_interleave(10, 1)[:height, :width].clone()
+    predicted = actual.roll((2, 3), (0, 1))
+    counts = boundary_counts(predicted, actual, 4)
+    distance = max(1, round(0.02 * math.hypot(height, width)))
+    for label in range(4):
+        found = eroded_boundary(predicted.numpy() == label, distance)
+        truth = eroded_boundary(actual.numpy() == label, distance)
+        assert counts.true_positive[label] == (found & truth).sum()
+        assert counts.false_positive[label] == (found & ~truth).sum()
+        assert counts.false_negative[label] == (truth & ~found).sum()
+
+
+def test_boundary_iou_is_stricter_than_iou_and_one_for_the_truth() -> None:
+    actual = torch.zeros(100, 100, dtype=torch.int64)
+    actual[20:80, 20:80] = 1
+    actual[18:20, 18:82] = 255  # a void border above, as Pascal has it
+    shifted = torch.zeros_like(actual)
+    shifted[22:82, 22:82] = 1
+    moved = rates_of(counts_of(confusion_matrix(shifted, actual, 2)), boundary_counts(shifted, actual, 2))
+    assert moved.boundary_iou is not None
+    assert moved.boundary_iou < 0.6 < 0.8 < moved.miou
+    below_void = actual.clone()
+    below_void[actual == 255] = torch.randint(0, 2, (int((actual == 255).sum()),))
+    assert boundary_counts(below_void, actual, 2).mean_iou == 1.0
+    assert boundary_counts(torch.full_like(actual, 2), actual, 2).mean_iou == 0.0  # no class at all
+    with pytest.raises(ValueError, match="the same"):
+        boundary_counts(actual[:50], actual, 2)

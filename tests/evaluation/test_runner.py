@@ -1,0 +1,478 @@
+"""The whole path from files to figures: exact for a model that sees perfectly, repeatable for a real one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import seg4diff
+from seg4diff.evaluation import runner
+from seg4diff.evaluation.datasets import Dataset, limit_samples, open_dataset
+from seg4diff.evaluation.protocols import PROTOCOLS
+from seg4diff.evaluation.results import add_up, read_results
+from seg4diff.evaluation.runner import Report, Settings, evaluate
+from seg4diff.evaluation.stages import StageClock
+from tests import tiny
+from tests.evaluation import miniature
+from tests.evaluation.painted import CLASSES, LABELS, PerfectMaps
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return seg4diff.patch(tiny.pipeline())
+
+
+@pytest.fixture
+def painted(tmp_path: Path) -> Dataset:
+    """Pictures whose red channel is their label map."""
+    miniature.write_folder(tmp_path / "data", CLASSES, LABELS, painted=True)
+    return open_dataset("folder", tmp_path / "data")
+
+
+def run(pipe: Any, dataset: Dataset, out: Path, settings: Settings, **options: Any) -> Report:
+    return evaluate(pipe, dataset, out, replace(settings, layers=(1,)), progress=False, **options)
+
+
+def centre(labels: np.ndarray) -> np.ndarray:
+    """255 outside the central square."""
+    height, width = labels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    seen = np.full_like(labels, 255)
+    seen[top : top + side, left : left + side] = labels[top : top + side, left : left + side]
+    return seen
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference", "default"])
+def test_perfect_sight_scores_one(
+    pipe: Any, painted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    """Every pixel of pictures of all shapes arrives where it belongs, under every protocol."""
+    maps = PerfectMaps()
+    monkeypatch.setattr(runner, "run_maps", maps)
+    settings = Settings(PROTOCOLS, preset=preset, batch_size=2)
+    report = run(pipe, painted, tmp_path / "out", settings, save_predictions=True)
+    assert report.images == 4
+    for protocol in PROTOCOLS:
+        rates = report.rates[protocol]
+        assert (
+            rates.miou == rates.pixel_accuracy == rates.mean_accuracy == rates.frequency_weighted_iou == 1.0
+        )
+        assert all(value == 1.0 for value in rates.iou)
+        assert rates.boundary_iou == (None if protocol == "unsupervised" else 1.0)
+    totals = add_up(read_results(tmp_path / "out", 4).values(), PROTOCOLS)
+    whole = [np.array(values, np.uint8) for values in LABELS.values()]
+    seen = [centre(labels) if preset == "paper" else labels for labels in whole]
+    counted = np.bincount(np.concatenate([labels.ravel() for labels in seen]), minlength=256)[:4]
+    for protocol in ("oracle", "full"):
+        confusion = totals[protocol].confusion
+        assert confusion is not None
+        assert torch.equal(confusion, torch.diag(torch.from_numpy(counted)))
+        for name, labels, part in zip(LABELS, whole, seen, strict=True):
+            predicted = np.asarray(Image.open(tmp_path / "out" / "predictions" / protocol / f"{name}.png"))
+            assert predicted.shape == labels.shape  # the original resolution
+            assert np.array_equal(predicted[part != 255], labels[part != 255])
+            if preset == "paper":
+                outside = centre(np.zeros_like(labels)) == 255
+                assert (predicted[outside] == 255).all()
+
+
+def test_what_is_prompted(
+    pipe: Any, painted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = PerfectMaps()
+    monkeypatch.setattr(runner, "run_maps", maps)
+    run(pipe, painted, tmp_path / "out", Settings(PROTOCOLS, preset="default"))
+    everything = "cat red sofa tree dog house"
+    assert sorted(maps.prompts) == sorted(
+        [
+            ["cat red sofa tree", everything, ""],
+            ["cat tree dog house", everything, ""],
+            ["red sofa", everything, ""],
+            ["cat dog house", everything, ""],
+        ]
+    )
+
+
+def test_a_confusion_counted_by_hand(
+    pipe: Any, painted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model calls every red sofa a tree. Under "oracle" picture c has nothing but sofas to choose."""
+    monkeypatch.setattr(runner, "run_maps", PerfectMaps(confused={1: 2}))
+    report = run(pipe, painted, tmp_path / "out", Settings(("oracle", "full"), preset="default"))
+    totals = add_up(read_results(tmp_path / "out", 4).values(), ("oracle", "full"))
+    cats, sofas_a, sofas_c, trees, houses = 6 + 1 + 1, 12, 9, 6 + 4, 3 + 6
+    matrices = {name: tally.confusion for name, tally in totals.items()}
+    assert matrices["oracle"] is not None
+    assert matrices["oracle"].tolist() == [
+        [cats, 0, 0, 0],
+        [0, sofas_c, sofas_a, 0],
+        [0, 0, trees, 0],
+        [0, 0, 0, houses],
+    ]
+    assert matrices["full"] is not None
+    assert matrices["full"].tolist() == [
+        [cats, 0, 0, 0],
+        [0, 0, sofas_a + sofas_c, 0],
+        [0, 0, trees, 0],
+        [0, 0, 0, houses],
+    ]
+    assert report.rates["oracle"].miou == pytest.approx((1 + 9 / 21 + 10 / 22 + 1) / 4)
+    assert report.rates["full"].miou == pytest.approx((1 + 0 + 10 / 31 + 1) / 4)
+
+
+def test_background_by_threshold(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the picture shows background, no name has any attention to speak of."""
+    labels = {"a": [[0, 0, 1], [2, 2, 255]], "b": [[0, 0], [0, 0]]}
+    miniature.write_folder(tmp_path / "data", ["background", "cat", "dog"], labels, painted=True)
+    dataset = open_dataset("folder", tmp_path / "data")
+    maps = PerfectMaps(["background", "cat", "dog"])
+    monkeypatch.setattr(runner, "run_maps", maps)
+    for background, prompt in (("threshold", "cat dog"), ("prompt", "background cat dog")):
+        settings = Settings(("oracle", "full"), preset="default", background=background)  # type: ignore[arg-type]
+        maps.prompts.clear()
+        report = run(pipe, dataset, tmp_path / background, settings)
+        assert prompt in maps.prompts[0] + maps.prompts[1]
+        assert report.rates["oracle"].miou == 1.0
+
+
+def test_the_stray_name_counts_as_a_miss(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public code's quirk on COCO-Object: what goes to "background" is a miss, and accuses no class."""
+    labels = {"a": [[0, 0, 1, 1], [0, 255, 1, 1]]}
+    miniature.write_folder(tmp_path / "data", ["cat", "dog"], labels, painted=True)
+    dataset = replace(open_dataset("folder", tmp_path / "data"), stray_name="red")
+    maps = PerfectMaps(["red", "dog"])  # sees something else where the cat is
+    monkeypatch.setattr(runner, "run_maps", maps)
+    report = run(pipe, dataset, tmp_path / "out", Settings(preset="reference"))
+    assert maps.prompts == [["cat dog red"]]
+    assert report.rates["oracle"].iou == (0.0, 1.0)
+    assert report.rates["oracle"].pixel_accuracy == pytest.approx(4 / 7)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "reference"])
+def test_labels_are_those_of_segment(pipe: Any, preset: str) -> None:
+    """The evaluation answers as the library: with names `segment`, without `segment_unsupervised`."""
+    dataset = limit_samples(open_dataset("scenes"), limit=2)
+    settings = Settings(("full", "unsupervised"), preset=preset, layers=(1,), seed=3)
+    evaluator = runner.make_evaluator(pipe, dataset, settings)
+    for index, answer in runner.answer_again(evaluator, dataset, [0, 1]).items():
+        image = dataset.samples[index].read_image()
+        named = seg4diff.segment(pipe, image, dataset.classes, preset=preset, layers=(1,), seed=3)
+        assert torch.equal(answer.predicted["full"].long(), named.labels)
+        regions = seg4diff.segment_unsupervised(pipe, image, preset=preset, layers=(1,), seed=3)
+        pairs = torch.stack([answer.predicted["unsupervised"].long().flatten(), regions.labels.flatten()])
+        assert pairs.unique(dim=1).shape[1] == len(regions.classes)  # the same regions, numbered anew
+        assert len(named.labels.unique()) > 1
+
+
+SCENES = Settings(("oracle", "full", "unsupervised"), preset="default", batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return out, run(pipe, limit_samples(open_dataset("scenes"), limit=10), out, SCENES)
+
+
+def lines_of(out: Path) -> list[str]:
+    """All different lines of results that are whole, by picture."""
+    lines = [line for path in out.glob("results-*.jsonl") for line in path.read_text().splitlines()]
+    return sorted({line for line in lines if line.endswith("}")}, key=lambda line: json.loads(line)["index"])
+
+
+def test_killed_and_resumed_equals_uninterrupted(
+    pipe: Any,
+    uninterrupted: tuple[Path, Report],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Killed while it writes the results of the second group of four pictures."""
+    dataset = limit_samples(open_dataset("scenes"), limit=10)
+    append = runner.append_results
+    written: list[int] = []
+
+    def killed(folder: Path, process: int, results: list[Any]) -> None:
+        if written:
+            with open(folder / "results-00000.jsonl", "a") as file:
+                file.write(results[0].to_line() + "\n" + results[1].to_line()[:30])
+            raise KeyboardInterrupt
+        written.extend(result.index for result in results)
+        append(folder, process, results)
+
+    monkeypatch.setattr(runner, "append_results", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, dataset, tmp_path, SCENES)
+    assert written == [0, 1, 2, 3]
+    monkeypatch.setattr(runner, "append_results", append)
+    report = run(pipe, dataset, tmp_path, SCENES)
+    assert report.speed is not None
+    assert report.speed.images == 6  # the second group again, and the third
+    assert "was cut off" in caplog.text
+    assert same_figures(report, uninterrupted[1])
+    assert lines_of(tmp_path) == lines_of(uninterrupted[0])
+    again = run(pipe, dataset, tmp_path, SCENES)
+    assert again.speed is None  # nothing left to do
+    assert same_figures(again, report)
+
+
+def same_figures(one: Report, other: Report) -> bool:
+    return (one.images, one.total, repr(one.rates)) == (other.images, other.total, repr(other.rates))
+
+
+def test_results_of_other_settings_are_not_mixed(pipe: Any, tmp_path: Path) -> None:
+    dataset = limit_samples(open_dataset("scenes"), limit=2)
+    first = run(pipe, dataset, tmp_path, Settings(seed=1), about={"model": "one"})
+    with pytest.raises(
+        ValueError, match=r"other settings: model was 'one', is 'two'; seed was 1, is 2\. .*overwrite"
+    ):
+        run(pipe, dataset, tmp_path, Settings(seed=2), about={"model": "two"})
+    with pytest.raises(ValueError, match="pictures was 2, is 1"):
+        run(pipe, limit_samples(dataset, limit=1), tmp_path, Settings(seed=1), about={"model": "one"})
+    other = run(pipe, dataset, tmp_path, Settings(seed=2), about={"model": "one"}, overwrite=True)
+    assert other.settings["seed"] == 2
+    assert not same_figures(first, other)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(pipe, dataset, tmp_path, Settings(seed=2))
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        run(pipe, dataset, tmp_path / "settings.json", Settings())
+
+
+def damaged_image(root: Path) -> None:
+    path = root / "images" / "b.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def size_differs(root: Path) -> None:
+    miniature.write_labels(root / "labels" / "b.png", [[0, 1], [0, 1]])
+
+
+def value_out_of_range(root: Path) -> None:
+    miniature.write_labels(root / "labels" / "b.png", [[3, 4], [3, 255], [2, 2], [2, 2], [255, 0]])
+
+
+def file_vanishes(root: Path) -> None:
+    (root / "labels" / "b.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damaged_image, "b.png' is damaged or truncated"),
+        (size_differs, "the picture is 2 x 5, its label map 2 x 2"),
+        (value_out_of_range, "b.png' holds 4, which stands for no class"),
+        (file_vanishes, "b.png' is unreadable"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_bad_files_are_counted_and_named_and_may_be_mended(
+    pipe: Any,
+    painted: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    reason: str,
+) -> None:
+    monkeypatch.setattr(runner, "run_maps", PerfectMaps())
+    settings = Settings(("full",), preset="default")
+    kept = {name: (tmp_path / "data" / name).read_bytes() for name in ("images/b.png", "labels/b.png")}
+    damage(tmp_path / "data")
+    report = run(pipe, painted, tmp_path / "out", settings)
+    assert (report.images, report.total, len(report.failures)) == (3, 4, 1)
+    assert report.failures[0].name == "b"
+    assert reason in report.failures[0].reason
+    assert report.rates["full"].miou == 1.0
+    confusion = add_up(read_results(tmp_path / "out", 4).values(), ("full",))["full"].confusion
+    assert confusion is not None
+    assert confusion.diagonal().tolist() == [7, 21, 6, 6]  # of pictures a, c and d alone
+    for name, content in kept.items():
+        (tmp_path / "data" / name).write_bytes(content)
+    mended = run(pipe, painted, tmp_path / "out", settings)
+    assert (mended.images, mended.failures) == (4, ())
+    confusion = add_up(read_results(tmp_path / "out", 4).values(), ("full",))["full"].confusion
+    assert confusion is not None
+    assert confusion.diagonal().tolist() == [8, 21, 10, 9]
+
+
+def test_no_space_left(pipe: Any, painted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second prediction does not fit: the run ends with what to do, and no result claims the picture."""
+    monkeypatch.setattr(runner, "run_maps", PerfectMaps())
+    settings = Settings(("full",), preset="default")
+    write = runner.write_atomically
+
+    def full_disk(path: Path, content: Any) -> Any:
+        if path.name == "b.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
+
+    monkeypatch.setattr(runner, "write_atomically", full_disk)
+    with pytest.raises(OSError, match="no space left for .*b.png.*run the same command again"):
+        run(pipe, painted, tmp_path / "out", settings, save_predictions=True)
+    assert read_results(tmp_path / "out", 4) == {}
+    monkeypatch.setattr(runner, "write_atomically", write)
+    report = run(pipe, painted, tmp_path / "out", settings, save_predictions=True)
+    assert report.rates["full"].miou == 1.0
+    assert len(list((tmp_path / "out" / "predictions").rglob("*.png"))) == 4
+
+
+def test_pictures_without_a_pixel_that_counts(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the centre is looked at, and nothing there counts."""
+    labels = {"a": [[0, 0, 1]], "b": [[255, 255]], "c": [[0, 255, 1]]}
+    miniature.write_folder(tmp_path / "data", ["cat", "dog"], labels, painted=True)
+    monkeypatch.setattr(runner, "run_maps", PerfectMaps(["cat", "dog"]))
+    report = run(pipe, open_dataset("folder", tmp_path / "data"), tmp_path / "out", Settings(preset="paper"))
+    assert (report.images, report.empty, report.failures) == (3, 2, ())
+    assert report.rates["oracle"].pixel_accuracy == 1.0
+
+
+def test_each_picture_and_each_prompt_is_encoded_once(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = limit_samples(open_dataset("scenes"), limit=6)
+    encoded: list[int] = []
+    prompts: list[str] = []
+    handle = pipe.vae.encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    encode_prompt = type(pipe).encode_prompt
+    monkeypatch.setattr(
+        type(pipe),
+        "encode_prompt",
+        lambda self, prompt, **kw: prompts.extend(prompt) or encode_prompt(self, prompt, **kw),
+    )
+    try:
+        run(pipe, dataset, tmp_path, replace(SCENES, batch_size=1))
+    finally:
+        handle.remove()
+    assert sum(encoded) == 6
+    assert len(prompts) == len(set(prompts))
+    assert "" in prompts
+
+
+def test_prompts_met_long_ago_are_forgotten(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_KEPT_PROMPTS", 3)
+    dataset = limit_samples(open_dataset("scenes"), limit=6)
+    evaluator = runner.make_evaluator(
+        pipe, dataset, Settings(("oracle", "full"), preset="default", layers=(1,))
+    )
+    whole = [p.text for p in evaluator.protocols["full"].question(np.zeros((1, 1), np.uint8)).prompts]
+    for index in range(6):
+        runner.answer_again(evaluator, dataset, [index])
+        assert len(evaluator.text) <= 3
+        assert whole[-1] in evaluator.text  # asked of every picture, so never forgotten
+
+
+def test_speed_and_stages(uninterrupted: tuple[Path, Report]) -> None:
+    speed = uninterrupted[1].speed
+    assert speed is not None
+    assert speed.images == 10
+    assert speed.images_per_second == pytest.approx(10 / speed.seconds)
+    assert sum(speed.shares.values()) == pytest.approx(1.0)
+    assert {
+        "waiting for images",
+        "text encoders",
+        "VAE",
+        "transformer",
+        "labels from maps",
+        "counting",
+    } <= set(speed.shares)
+
+
+def test_stages_inside_stages() -> None:
+    clock = StageClock()
+    with clock.stage("outer"), clock.stage("inner"):
+        sum(range(200_000))
+    assert set(clock.seconds) == {"outer", "inner"}
+    assert clock.seconds["inner"] > 10 * clock.seconds["outer"] > 0
+
+
+def test_versions_and_settings_are_reported(uninterrupted: tuple[Path, Report]) -> None:
+    report = uninterrupted[1]
+    assert report.versions["torch"] == torch.__version__
+    assert report.versions["device"].startswith("cpu")
+    assert report.settings["layers"] == [1]
+    assert report.settings["preset_details"]["index"] == -8
+    assert report.settings["prompts"][0] == [report.classes[0]]
+    assert json.loads((uninterrupted[0] / "settings.json").read_text()) == report.settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocols": ()}, "one or several different"),
+        ({"protocols": ("oracle", "oracle")}, "one or several different"),
+        ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
+        ({"preset": "best"}, "preset='best' is unknown"),
+        ({"layers": (7,)}, "layer 7 is out of range"),
+    ],
+)
+def test_bad_settings(pipe: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    dataset = limit_samples(open_dataset("scenes"), limit=1)
+    with pytest.raises(ValueError, match=message):
+        evaluate(pipe, dataset, tmp_path, Settings(**settings), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_equal_one(pipe: Any, uninterrupted: tuple[Path, Report], tmp_path: Path) -> None:
+    """Through `accelerate launch` and the command line; each picture is evaluated by one of the two."""
+    pipe.save_pretrained(tmp_path / "model")
+    launch = [
+        "--multi_gpu",  # of the devices there are: CPU here
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = ["evaluate", "--dataset", "scenes", "--limit", "10", "--protocol", *SCENES.protocols]
+    command += [
+        "--preset",
+        "default",
+        "--layers",
+        "1",
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "seg4diff", *command],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out" / "scenes"
+    files = sorted(out.glob("results-*.jsonl"))
+    assert [path.name for path in files] == ["results-00000.jsonl", "results-00001.jsonl"]
+    indices = [[json.loads(line)["index"] for line in path.read_text().splitlines()] for path in files]
+    assert indices == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
+    assert lines_of(out) == lines_of(uninterrupted[0])
+    report = json.loads((out / "report.json").read_text())
+    assert report["processes"] == 2
+    assert report["images"] == 10
+    for protocol, rates in uninterrupted[1].rates.items():
+        assert report["rates"][protocol]["miou"] == rates.miou
+    assert (out / "contact-sheet.png").is_file()
