@@ -63,4 +63,5 @@ def load_pipeline(
             local_files_only=True,
             **{keyword: torch.float32 if dtype is None else dtype},
         )
-    return pipe.to(device)
+    # Even a move to where it is makes diffusers warn of float16 on a CPU.
+    return pipe if torch.device(device) == pipe.device else pipe.to(device)
