@@ -13,8 +13,12 @@ from typing import Annotated, Literal, TypeAlias, cast
 
 import tyro
 
+from seg4diff.commands.analyze import Analyze, run_analyze
+from seg4diff.commands.generate import Generate, run_generate
+from seg4diff.commands.regions import Regions, run_regions
 from seg4diff.evaluation.commands import Evaluate, Prepare, run_evaluate, run_prepare
 from seg4diff.magnet.commands import Caption, Train, run_caption, run_train
+from seg4diff.saving import check_folder, distinct_stems, save_picture
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all went well; something failed; what was asked for makes no sense; Ctrl-C."""
@@ -86,6 +90,9 @@ class Demo:
 
 Command: TypeAlias = (
     Annotated[Segment, tyro.conf.subcommand("segment")]
+    | Annotated[Regions, tyro.conf.subcommand("regions")]
+    | Annotated[Analyze, tyro.conf.subcommand("analyze")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
@@ -109,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"seg4diff {version('seg4diff')}")
         return DONE
-    command: Segment | Demo | Evaluate | Prepare | Train | Caption = tyro.cli(
+    command: Segment | Regions | Analyze | Generate | Demo | Evaluate | Prepare | Train | Caption = tyro.cli(
         Command,
         args=words or ["--help"],
         prog="seg4diff",
@@ -122,6 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case Segment():
                 _segment(command)
+            case Regions():
+                run_regions(command)
+            case Analyze():
+                run_analyze(command)
+            case Generate():
+                run_generate(command)
             case Demo():
                 _demo(command)
             case Evaluate():
@@ -170,7 +183,7 @@ def _segment(options: Segment) -> None:
         raise ValueError("no picture given; put at least one before --classes")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
-    _check_folder(options.out)
+    check_folder(options.out)
 
     from seg4diff.images import as_rgb
 
@@ -188,7 +201,7 @@ def _segment(options: Segment) -> None:
     if options.lora is not None:
         load_lora(pipe, options.lora)
     seg4diff.patch(pipe)
-    targets = dict(zip(paths, _names(paths), strict=True))
+    targets = dict(zip(paths, distinct_stems(paths), strict=True))
     with tqdm(total=len(targets), unit="picture", disable=None) as progress:
         for batch in _batches(paths, options.batch_size):
             results = seg4diff.segment(
@@ -204,7 +217,7 @@ def _segment(options: Segment) -> None:
             for path, result in zip(batch, cast(list[Segmentation], results), strict=True):
                 for suffix in options.formats:
                     result.save(options.out / f"{targets[path]}.{suffix}")
-                _save_picture(result.overlay(), options.out / f"{targets[path]}-overlay.png")
+                save_picture(result.overlay(), options.out / f"{targets[path]}-overlay.png")
                 progress.write(f"{path}: {_shares(result)} -> {options.out / targets[path]}-overlay.png")
                 progress.update()
 
@@ -212,28 +225,11 @@ def _segment(options: Segment) -> None:
 def _demo(options: Demo) -> None:
     if options.scenes < 1:
         raise ValueError(f"--scenes {options.scenes} must be at least 1")
-    _check_folder(options.out)
+    check_folder(options.out)
 
     from seg4diff.demo.showcase import show
 
     show(options.scenes, options.out, options.device)
-
-
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """The stem of each path, numbered where two are alike."""
-    names: list[str] = []
-    for path in paths:
-        stem = name = Path(path).stem
-        number = 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
 
 
 def _batches(paths: Sequence[str], size: int) -> Iterable[Sequence[str]]:
@@ -243,12 +239,6 @@ def _batches(paths: Sequence[str], size: int) -> Iterable[Sequence[str]]:
 def _shares(result: object) -> str:
     text = repr(result)
     return text[text.index(": ") + 2 : -1] if ": " in text else text
-
-
-def _save_picture(picture: object, path: str | os.PathLike[str]) -> None:
-    from seg4diff.saving import write_atomically
-
-    write_atomically(path, lambda temporary: picture.save(temporary))  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

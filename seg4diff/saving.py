@@ -1,11 +1,13 @@
-"""Files appear whole or not at all."""
+"""Where results go: files appear whole or not at all, under names that do not clash."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from PIL import Image
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -40,3 +42,26 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write a picture in the format that the suffix names, see :func:`write_atomically`."""
+    return write_atomically(path, picture.save)
+
+
+def check_folder(out: Path) -> None:
+    """Raise NotADirectoryError if ``out``, meant to be a folder of results, is a file."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
+
+
+def distinct_stems(paths: Sequence[str]) -> list[str]:
+    """The stem of each path, numbered where two are alike."""
+    stems: list[str] = []
+    for path in paths:
+        stem = name = Path(path).stem
+        number = 2
+        while name in stems:
+            name, number = f"{stem}-{number}", number + 1
+        stems.append(name)
+    return stems

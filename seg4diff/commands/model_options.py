@@ -1,0 +1,42 @@
+"""What every command that runs a model asks for: which model, where, and how precise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of a command line."""
+
+    model: str = "stabilityai/stable-diffusion-3-medium-diffusers"
+    """A name on the Hugging Face hub, a folder in diffusers' format, or `demo` for the small bundled model,
+    which knows only its own drawn scenes."""
+    lora: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """A LoRA in diffusers' format, file or folder."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
+    """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
+    ] = None
+    """By default bfloat16 on a GPU, float32 elsewhere."""
+    offload: bool = False
+    """Keep on the GPU only the part of the model that is running: slower, and fits small GPUs."""
+    debug: bool = False
+    """Show where an error came from."""
+
+
+def load_patched(options: ModelOptions) -> Any:
+    """The pipeline that the options name, with its LoRA, ready to be watched."""
+    import seg4diff
+    from seg4diff.loading import load_lora, load_pipeline
+
+    pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
+    if options.lora is not None:
+        load_lora(pipe, options.lora)
+    return seg4diff.patch(pipe)
