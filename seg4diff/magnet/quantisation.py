@@ -1,44 +1,50 @@
-"""A transformer whose frozen weights are kept in 4 bits (Dettmers et al. 2023), through bitsandbytes."""
+"""A transformer whose frozen weights are kept in 4 bits: NF4 (Dettmers et al. 2023), by bitsandbytes."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from seg4diff.backbones import find_backbone
 
 
-def load_nf4(model: str, device: torch.device) -> Any:
-    """The transformer of a pipeline, its linear layers in NF4 and the rest in bfloat16.
+def quantise_nf4(transformer: Any, device: torch.device) -> int:
+    """Replace every linear layer of the transformer's blocks by one with NF4 weights, in place.
+
+    Embeddings, norms and the last projection stay as they are; arithmetic is in the dtype of the transformer.
 
     Args:
-        model: a local folder in diffusers' format, a name on the hub, or ``"demo"``.
-        device: where it goes.
+        transformer: of a supported family, without adapters.
+        device: where the quantised weights go.
+
+    Returns:
+        The number of layers replaced.
 
     Raises:
         ImportError: bitsandbytes is missing.
     """
     try:
-        import bitsandbytes  # noqa: F401
+        from bitsandbytes.nn import Linear4bit
     except ImportError as error:
         raise ImportError("memory.quantise='nf4' needs bitsandbytes: pip install 'seg4diff[quant]'") from error
-    from diffusers import BitsAndBytesConfig, SD3Transformer2DModel
-
-    folder: str | Path = model
-    if model == "demo":
-        from seg4diff.demo import WEIGHTS
-
-        folder = WEIGHTS
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return SD3Transformer2DModel.from_pretrained(
-        folder,
-        subfolder="transformer",
-        quantization_config=config,
-        torch_dtype=torch.bfloat16,
-        device_map={"": str(device)},
-    )
+    replaced = 0
+    for block in find_backbone(transformer).blocks(transformer):
+        for name, layer in list(block.named_modules()):
+            if not isinstance(layer, nn.Linear):
+                continue
+            quantised = Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=transformer.dtype,
+                quant_type="nf4",
+            )
+            quantised.load_state_dict(layer.state_dict())
+            if quantised.bias is not None:
+                quantised.bias.data = quantised.bias.data.to(transformer.dtype)
+            parent, _, attribute = name.rpartition(".")
+            setattr(block.get_submodule(parent), attribute, quantised.to(device).requires_grad_(False))
+            replaced += 1
+    return replaced

@@ -119,6 +119,10 @@ class _Run:
         del pipe
         gc.collect()
 
+        if settings.memory.quantise == "nf4":
+            from seg4diff.magnet.quantisation import quantise_nf4
+
+            quantise_nf4(transformer, accelerator.device)
         add_adapters(transformer, settings.lora, seed=settings.seed, stop_after=stop_after)
         if settings.memory.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -411,13 +415,7 @@ def _load(settings: TrainSettings, device: torch.device) -> Any:
     precision = settings.memory.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
-    pipe: Any = load_pipeline(settings.model, "cpu", _DTYPES[precision])
-    if settings.memory.quantise == "nf4":
-        from seg4diff.magnet.quantisation import load_nf4
-
-        pipe.transformer = None
-        pipe.transformer = load_nf4(settings.model, device)
-    return pipe
+    return load_pipeline(settings.model, "cpu", _DTYPES[precision])
 
 
 @contextmanager

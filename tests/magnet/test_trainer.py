@@ -1,0 +1,382 @@
+"""Training runs: exact resumption, processes, failures, and what comes out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from seg4diff.magnet import train
+from seg4diff.magnet.checkpoints import latest_checkpoint
+from seg4diff.magnet.optimizers import OffloadedAdamW, learning_rate
+from seg4diff.magnet.settings import OptimizerSettings
+from tests.magnet import runs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums of several threads may differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("magnet") / "cache"
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("magnet") / "whole"
+    result = train(runs.settings(out, cache), pipe=runs.pipeline(), progress=False)
+    assert result.steps == runs.STEPS
+    assert result.best_step in (4, 5)
+    assert set(result.held_out) == {"total", "flow", "focal", "dice"}
+    return out
+
+
+@pytest.fixture(scope="module")
+def forkserver() -> Any:
+    """Processes that start in no time, because the server they are forked from has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.magnet.runs", "seg4diff.magnet.trainer", "diffusers", "transformers"])
+    return context
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    for name in ("pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.safetensors"):
+        assert_same_bits(load_file(out / name), load_file(whole / name))
+    mine, expected = (latest_checkpoint(folder / "checkpoints") for folder in (out, whole))
+    assert mine is not None
+    assert expected is not None
+    assert mine.progress == expected.progress
+    assert_same_bits(mine.weights, expected.weights)
+    for index, state in expected.optimizer["state"].items():
+        assert_same_bits(mine.optimizer["state"][index], state)
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"), [("after", 1), ("within", 3), ("after", 4), ("writing", 4), ("writing", 5)]
+)
+def test_killed_and_resumed_is_bit_identical(
+    moment: str, step: int, cache: Path, whole: Path, tmp_path: Path, forkserver: Any
+) -> None:
+    process = forkserver.Process(target=runs.train_until_killed, args=(str(tmp_path), str(cache), moment, step))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "last").exists()
+    train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 200, -1])
+def test_a_cut_checkpoint_is_passed_over(
+    kept: int, cache: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False, after_step=stop)
+    latest = tmp_path / "checkpoints" / "checkpoint-0000004.safetensors"
+    latest.write_bytes(latest.read_bytes()[:kept])
+    steps: list[int] = []
+    with caplog.at_level(logging.WARNING, logger="seg4diff"):
+        train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False, after_step=steps.append)
+    assert steps == [3, 4, 5]
+    assert "the one before it is used" in caplog.text
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_finished_run_trains_no_further(cache: Path, whole: Path) -> None:
+    steps: list[int] = []
+    before = load_file(whole / "pytorch_lora_weights.safetensors")
+    train(runs.settings(whole, cache), pipe=runs.pipeline(), progress=False, after_step=steps.append)
+    assert steps == []
+    assert_same_bits(load_file(whole / "pytorch_lora_weights.safetensors"), before)
+
+
+def test_other_settings_are_not_resumed(cache: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"other settings \(mask.weight: 1.0, now 2.0\)"):
+        train(runs.settings(whole, cache, mask={"weight": 2.0}), pipe=runs.pipeline(), progress=False)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(runs.settings(whole, cache, resume="never"), pipe=runs.pipeline(), progress=False)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match="is a file; give a folder"):
+        train(runs.settings(file, cache), pipe=runs.pipeline(), progress=False)
+
+
+def test_accumulation_equals_a_larger_batch(cache: Path, tmp_path: Path) -> None:
+    found = []
+    for name, changes in {"batch": {"batch": 4}, "sum": {"batch": 1, "accumulation": 4}}.items():
+        result = train(
+            runs.settings(tmp_path / name, cache, **changes, steps=2), pipe=runs.pipeline(), progress=False
+        )
+        found.append(load_file(result.last))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
+    runs.pipeline().save_pretrained(tmp_path / "model")
+    config = tmp_path / "magnet.toml"
+    config.write_text(
+        f"""
+        model = "{tmp_path / "model"}"
+        steps = 3
+        accumulation = 2
+        device = "cpu"
+        lora = {{ rank = 2 }}
+        mask = {{ layers = [1], convolutional_head = true }}
+        optimizer = {{ warm_up = 1, learning_rate = 1e-2 }}
+        [data]
+        kind = "demo"
+        scenes = 10
+        resolution = 64
+        held_out = 0.2
+        cache = "{tmp_path / "cache"}"
+        """
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # "--multi_gpu" makes Accelerate start the processes itself; without GPUs they talk through gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(port), "-m", "seg4diff.magnet", "--config", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    two = subprocess.run(
+        [*launch, "--out", str(tmp_path / "two")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    from seg4diff.magnet.settings import read_settings
+
+    one = train(
+        read_settings(config).replaced(out=str(tmp_path / "one"), batch=2), pipe=None, progress=False
+    )
+    expected = load_file(one.last)
+    found = load_file(tmp_path / "two" / "last" / "pytorch_lora_weights.safetensors")
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+    assert any(weight.abs().max() > 1e-4 for name, weight in expected.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fm_weight": 0.0, "data": {"caption_dropout": 0.0}},
+        {"mask": {"weight": 0.0}},
+        {"mask": {"pairing": "token"}},
+        {"mask": {"pairing": "head", "layers": [0, 2]}},
+        {"mask": {"convolutional_head": True, "focal": "reference", "normalisation": "none"}},
+        {"ema": 0.9},
+        {"optimizer": {"offload": True}},
+        {"data": {"text": "classes"}},
+        {"noise": {"shift": 3.0}, "select": "mask"},
+        {"memory": {"gradient_checkpointing": False}},
+        {"data": {"held_out": 0.0}},
+        {"data": {"workers": 1}},
+    ],
+    ids=str,
+)
+def test_every_switch_trains(changes: dict[str, Any], cache: Path, tmp_path: Path) -> None:
+    own_cache = cache if "text" not in changes.get("data", {}) else tmp_path / "cache"
+    result = train(
+        runs.settings(tmp_path / "run", own_cache, **changes, steps=2), pipe=runs.pipeline(), progress=False
+    )
+    weights = load_file(result.lora)
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_offloaded_optimizer_is_the_same_optimizer(cache: Path, whole: Path, tmp_path: Path) -> None:
+    result = train(
+        runs.settings(tmp_path, cache, optimizer={"offload": True}), pipe=runs.pipeline(), progress=False
+    )
+    assert_same_bits(load_file(result.last), load_file(whole / "last" / "pytorch_lora_weights.safetensors"))
+
+
+def test_bfloat16_weights_and_float32_adapters(cache: Path, tmp_path: Path) -> None:
+    pipe = runs.pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    result = train(runs.settings(tmp_path, cache, steps=2), pipe=pipe, progress=False)
+    assert pipe.transformer.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
+    adapter = pipe.transformer.transformer_blocks[0].attn.to_q.lora_A["magnet"].weight
+    assert adapter.dtype == torch.float32
+    assert result.skipped_steps == 0
+
+
+@pytest.mark.parametrize("switch", ["adamw8bit", "nf4"])
+def test_bitsandbytes(switch: str, cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pipe = runs.pipeline()
+    changes: dict[str, Any] = {"optimizer": {"name": "adamw8bit"}}
+    if switch == "nf4":
+        changes = {"memory": {"quantise": "nf4"}}
+        pipe.transformer.to(torch.bfloat16)
+    result = train(runs.settings(tmp_path / "run", cache, **changes, steps=2), pipe=pipe, progress=False)
+    assert all(weight.isfinite().all() for weight in load_file(result.last).values())
+    if switch == "nf4":
+        block = pipe.transformer.transformer_blocks[0]
+        assert block.ff.net[2].weight.dtype == block.attn.to_q.base_layer.weight.dtype == torch.uint8
+    fresh = runs.pipeline()
+    fresh.load_lora_weights(str(result.last.parent))
+
+
+def test_tensorboard_gets_losses_and_pictures(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(
+        runs.settings(tmp_path, cache, steps=2, report="tensorboard", sample_prompts=["a cat"]),
+        pipe=runs.pipeline(),
+        progress=False,
+    )
+    events = EventAccumulator(str(tmp_path / "magnet")).Reload()
+    assert {"train/total", "train/gradient_norm", "held-out/dice"} <= set(events.Tags()["scalars"])
+    assert set(events.Tags()["images"]) == {"masks", "samples"}
+
+
+# What goes wrong
+
+
+def test_nan_is_skipped_and_counted(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seg4diff.magnet.sampling import TrainingSamples
+
+    whole_sample = TrainingSamples.__getitem__
+
+    def poisoned(self: Any, position: int) -> Any:
+        sample = whole_sample(self, position)
+        return dataclasses.replace(sample, latents=sample.latents * float("nan")) if position == 1 else sample
+
+    monkeypatch.setattr(TrainingSamples, "__getitem__", poisoned)
+    with caplog.at_level(logging.WARNING, logger="seg4diff"):
+        result = train(runs.settings(tmp_path, cache, steps=3), pipe=runs.pipeline(), progress=False)
+    assert result.skipped_steps == 1
+    assert "step 2 (scene-" in caplog.text
+    assert all(weight.isfinite().all() for weight in load_file(result.last).values())
+
+
+def test_lasting_nan_is_an_error_and_loses_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seg4diff.magnet.sampling import TrainingSamples
+
+    whole_sample = TrainingSamples.__getitem__
+
+    def poisoned(self: Any, position: int) -> Any:
+        sample = whole_sample(self, position)
+        return dataclasses.replace(sample, latents=sample.latents * float("nan")) if position >= 2 else sample
+
+    monkeypatch.setattr(TrainingSamples, "__getitem__", poisoned)
+    with pytest.raises(FloatingPointError, match=r"2 consecutive steps.*lower optimizer.learning_rate=0.01"):
+        train(
+            runs.settings(tmp_path, cache, bad_steps=2, mask={"pairing": "token"}),
+            pipe=runs.pipeline(),
+            progress=False,
+        )
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+
+
+def test_full_disk(
+    cache: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that cannot be written is an error in the log; the earlier one stays and can be resumed."""
+    full = False
+    whole_write = Path.write_bytes
+
+    def write(self: Path, data: Any) -> int:
+        if full and "checkpoint" in self.name:
+            whole_write(self, bytes(data)[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole_write(self, data)
+
+    def stop(step: int) -> None:
+        nonlocal full
+        full = step >= 2
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with caplog.at_level(logging.ERROR, logger="seg4diff"), pytest.raises(KeyboardInterrupt):
+        train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False, after_step=stop)
+    assert "could not save" in caplog.text
+    assert "No space left" in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-0000002.safetensors"]
+    full = False
+    train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False)
+    assert_same_run(tmp_path, whole)
+
+
+def test_full_disk_at_the_end(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from seg4diff.magnet import trainer
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "save_lora", full)
+        with pytest.raises(OSError, match="the run goes on from its latest checkpoint"):
+            train(runs.settings(tmp_path, cache, steps=2), pipe=runs.pipeline(), progress=False)
+    steps: list[int] = []
+    result = train(
+        runs.settings(tmp_path, cache, steps=2), pipe=runs.pipeline(), progress=False, after_step=steps.append
+    )
+    assert steps == []
+    assert result.last.is_file()
+
+
+def test_learning_rate() -> None:
+    settings = OptimizerSettings(learning_rate=1.0, warm_up=4)
+    rates = [learning_rate(step, 12, settings) for step in range(12)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[8] == pytest.approx(0.5)
+    assert all(first >= second for first, second in zip(rates[4:], rates[5:], strict=False))
+    assert learning_rate(0, 2, OptimizerSettings(warm_up=100)) == pytest.approx(0.5e-4)
+
+
+def test_offloaded_optimizer_takes_no_closure() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="closure"):
+        OffloadedAdamW([weight]).step(lambda: 0.0)
