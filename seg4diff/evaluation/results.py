@@ -31,7 +31,8 @@ class Tally:
     """What was counted in one picture under one protocol.
 
     Attributes:
-        confusion: int64 [classes, labels]; None where regions were matched with classes instead.
+        confusion: int64 [classes, labels], sparse for one picture and dense for a sum; None where regions
+            were matched with classes instead.
         matched: counts of matched regions, None where there is a confusion matrix.
         boundary: counts near boundaries, None if not counted.
     """
@@ -43,7 +44,7 @@ class Tally:
     @property
     def counts(self) -> Counts:
         if self.confusion is not None:
-            return rejecting_counts(self.confusion)
+            return rejecting_counts(self.confusion.to_dense())
         assert self.matched is not None
         return self.matched
 
@@ -51,8 +52,11 @@ class Tally:
         def total(mine: Any, theirs: Any) -> Any:
             return theirs if mine is None else mine if theirs is None else mine + theirs
 
+        def dense(confusion: Tensor | None) -> Tensor | None:
+            return None if confusion is None else confusion.to_dense()
+
         return Tally(
-            total(self.confusion, other.confusion),
+            total(dense(self.confusion), dense(other.confusion)),
             total(self.matched, other.matched),
             total(self.boundary, other.boundary),
         )
@@ -86,9 +90,9 @@ class Result:
         for protocol, tally in self.tallies.items():
             kept: dict[str, Any] = {}
             if tally.confusion is not None:
-                rows, columns = tally.confusion.nonzero(as_tuple=True)
-                kept["shape"] = list(tally.confusion.shape)
-                kept["confusion"] = torch.stack([rows, columns, tally.confusion[rows, columns]], 1).tolist()
+                counted = tally.confusion.to_dense().to_sparse()
+                kept["shape"] = list(counted.shape)
+                kept["confusion"] = torch.cat([counted.indices(), counted.values()[None]]).T.tolist()
             if tally.matched is not None:
                 kept["matched"] = _sparse(tally.matched)
             if tally.boundary is not None:
@@ -101,7 +105,7 @@ class Result:
         """The result that :meth:`to_line` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError, IndexError: the line is damaged.
+            ValueError, KeyError, TypeError, IndexError, RuntimeError: the line is damaged.
         """
         entry = json.loads(line)
         if not isinstance(entry, dict):
@@ -110,9 +114,10 @@ class Result:
         for protocol, kept in entry.get("tallies", {}).items():
             confusion = None
             if "confusion" in kept:
-                confusion = torch.zeros(kept["shape"], dtype=torch.int64)
-                for row, column, pixels in kept["confusion"]:
-                    confusion[row, column] = pixels
+                counted = torch.tensor(kept["confusion"], dtype=torch.int64).reshape(-1, 3).T
+                confusion = torch.sparse_coo_tensor(
+                    counted[:2], counted[2], kept["shape"], is_coalesced=True, check_invariants=True
+                )
             tallies[protocol] = Tally(
                 confusion,
                 _dense(kept["matched"], classes) if "matched" in kept else None,
@@ -133,7 +138,7 @@ def read_results(folder: Path, classes: int) -> dict[int, Result]:
                 continue
             try:
                 result = Result.from_line(line, classes)
-            except (ValueError, KeyError, TypeError, IndexError):
+            except (ValueError, KeyError, TypeError, IndexError, RuntimeError):
                 logger.warning("line %d of %s was cut off; that picture is evaluated again", number, path)
                 continue
             known = found.get(result.index)

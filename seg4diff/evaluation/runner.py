@@ -73,7 +73,8 @@ class Settings:
 
     Attributes:
         protocols: one or several of ``PROTOCOLS``; all are answered in one pass.
-        preset: ``"paper"``, ``"reference"`` (its public code) or ``"default"`` (whole pictures, aspect kept).
+        preset: ``"paper"``, ``"reference"`` (its public code) or ``"default"`` (whole pictures, aspect kept;
+            regions without names are matched only with classes that they overlap).
         layers: transformer layers whose maps are averaged; the model's expert layers when None.
         seed: of the noise, the same for every picture.
         batch_size: pictures, and pairs of picture and prompt, that run together.
@@ -316,6 +317,7 @@ def evaluate(
     if state.is_main_process:
         _claim(out, identity, overwrite)
     state.wait_for_everyone()
+    out.mkdir(parents=True, exist_ok=True)  # on machines that do not share a disk
     classes = len(dataset.classes)
     earlier = _gather(read_results(out, classes))
     size = evaluator.settings.batch_size * _BATCHES_IN_A_GROUP
@@ -427,10 +429,11 @@ def _evaluate_group(
 def _tally(evaluator: Evaluator, name: str, predicted: Tensor, labels: np.ndarray, classes: int) -> Tally:
     actual = torch.from_numpy(labels.copy())
     if name == "unsupervised":
-        return Tally(matched=matched_counts(predicted, actual, classes))
+        as_published = evaluator.preset.name != "default"
+        return Tally(matched=matched_counts(predicted, actual, classes, match_apart=as_published))
     confusion = confusion_matrix(predicted, actual, classes, predictions=evaluator.protocols[name].labels)
     boundary = boundary_counts(predicted, actual, classes) if evaluator.settings.boundary else None
-    return Tally(confusion=confusion, boundary=boundary)
+    return Tally(confusion=confusion.to_sparse(), boundary=boundary)
 
 
 def _save_predictions(out: Path, answer: Answer) -> None:

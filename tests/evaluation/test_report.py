@@ -61,7 +61,8 @@ def rows(table: str) -> list[list[str]]:
 def test_the_papers_figures_stand_beside_ours() -> None:
     head, _, oracle, full = rows(markdown([REPORT]))
     assert dict(zip(head, oracle, strict=True)) == {
-        "data set": "Pascal VOC 20", "protocol": "oracle", "images": "1449", "mIoU": "**87.6**", "fw IoU": "70.0",
+        "data set": "Pascal VOC 20", "protocol": "oracle", "images": "1449", "mIoU": "**87.6**",
+        "fw IoU": "70.0",
         "pixel acc.": "90.0", "mean acc.": "85.0", "boundary IoU": "50.0", "paper: SD3": "89.2",
         "paper: SD3.5": "86.1", "paper: Flux.1-dev": "83.1", "paper: SD3+MAGNET SA-1B": "89.1",
         "paper: SD3+MAGNET COCO": "89.8",

@@ -43,7 +43,7 @@ def test_round_trip() -> None:
     again = Result.from_line(line, 2)
     assert (again.index, again.name, again.failure) == (3, "folder/picture 3 ü", None)
     assert again.tallies["oracle"].confusion is not None
-    assert again.tallies["oracle"].confusion.tolist() == [[5, 0, 2], [1, 3_000_000_000, 0]]
+    assert again.tallies["oracle"].confusion.to_dense().tolist() == [[5, 0, 2], [1, 3_000_000_000, 0]]
     assert again.to_line() == line
     failed = Result.from_line(Result(1, "b", failure="is damaged").to_line(), 2)
     assert (failed.failure, failed.tallies) == ("is damaged", {})

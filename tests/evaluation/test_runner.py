@@ -431,38 +431,23 @@ def test_bad_settings(pipe: Any, tmp_path: Path, settings: dict[str, Any], messa
 def test_two_processes_equal_one(pipe: Any, uninterrupted: tuple[Path, Report], tmp_path: Path) -> None:
     """Through `accelerate launch` and the command line; each picture is evaluated by one of the two."""
     pipe.save_pretrained(tmp_path / "model")
-    launch = [
-        "--multi_gpu",  # of the devices there are: CPU here
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    command = ["evaluate", "--dataset", "scenes", "--limit", "10", "--protocol", *SCENES.protocols]
-    command += [
-        "--preset",
-        "default",
-        "--layers",
-        "1",
-        "--model",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = f"evaluate --dataset scenes --limit 10 --protocol {' '.join(SCENES.protocols)} --preset default"
+    folders = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "seg4diff", *command],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [*launcher, *launch.split(), "-m", "seg4diff", *command.split(), "--layers", "1", *folders],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TOKENIZERS_PARALLELISM": "false",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out" / "scenes"
     files = sorted(out.glob("results-*.jsonl"))

@@ -1,0 +1,68 @@
+"""The command line on the bundled model and its scenes: all protocols side by side.
+
+Thresholds are those that the project promises; the figures of 96 scenes stand well above them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seg4diff.cli import main
+from seg4diff.demo.scenes import CLASSES
+from seg4diff.evaluation.datasets import open_dataset
+
+SCENES = 40
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    command = f"evaluate --dataset scenes --model demo --device cpu --preset default --limit {SCENES}"
+    protocols = ["--protocol", "oracle", "full", "unsupervised", "--save-predictions", "--batch-size", "8"]
+    assert main([*command.split(), *protocols, "--out", str(folder)]) == 0
+    return folder
+
+
+def miou(out: Path, protocol: str) -> float:
+    return float(json.loads((out / "scenes" / "report.json").read_text())["rates"][protocol]["miou"])
+
+
+def test_the_whole_vocabulary_keeps_most_of_what_the_oracle_reaches(out: Path) -> None:
+    oracle, full = miou(out, "oracle"), miou(out, "full")
+    print(f"mIoU over {SCENES} scenes: oracle {oracle:.3f}, full vocabulary {full:.3f}")
+    assert full >= 0.5
+    assert 0.6 * oracle <= full <= oracle
+    assert (out / "report.md").read_text().count("| demo scenes |") == 3  # side by side
+
+
+def test_regions_without_names(out: Path) -> None:
+    """Better than one region for the whole picture, which gets the largest class of each right."""
+    dataset = open_dataset("scenes")
+    hits = np.zeros(len(CLASSES))
+    union = np.zeros(len(CLASSES))
+    for sample in dataset.samples[:SCENES]:
+        pixels = np.bincount(sample.read_labels().ravel(), minlength=len(CLASSES))
+        hits[pixels.argmax()] += pixels.max()
+        union += pixels
+        union[pixels.argmax()] += pixels.sum() - pixels.max()
+    one_region = float((hits / union)[union > 0].mean())
+    assert miou(out, "unsupervised") > one_region + 0.05
+
+
+def test_predictions_on_disk_are_what_was_counted(out: Path) -> None:
+    hits = total = 0
+    for sample in open_dataset("scenes").samples[:SCENES]:
+        predicted = np.asarray(Image.open(out / "scenes" / "predictions" / "oracle" / f"{sample.name}.png"))
+        labels = sample.read_labels()
+        assert predicted.shape == labels.shape
+        assert set(np.unique(predicted)) <= set(np.unique(labels))  # the oracle names nothing else
+        hits += int((predicted == labels).sum())
+        total += labels.size
+    report = json.loads((out / "scenes" / "report.json").read_text())
+    assert report["rates"]["oracle"]["pixel_accuracy"] == pytest.approx(hits / total)
+    assert hits / total > 0.8
