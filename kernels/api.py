@@ -3,7 +3,8 @@
 One softmax attention runs over the concatenation of N image tokens and T text tokens, as in MM-DiT
 (Stable Diffusion 3, Flux). Besides the output, a caller can ask for the image-to-text (I2T) map, the part of
 the attention in which image tokens read text tokens, and for statistics of the whole attention matrix.
-Neither needs the (N + T) x (N + T) matrix: with the log-sum-exp of every row, any entry is ``exp(score - lse)``.
+Neither needs the (N + T) x (N + T) matrix: with the log-sum-exp of every row, any entry is ``exp(score -
+lse)``.
 
 Three backends compute the same function:
 
@@ -158,7 +159,8 @@ def joint_attention(
         maps: the I2T map to return; None for no map.
         statistics: also return the attention budget and the value norms.
         text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
-            A linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value`` here.
+            A linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value``
+            here.
         backend: ``"auto"`` takes Triton on a GPU it supports and ATen elsewhere.
 
     Under autocast, tensors are cast to the autocast dtype, as PyTorch's own attention does.

@@ -26,6 +26,7 @@ _BACKWARD_SCHEMA = (
     f"(Tensor? d_image, Tensor? d_text, Tensor? d_maps, {_INPUTS}, Tensor image, Tensor text, Tensor lse, "
     f"{_REQUEST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_VALUE_NORM_SCHEMA = "(Tensor value) -> Tensor"
 _BUDGET_SCHEMA = (
     "(Tensor query, Tensor text_query, Tensor text_key, Tensor lse, float scale) "
     "-> (Tensor image_to_text, Tensor text_to_text)"
@@ -109,7 +110,7 @@ def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
 def register(
     name: str, forward: Forward, backward: Backward, budget: Budget, value_norm: ValueNorm
 ) -> Attend:
-    """Register ``seg4diff::{name}_forward``, ``_backward``, ``_budget``; return the backend's ``attend``."""
+    """Register ``seg4diff::{name}_forward``, ``_backward``, ``_budget``, ``_value_norm``; return attend."""
     namespace = f"seg4diff::{name}"
 
     def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,6 +123,7 @@ def register(
     forward_op = custom_op(f"{namespace}_forward", run_forward, mutates_args=(), schema=_FORWARD_SCHEMA)
     backward_op = custom_op(f"{namespace}_backward", run_backward, mutates_args=(), schema=_BACKWARD_SCHEMA)
     budget_op = custom_op(f"{namespace}_budget", budget, mutates_args=(), schema=_BUDGET_SCHEMA)
+    norm_op = custom_op(f"{namespace}_value_norm", value_norm, mutates_args=(), schema=_VALUE_NORM_SCHEMA)
 
     forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:7]), Request(*args[7:])))
     backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:10])))
@@ -130,7 +132,12 @@ def register(
         batch, heads = query.shape[0], query.shape[2]
         return tuple(lse.new_empty((batch, heads, rows.shape[1])) for rows in (query, text_query))
 
+    def fake_value_norm(value: Tensor) -> Tensor:
+        batch, tokens, heads, _ = value.shape
+        return value.new_empty((batch, heads, tokens), dtype=wide_dtype(value.dtype))
+
     budget_op.register_fake(fake_budget)
+    norm_op.register_fake(fake_value_norm)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         image, text, lse, _ = output
@@ -156,6 +163,7 @@ def register(
     call_forward = getattr(torch.ops.seg4diff, f"{name}_forward").default
     call_backward = getattr(torch.ops.seg4diff, f"{name}_backward").default
     call_budget = getattr(torch.ops.seg4diff, f"{name}_budget").default
+    call_value_norm = getattr(torch.ops.seg4diff, f"{name}_value_norm").default
 
     def attend(
         query: Tensor,
@@ -182,8 +190,8 @@ def register(
                 result_statistics = AttentionStatistics(
                     image_to_text=image_to_text,
                     text_to_text=text_to_text,
-                    image_value_norm=None if value is None else value_norm(value),
-                    text_value_norm=None if text_value is None else value_norm(text_value),
+                    image_value_norm=None if value is None else call_value_norm(value),
+                    text_value_norm=None if text_value is None else call_value_norm(text_value),
                 )
         return JointAttention(
             image=None if value is None else image,

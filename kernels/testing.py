@@ -1,13 +1,14 @@
 """How exact a result must be: an error budget against float64, shared by tests and benchmarks.
 
 A result may be at most twice as far from the float64 answer as PyTorch's own computation in the same
-precision, plus one rounding of its dtype. An absolute tolerance has no place here: the entries of an attention
-map are about 1 / (N + T), so all zeros would pass any that is usually picked.
+precision, plus one rounding of its dtype. An absolute tolerance has no place here: the entries of an
+attention map are about 1 / (N + T), so all zeros would pass any that is usually picked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,7 +144,25 @@ def pytorch_attention(
         return JointAttention(image=image, text=text, maps=None, statistics=None, lse=None)
     counted = text_query if statistics else None
     shown = attend(query, key, value, counted, text_key, text_value, None, factor, maps, statistics)
-    return JointAttention(image=image, text=text, maps=shown.maps, statistics=shown.statistics, lse=shown.lse)
+    budgets = shown.statistics
+    if text_query is not None and budgets is not None and shown.lse is not None:
+        budgets = replace(budgets, **_budgets(query, text_query, text_key, shown.lse, factor))
+    return JointAttention(image=image, text=text, maps=shown.maps, statistics=budgets, lse=shown.lse)
+
+
+def _budgets(
+    query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float
+) -> dict[str, Tensor]:
+    """Attention budgets as PyTorch computes them from a log-sum-exp, all that flash attention keeps."""
+    norms = lse.split([query.shape[1], text_query.shape[1]], dim=2)
+    names = ("image_to_text", "text_to_text")
+    scores = (
+        scale * torch.einsum("bqhd,bkhd->bhqk", r.float(), text_key.float()) for r in (query, text_query)
+    )
+    return {
+        name: (s - norm[..., None]).exp().sum(dim=-1)
+        for name, s, norm in zip(names, scores, norms, strict=True)
+    }
 
 
 def _flash(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

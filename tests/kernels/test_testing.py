@@ -22,7 +22,8 @@ def maps() -> tuple[Tensor, Tensor]:
     inputs = attention_inputs(2, 300, 77, 3, 32, torch.bfloat16)
     exact = exact_attention(**inputs, maps=MapRequest(heads="each")).maps
     baseline = pytorch_attention(**inputs, maps=MapRequest(heads="each")).maps
-    assert exact is not None and baseline is not None
+    assert exact is not None
+    assert baseline is not None
     return exact, baseline
 
 

@@ -1,0 +1,69 @@
+"""From a kernel's arguments to its launch, on the device the tensors are on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators import Inputs
+from .tuning import Config
+
+# Token offsets within a tile are 32-bit and a tile has at most 256 tokens.
+_LARGEST_TOKEN_STRIDE = 2**31 // 256
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, how many programs run it, its arguments by name, and its configuration.
+
+    An object rather than a call, so that the host code can be asked what it *would* launch: the compile test
+    and the tuning sweep replace :meth:`start`.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    config: Config
+
+    def start(self) -> None:
+        """Launch on the current stream of the device that the tensors are on."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            self.kernel[(self.programs,)](
+                **self.arguments,
+                num_warps=self.config.warps,
+                num_stages=self.config.stages,
+                enable_fp_fusion=True,
+            )
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor if the kernels can read its layout, [B, tokens, H, D] at any strides but the last; else a
+    copy.
+
+    A head vector must be contiguous, and neighbouring tokens close enough for 32-bit offsets within a tile.
+    """
+    if tensor.stride(3) == 1 and tensor.stride(1) < _LARGEST_TOKEN_STRIDE:
+        return tensor
+    return tensor.contiguous()
+
+
+def readable_inputs(inputs: Inputs) -> Inputs:
+    """All tensors :func:`readable`."""
+    tensors = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
+    return dataclasses.replace(inputs, **{n: readable(t) for n, t in tensors.items() if t is not None})
+
+
+def strides(name: str, tensor: Tensor) -> dict[str, Any]:
+    """A [B, tokens, H, D] tensor and its strides as kernel arguments ``name``, ``name_batch`` and so on.
+
+    Axes of length one get stride 0: PyTorch leaves theirs arbitrary, and each would be a new specialisation.
+    """
+    batch, token, head = (tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in range(3))
+    return {name: tensor, f"{name}_batch": batch, f"{name}_token": token, f"{name}_head": head}

@@ -1,0 +1,419 @@
+"""The Triton kernels on the CPU, under Triton's interpreter.
+
+Run by ``test_triton_interpreter.py`` in a process of its own: the interpreter is chosen when the kernels are
+imported, and excludes ahead-of-time compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seg4diff.kernels.api import JointAttention, MapRequest, attention_maps, joint_attention
+from seg4diff.kernels.testing import (
+    assert_within_budget,
+    attention_inputs,
+    exact_attention,
+    pytorch_attention,
+)
+from seg4diff.kernels.triton import backward, forward, maps, registration
+from seg4diff.kernels.triton.tuning import INTERPRETER, Config
+from tests.kernels.interpreter import repair_bfloat16
+
+repair_bfloat16()
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every uninitialised tensor with NaN: what a kernel forgets to write then shows.
+
+    Not in tests of torch.compile, which does not trace through the stand-ins.
+    """
+    if "compile" in request.node.name:
+        return
+
+    def fill(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def created(*args: Any, **options: Any) -> Tensor:
+            tensor = create(*args, **options)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return created
+
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+
+
+def test_poison_reaches_the_host_code() -> None:
+    assert torch.ones(3).new_empty(2).isnan().all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One joint attention: image tokens, text tokens, heads, head dim, and what is asked of it."""
+
+    tokens: int
+    text_tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    scores: str = "probability"
+    reduction: str = "mean"
+    batch: int = 1
+    text: tuple[int, int] | None = None
+    edited: bool = False
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        words = [f"N{self.tokens}", f"T{self.text_tokens}", f"H{self.heads}", f"D{self.head_dim}", self.dtype]
+        words += [self.scores, self.reduction]
+        words += [f"B{self.batch}"] if self.batch > 1 else []
+        words += ["edited"] if self.edited else []
+        words += ["slice"] if self.text else []
+        words += [f"scale{self.scale}"] if self.scale is not None else []
+        return "-".join(words)
+
+    @property
+    def maps(self) -> MapRequest:
+        return MapRequest(self.scores, self.reduction, slice(*self.text or (None,)))  # type: ignore[arg-type]
+
+    def inputs(self) -> dict[str, Tensor]:
+        return attention_inputs(
+            self.batch,
+            self.tokens,
+            self.text_tokens,
+            self.heads,
+            self.head_dim,
+            DTYPES[self.dtype],
+            edited=self.edited,
+        )
+
+
+# A pairwise cover: every two of (image tokens, text tokens, head dim, dtype, scores, reduction) meet
+# somewhere.
+FORWARD = [
+    Case(1, 77, 2, 64, "bf16", "probability", "mean"),
+    Case(63, 154, 3, 32, "fp16", "logit", "each"),
+    Case(64, 1, 2, 96, "fp32", "probability", "max", batch=3),
+    Case(111, 77, 2, 64, "fp16", "text_probability", "max", edited=True, text=(3, 50)),
+    Case(255, 154, 1, 16, "bf16", "text_probability", "mean"),
+    Case(255, 77, 2, 40, "fp32", "logit", "max", text=(60, 77)),
+    Case(64, 154, 2, 128, "bf16", "logit", "mean", batch=3),
+    Case(63, 77, 2, 256, "fp32", "text_probability", "each"),
+    Case(111, 154, 3, 96, "bf16", "probability", "each", text=(1, 2)),
+    Case(111, 1, 2, 32, "fp32", "logit", "mean", edited=True),
+    Case(1, 154, 3, 128, "fp32", "probability", "max", scale=-0.1),
+    Case(255, 1, 1, 64, "fp16", "probability", "each", batch=3, edited=True),
+    Case(64, 77, 2, 16, "fp16", "probability", "mean", scale=0.3),
+    Case(64, 333, 1, 48, "fp16", "text_probability", "max"),
+    Case(63, 1, 2, 128, "bf16", "logit", "max", scale=-0.05),
+    Case(255, 77, 2, 72, "bf16", "probability", "max", edited=True),
+]
+
+
+def judge(case: Case, actual: JointAttention, exact: JointAttention, baseline: JointAttention) -> None:
+    for name in ("image", "text", "maps"):
+        results = [getattr(result, name) for result in (actual, exact, baseline)]
+        assert_within_budget(*results, name=f"{name} of {case}")
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=str)
+def test_forward(case: Case) -> None:
+    inputs = case.inputs()
+    options: dict[str, Any] = {"maps": case.maps, "scale": case.scale, "statistics": True}
+    actual = joint_attention(**inputs, **options, backend="triton")
+    exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
+    judge(case, actual, exact, baseline)
+    for name in ("image_to_text", "text_to_text", "image_value_norm", "text_value_norm"):
+        results = [getattr(result.statistics, name) for result in (actual, exact, baseline)]
+        assert_within_budget(*results, name=f"{name} of {case}")
+    if baseline.lse is not None and actual.lse is not None and exact.lse is not None:
+        assert_within_budget(actual.lse, exact.lse, baseline.lse, name=f"lse of {case}")
+
+
+@pytest.mark.parametrize(
+    ("scores", "statistics"), [("probability", False), ("logit", True), ("text_probability", False)]
+)
+def test_maps_alone(scores: str, statistics: bool) -> None:
+    """Without values there is no output, and only the log-sum-exp that is needed."""
+    case = Case(111, 77, 3, 64, "bf16", scores, "mean", batch=2, text=(5, 70))
+    inputs = {name: tensor for name, tensor in case.inputs().items() if not name.endswith("value")}
+    actual = attention_maps(**inputs, maps=case.maps, statistics=statistics, backend="triton")
+    exact = exact_attention(**inputs, value=None, text_value=None, maps=case.maps, statistics=statistics)
+    baseline = pytorch_attention(**inputs, value=None, text_value=None, maps=case.maps, statistics=statistics)
+    assert actual.image is None
+    assert actual.maps is not None
+    assert exact.maps is not None
+    assert baseline.maps is not None
+    assert_within_budget(actual.maps, exact.maps, baseline.maps)
+    rows = {"probability": 111, "logit": 111 + 77, "text_probability": 0}[scores]
+    assert (0 if actual.lse is None else actual.lse.shape[-1]) == rows
+    if statistics:
+        assert (
+            actual.statistics is not None and exact.statistics is not None and baseline.statistics is not None
+        )
+        assert actual.statistics.image_value_norm is None
+        for name in ("image_to_text", "text_to_text"):
+            assert_within_budget(*(getattr(r.statistics, name) for r in (actual, exact, baseline)), name=name)
+
+
+def test_rows_of_the_whole_matrix_sum_to_one() -> None:
+    """Swapping the streams shows the other half of each row's budget: together they are all of it."""
+    inputs = attention_inputs(1, 111, 77, 2, 64, torch.bfloat16)
+    names = {name: name[5:] if name.startswith("text_") else f"text_{name}" for name in inputs}
+    swapped = {names[name]: tensor for name, tensor in inputs.items()}
+    one = joint_attention(**inputs, statistics=True, backend="triton").statistics
+    other = joint_attention(**swapped, statistics=True, backend="triton").statistics
+    assert one is not None
+    assert other is not None
+    # By rows of the images and of the text; sums of a few hundred float32 terms.
+    for here, there in ((one.image_to_text, other.text_to_text), (one.text_to_text, other.image_to_text)):
+        assert float(here.min()) > 0
+        assert float(here.max()) < 1
+        torch.testing.assert_close(here + there, torch.ones_like(here), rtol=3e-6, atol=0)
+
+
+def fused_views(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as strided views: thirds of a fused projection, [B, tokens, 3, H, D]."""
+    views = {}
+    for prefix in ("", "text_"):
+        names = [f"{prefix}{name}" for name in ("query", "key", "value")]
+        fused = torch.stack([inputs[name] for name in names], dim=2)
+        views.update({name: fused[:, :, index] for index, name in enumerate(names)})
+    return views
+
+
+@pytest.mark.parametrize("layout", ["fused", "heads-first", "channels-strided", "broadcast-batch"])
+def test_strides(layout: str) -> None:
+    """The same numbers through other strides give the same bits, gradients included."""
+    inputs = attention_inputs(2, 63, 33, 2, 32, torch.float16)
+    if layout == "broadcast-batch":
+        inputs = {name: tensor[:1].expand(2, -1, -1, -1).clone() for name, tensor in inputs.items()}
+    views = {
+        "fused": fused_views,
+        "heads-first": lambda given: {
+            n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in given.items()
+        },
+        "channels-strided": lambda given: {
+            n: torch.stack([t, t.flip(0)], dim=-1)[..., 0] for n, t in given.items()
+        },
+        "broadcast-batch": lambda given: {n: t[:1].expand(2, -1, -1, -1) for n, t in given.items()},
+    }[layout](inputs)
+    assert not any(view.is_contiguous() for view in views.values())
+    results = []
+    for tensors in (inputs, views):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        result = joint_attention(**leaves, maps=MapRequest(), backend="triton")
+        assert result.image is not None
+        assert result.text is not None
+        assert result.maps is not None
+        # A broadcast upstream gradient, as sum() gives, and a transposed one.
+        wanted = result.image.sum() + (result.text.transpose(1, 2) * result.text.transpose(1, 2)).sum()
+        gradients = torch.autograd.grad(wanted + 1000 * (result.maps**2).sum(), list(leaves.values()))
+        results.append([result.image, result.text, result.maps, *gradients])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+
+
+GRADIENT = [
+    Case(63, 77, 2, 64, "bf16", "probability", "mean", edited=True, batch=2),
+    Case(111, 33, 2, 32, "fp16", "probability", "max", text=(2, 30)),
+    Case(64, 77, 3, 16, "fp32", "probability", "each", text=(0, 50)),
+    Case(255, 17, 1, 64, "fp16", "logit", "mean", edited=True),
+    Case(63, 33, 3, 96, "bf16", "logit", "max"),
+    Case(1, 77, 2, 128, "fp32", "logit", "each", text=(20, 40)),
+    Case(111, 77, 2, 40, "bf16", "text_probability", "mean", text=(0, 50)),
+    Case(64, 33, 3, 64, "fp32", "text_probability", "max", edited=True),
+    Case(63, 154, 2, 128, "fp16", "text_probability", "each"),
+    Case(1, 33, 2, 256, "bf16", "probability", "mean", scale=-0.1),
+]
+UPSTREAM = {
+    "both": ("image", "text", "maps"),
+    "outputs": ("image", "text"),
+    "map": ("maps",),
+    "image": ("image",),
+    "text-and-map": ("text", "maps"),
+}
+
+
+def upstream(case: Case, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Random upstream gradients; the map's is scaled to weigh as much as the output's."""
+    generator = torch.Generator().manual_seed(7)
+    keys = case.tokens + case.text_tokens
+    first, last = case.maps.columns(case.text_tokens)
+    shapes = {
+        "image": (case.batch, case.tokens, case.heads, case.head_dim),
+        "text": (case.batch, case.text_tokens, case.heads, case.head_dim),
+        "maps": (case.batch, *([case.heads] if case.reduction == "each" else []), case.tokens, last - first),
+    }
+    weight = {"image": 1.0, "text": 1.0, "maps": keys**0.5 * (case.heads if case.reduction == "mean" else 1)}
+    drawn = {name: weight[name] * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: drawn[name] for name in names}
+
+
+def gradients(
+    attend: Callable[..., JointAttention],
+    inputs: dict[str, Tensor],
+    given: dict[str, Tensor],
+    **options: Any,
+) -> dict[str, Tensor | None]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    result = attend(**leaves, **options)
+    outputs = [getattr(result, name) for name in given]
+    upstreams = [gradient.to(output.dtype) for gradient, output in zip(given.values(), outputs, strict=True)]
+    found = torch.autograd.grad(outputs, list(leaves.values()), upstreams, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def pairs() -> list[Any]:
+    """Every case with both gradients, and with one of the other choices of upstream gradient in turn."""
+    others = [name for name in UPSTREAM if name != "both"]
+    chosen = []
+    for index, case in enumerate(GRADIENT):
+        for given in ("both", others[index % len(others)]):
+            chosen.append(pytest.param(case, given, id=f"{case}-{given}"))
+    return chosen
+
+
+@pytest.mark.parametrize(("case", "given"), pairs())
+def test_gradients(case: Case, given: str) -> None:
+    judge_gradients(case, upstream(case, UPSTREAM[given]), case.inputs(), maps=case.maps, scale=case.scale)
+
+
+def judge_gradients(case: Case, wanted: dict[str, Tensor], inputs: dict[str, Tensor], **options: Any) -> None:
+    actual = gradients(joint_attention, inputs, wanted, **options, backend="triton")
+    wide = {name: tensor.double() for name, tensor in inputs.items()}
+    # The upstream gradients that the kernels see are rounded to the dtype of the outputs; so are these.
+    rounded = {n: g if n == "maps" else g.to(DTYPES[case.dtype]) for n, g in wanted.items()}
+    exact = gradients(exact_attention, wide, rounded, **options)
+    baseline = gradients(pytorch_attention, inputs, wanted, **options)
+    for name in inputs:
+        true, found, usual = exact[name], actual[name], baseline[name]
+        assert found is not None
+        if true is None or not true.any():
+            assert not found.any(), name
+            continue
+        usual = torch.zeros_like(found) if usual is None else usual
+        assert_within_budget(found, true, usual, name=f"d_{name} of {case}")
+
+
+@pytest.mark.parametrize("scores", ["probability", "logit", "text_probability"])
+def test_gradients_of_maps_alone(scores: str) -> None:
+    case = Case(63, 77, 2, 64, "fp16", scores, "mean", batch=2, text=(0, 60))
+    inputs = {name: t for name, t in case.inputs().items() if name in ("query", "key", "text_key")}
+
+    def reference(**given: Any) -> JointAttention:
+        # Text queries have no part in the map; any will do.
+        return exact_attention(value=None, text_value=None, text_query=given["text_key"].detach(), **given)
+
+    def usual(**given: Any) -> JointAttention:
+        return pytorch_attention(value=None, text_value=None, text_query=None, **given)
+
+    wanted = upstream(case, ("maps",))
+    actual = gradients(attention_maps, {**inputs}, wanted, maps=case.maps, text_query=None, backend="triton")
+    exact = gradients(reference, {n: t.double() for n, t in inputs.items()}, wanted, maps=case.maps)
+    baseline = gradients(usual, inputs, wanted, maps=case.maps)
+    for name in inputs:
+        true, found, expected = exact[name], actual[name], baseline[name]
+        assert found is not None
+        if true is None or not true.any():
+            assert not found.any(), name
+        else:
+            assert expected is not None
+            assert_within_budget(found, true, expected, name=f"d_{name}")
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    case = Case(63, 33, 2, 64, "bf16", "probability", "mean", edited=True)
+    runs = []
+    for _ in range(2):
+        result = joint_attention(**case.inputs(), maps=case.maps, statistics=True, backend="triton")
+        given = upstream(case, UPSTREAM["both"])
+        found = gradients(joint_attention, case.inputs(), given, maps=case.maps, backend="triton")
+        runs.append([result.image, result.text, result.maps, result.lse, *found.values()])
+    for one, other in zip(*runs, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "tiles", [(16, 16), (32, 128), (128, 32)], ids=lambda tiles: f"{tiles[0]}x{tiles[1]}"
+)
+def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shape of tile is built into a kernel: the tuning table is free to choose."""
+    config = Config(*tiles, 4, 1)
+    tuning = dataclasses.replace(INTERPRETER, **dict.fromkeys(INTERPRETER.__dataclass_fields__, config))
+    for module in (forward, maps, backward):
+        monkeypatch.setattr(module, "tuning_for", lambda tensor: tuning)
+    case = Case(63, 33, 2, 32, "fp16", "probability", "mean", edited=True)
+    inputs = case.inputs()
+    options: dict[str, Any] = {"maps": case.maps}
+    judge(
+        case,
+        joint_attention(**inputs, **options, backend="triton"),
+        exact_attention(**inputs, **options),
+        pytorch_attention(**inputs, **options),
+    )
+    given = upstream(case, UPSTREAM["both"])
+    judge_gradients(case, given, inputs, **options)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["query", "text_key", "value"])
+def test_what_is_not_a_number_spreads_as_in_pytorch(name: str, bad: float) -> None:
+    """A bad entry makes the same outputs NaN as in PyTorch's attention, and no others."""
+    inputs = attention_inputs(1, 40, 20, 2, 32, torch.float32)
+    inputs[name][0, 3, 1, 5] = bad
+    actual = joint_attention(**inputs, maps=MapRequest(heads="each"), backend="triton")
+    expected = pytorch_attention(**inputs, maps=MapRequest(heads="each"))
+    for part in ("image", "text", "maps"):
+        found, usual = getattr(actual, part), getattr(expected, part)
+        assert torch.equal(found.isnan(), usual.isnan()), part
+        assert torch.equal(found.isinf(), usual.isinf()), part
+
+
+def test_operators_keep_the_rules_of_torch_library() -> None:
+    inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32)
+    tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
+    request = (0.25, "probability", "mean", 0, 5)
+    torch.library.opcheck(torch.ops.seg4diff.triton_forward.default, (*tensors, None, *request))
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = attention_inputs(1, 33, 17, 2, 16, torch.float32)
+
+    def model(scale: Tensor, **streams: Tensor) -> Tensor:
+        streams["query"] = streams["query"] * scale
+        result = joint_attention(**streams, maps=MapRequest(), statistics=True, backend="triton")
+        assert result.image is not None
+        assert result.maps is not None
+        assert result.statistics is not None
+        return result.image.sum() + result.maps.square().sum() + result.statistics.image_to_text.sum()
+
+    losses, found = [], []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        scale = torch.tensor(1.5, requires_grad=True)
+        losses.append(function(scale, **inputs))
+        found.append(torch.autograd.grad(losses[-1], scale)[0])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "reason"),
+    [(torch.float64, 64, "float64"), (torch.float16, 8, "head dim 8"), (torch.float16, 60, "head dim 60"),
+     (torch.float16, 264, "head dim 264")],
+)  # fmt: skip
+def test_what_it_cannot_do_names_what_can(dtype: torch.dtype, head_dim: int, reason: str) -> None:
+    inputs = attention_inputs(1, 4, 3, 1, head_dim, torch.float32)
+    with pytest.raises(ValueError, match=f"{reason}.*backend='aten' can"):
+        joint_attention(**{n: t.to(dtype) for n, t in inputs.items()}, backend="triton")
+    assert registration.refusal(inputs["query"].to(dtype)) is not None
