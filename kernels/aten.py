@@ -1,9 +1,11 @@
 """Joint attention from PyTorch's own operators: the CPU's fast path and any device's fall-back.
 
-Forward: flash attention with its log-sum-exp, once for the image rows and once for the text rows (so that
-neither queries nor outputs are concatenated), then a pass over the text columns for the map, a head at a time.
-Backward: our own, in blocks of query rows. PyTorch's operators do not differentiate the log-sum-exp, so a map
-composed from them would have silently wrong gradients. Nothing of size S x S exists in either direction.
+Forward: flash attention with its log-sum-exp over the image keys, then the few text columns, a head at a
+time, by matrix products of our own, merged into output and log-sum-exp. The map falls out of that, and is as
+exact as a softmax: a probability and the log-sum-exp that it is divided by hold the very same scores. Nothing
+is concatenated. Backward: our own, in blocks of query rows. PyTorch's operators do not differentiate the
+log-sum-exp, so a map composed from them would have silently wrong gradients. Nothing of size S x S exists in
+either direction.
 """
 
 from __future__ import annotations
@@ -20,26 +22,79 @@ _BLOCK_ELEMENTS = 8 * 2**20  # entries of one block of scores, all batch rows an
 
 def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image output, text output, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
-    query, text_query, text_key = inputs.query, inputs.text_query, inputs.text_key
+    query, key, text_query = inputs.query, inputs.key, inputs.text_query
     image, text, lse, maps = empty_outputs(inputs, request)
     tokens = query.shape[1]
-    if lse.shape[-1] > 0:
-        keys = torch.cat([inputs.key, text_key], dim=1)
-        if inputs.value is None or inputs.text_value is None or text_query is None:
-            lse[:, :, :tokens] = _log_sum_exp(query, keys, request.scale)
-            if text_query is not None:
-                lse[:, :, tokens:] = _log_sum_exp(text_query, keys, request.scale)
+    edited = inputs.text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
+    if inputs.value is not None:
+        image, lse[:, :, :tokens] = _flash(query, key, inputs.value, request.scale)
+    elif lse.shape[-1] > 0:
+        lse[:, :, :tokens] = _log_sum_exp(query, key, request.scale)
+    _attend_to_text(query, inputs.text_key, edited, image, lse[:, :, :tokens], maps, request)
+    if text_query is not None:
+        if inputs.value is not None:
+            text, lse[:, :, tokens:] = _flash(text_query, key, inputs.value, request.scale)
         else:
-            values = torch.cat([inputs.value, inputs.text_value], dim=1)
-            text, lse[:, :, tokens:] = _flash(text_query, keys, values, request.scale)
-            if inputs.text_value_for_image is not None:
-                values = torch.cat([inputs.value, inputs.text_value_for_image], dim=1)
-            image, lse[:, :, :tokens] = _flash(query, keys, values, request.scale)
-            del values
-        del keys
-    if request.scores is not None:
-        _write_maps(maps, query, text_key, lse, request)
+            lse[:, :, tokens:] = _log_sum_exp(text_query, key, request.scale)
+        without_map = Request(request.scale, None, "mean", 0, 0)
+        values, rows = inputs.text_value, lse[:, :, tokens:]
+        _attend_to_text(text_query, inputs.text_key, values, text, rows, maps, without_map)
     return image, text, lse, maps
+
+
+def _attend_to_text(
+    rows: Tensor,
+    text_key: Tensor,
+    text_value: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    maps: Tensor,
+    request: Request,
+) -> None:
+    """Let ``rows`` [B, M, H, D], which have attended to the image keys, attend to the text keys as well.
+
+    Updates ``out`` [B, M, H, D] (where there are values) and ``lse`` [B, H, M] (where it is not empty) in
+    place, and fills the map that ``request`` names.
+    """
+    wide = wide_dtype(rows.dtype)
+    heads, start, stop = rows.shape[2], request.start, request.stop
+    normalised = lse.shape[-1] > 0
+    shown = request.scores
+    if shown == "logit" and request.heads == "mean":  # linear: one product of the un-split projections
+        columns = text_key[:, start:stop].flatten(2).to(wide) * (request.scale / heads)
+        torch.bmm(rows.flatten(2).to(wide), columns.transpose(1, 2), out=maps)
+        shown = None
+    for head in range(heads) if normalised or shown else ():
+        scores = _scores(rows[:, :, head], text_key[:, :, head], request.scale)  # [B, M, T]
+        if shown == "logit":
+            _reduce(maps, head, heads, scores[..., start:stop], request)
+        elif shown == "text_probability":
+            _reduce(maps, head, heads, scores.softmax(dim=-1)[..., start:stop], request)
+        if not normalised:
+            continue
+        of_image = lse[:, head].clone()
+        torch.logaddexp(of_image, scores.logsumexp(dim=-1), out=lse[:, head])
+        probability = scores.sub_(lse[:, head, :, None]).exp_()
+        if shown == "probability":
+            _reduce(maps, head, heads, probability[..., start:stop], request)
+        if text_value is not None:
+            share = of_image.sub_(lse[:, head]).exp_()[..., None]  # of the image keys in the row's mass
+            from_image = out[:, :, head].to(wide) * share
+            out[:, :, head] = torch.baddbmm(from_image, probability, text_value[:, :, head].to(wide))
+
+
+def _reduce(maps: Tensor, head: int, heads: int, entries: Tensor, request: Request) -> None:
+    """Put one head's entries [B, N, T'] into the map."""
+    if request.heads == "each":
+        maps[:, head] = entries
+    elif head == 0:
+        maps.copy_(entries)
+    elif request.heads == "mean":
+        maps.add_(entries)
+    else:
+        torch.maximum(maps, entries, out=maps)
+    if request.heads == "mean" and head == heads - 1:
+        maps.div_(heads)
 
 
 def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -54,9 +109,8 @@ def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[T
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
         out = out[..., :width]
     elif q.device.type == "cuda" and q.dtype == torch.float32 and width % 4 == 0:
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[
-            :2
-        ]
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse = attend(q, k, v, None, True, scale=scale)[:2]
         lse = lse[..., : q.shape[2]]  # padded to a multiple of 32
     else:
         out, lse = _attention_in_blocks(q, k, v, scale)
@@ -79,47 +133,13 @@ def _log_sum_exp(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Natural log-sum-exp [B, H, M] of the rows ``query`` [B, M, H, D] over ``keys`` [B, S, H, D]."""
     wide = wide_dtype(query.dtype)
     q = query.transpose(1, 2)
-    k = (keys.transpose(1, 2).to(wide) * scale).transpose(-1, -2)  # [B, H, D, S]
+    k = keys.transpose(1, 2).to(wide).transpose(-1, -2)  # [B, H, D, S]
     blocks = q.split(_block_rows(q, keys.shape[1]), dim=2)
-    return torch.cat([(rows.to(wide) @ k).logsumexp(dim=-1) for rows in blocks], dim=2)
+    return torch.cat([(rows.to(wide) @ k).mul_(scale).logsumexp(dim=-1) for rows in blocks], dim=2)
 
 
 def _block_rows(q: Tensor, columns: int) -> int:
     return max(1, _BLOCK_ELEMENTS // (q.shape[0] * q.shape[1] * columns))
-
-
-def _write_maps(maps: Tensor, query: Tensor, text_key: Tensor, lse: Tensor, request: Request) -> None:
-    """Fill ``maps`` from the scores of the text columns and the image rows' log-sum-exp."""
-    wide = wide_dtype(query.dtype)
-    tokens, heads = query.shape[1:3]
-    start, stop = request.start, request.stop
-    if (
-        request.scores == "logit" and request.heads == "mean"
-    ):  # linear: one product of the un-split projections
-        columns = text_key[:, start:stop].flatten(2).to(wide) * (request.scale / heads)
-        torch.bmm(query.flatten(2).to(wide), columns.transpose(1, 2), out=maps)
-        return
-    for head in range(heads):
-        columns = (
-            text_key[:, :, head] if request.scores == "text_probability" else text_key[:, start:stop, head]
-        )
-        entries = query[:, :, head].to(wide) @ (columns.to(wide) * request.scale).transpose(
-            1, 2
-        )  # [B, N, columns]
-        if request.scores == "probability":
-            entries.sub_(lse[:, head, :tokens, None]).exp_()
-        elif request.scores == "text_probability":
-            entries = entries.softmax(dim=-1)[..., start:stop]
-        if request.heads == "each":
-            maps[:, head] = entries
-        elif head == 0:
-            maps.copy_(entries)
-        elif request.heads == "mean":
-            maps.add_(entries)
-        else:
-            torch.maximum(maps, entries, out=maps)
-    if request.heads == "mean":
-        maps.div_(heads)
 
 
 def budget(
@@ -131,10 +151,15 @@ def budget(
     for rows, first in ((query, 0), (text_query, tokens)):
         last = first + rows.shape[1]
         for head in range(heads):
-            columns = (text_key[:, :, head].to(lse.dtype) * scale).transpose(1, 2)
-            entries = rows[:, :, head].to(lse.dtype) @ columns
+            entries = _scores(rows[:, :, head], text_key[:, :, head], scale)
             masses[:, head, first:last] = entries.sub_(lse[:, head, first:last, None]).exp_().sum(dim=-1)
     return masses[:, :, :tokens].clone(), masses[:, :, tokens:].clone()
+
+
+def _scores(rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """scale * rows @ columns^T of one head: [B, M, D] and [B, T, D] -> [B, M, T], wide."""
+    wide = wide_dtype(rows.dtype)
+    return torch.bmm(rows.to(wide), columns.to(wide).transpose(1, 2)).mul_(scale)
 
 
 def backward(
@@ -231,7 +256,7 @@ def _map_rows(d_maps: Tensor, block: slice, request: Request) -> Tensor:
 
 
 def _per_head(d_maps: Tensor, entries: Tensor, request: Request) -> Tensor:
-    """Gradient of the entries [B, H, rows, T'] from that of their reduction over heads, [B, H or 1, rows, T']."""
+    """Gradient of the entries [B, H, rows, T'], from that of their reduction, [B, H or 1, rows, T']."""
     if request.heads == "mean":
         return (d_maps / entries.shape[1]).expand_as(entries)
     if request.heads == "max":
