@@ -1,0 +1,153 @@
+"""What `joint_attention` accepts, what it refuses, and that a refusal says what would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seg4diff.kernels import api
+from seg4diff.kernels.api import MapRequest, attention_maps, joint_attention
+from seg4diff.kernels.testing import attention_inputs
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    return attention_inputs(2, 6, 4, 3, 8, torch.float32, edited=True)
+
+
+def changed(inputs: dict[str, Tensor], **replaced: Any) -> dict[str, Any]:
+    return {**inputs, **{name: change(inputs[name]) for name, change in replaced.items()}}
+
+
+SHAPES = [
+    pytest.param({"key": lambda t: t[0]}, r"key has shape \[6, 3, 8\].*\[batch, tokens, heads, head_dim\]", id="rank"),
+    pytest.param({"value": lambda t: t[:1]}, "value has batch size 1.*query has 2", id="batch"),
+    pytest.param({"text_query": lambda t: t[:, :, :1]}, "text_query has number of heads 1.*query has 3", id="heads"),
+    pytest.param({"text_key": lambda t: t[..., :4]}, "text_key has head dim 4.*query has 8", id="head-dim"),
+    pytest.param({"value": lambda t: t[:, :5]}, "value has 5 tokens, but query has 6", id="image-length"),
+    pytest.param({"text_value": lambda t: t[:, :3]}, "text_value has 3 tokens, but text_key has 4", id="text-length"),
+    pytest.param({"text_value_for_image": lambda t: t[:, :3]}, "text_value_for_image has 3 tokens", id="edited-length"),
+    pytest.param({"value": lambda t: t.to("meta")}, "value is on meta, but query is on cpu", id="device"),
+    pytest.param(
+        {name: lambda t: t[:, :0] for name in ("query", "key", "value")}, "query has shape .* zero tokens", id="no-image"
+    ),
+    pytest.param(
+        {name: lambda t: t[:, :0] for name in ("text_query", "text_key", "text_value", "text_value_for_image")},
+        "text_query has shape .* zero tokens",
+        id="no-text",
+    ),
+    pytest.param({"query": lambda t: t[:, :, :, :0]}, "query has shape .* axis of length zero", id="empty-axis"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("replaced", "message"), SHAPES)
+def test_shapes_that_do_not_fit(inputs: dict[str, Tensor], replaced: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        joint_attention(**changed(inputs, **replaced))
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        pytest.param({"key": lambda t: t.tolist()}, "key must be a tensor, got list", id="no-tensor"),
+        pytest.param({"query": lambda t: t.long()}, "query has dtype torch.int64; accepted: float16", id="integer"),
+        pytest.param({"value": lambda t: t.half()}, "value has dtype torch.float16, but query has", id="mixed"),
+    ],
+)
+def test_dtypes_that_do_not_fit(inputs: dict[str, Tensor], replaced: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        joint_attention(**changed(inputs, **replaced))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scores": "softmax"}, ValueError, "scores='softmax' is unknown; accepted: probability, logit, text_prob"),
+        ({"heads": "median"}, ValueError, "heads='median' is unknown; accepted: mean, each, max"),
+        ({"text": slice(0, 4, 2)}, ValueError, "has a step"),
+        ({"text": slice(0.5, 2)}, TypeError, "integer bounds"),
+        ({"text": slice(True, 2)}, TypeError, "integer bounds"),
+        ({"text": 3}, TypeError, "text=3 must be a slice"),
+    ],
+)
+def test_map_requests_that_mean_nothing(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MapRequest(**options)
+
+
+@pytest.mark.parametrize("text", [slice(0, 5), slice(-2, None), slice(2, 2), slice(3, 1), slice(4, None)], ids=str)
+def test_text_ranges_outside_the_text(inputs: dict[str, Tensor], text: slice) -> None:
+    with pytest.raises(ValueError, match="inside the 4 text tokens; use bounds with 0 <= start < stop <= 4"):
+        joint_attention(**inputs, maps=MapRequest(text=text))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown; accepted: auto, reference, aten, triton"),
+        ({"maps": "mean"}, TypeError, "maps='mean' must be a MapRequest"),
+        ({"scale": "big"}, TypeError, "scale='big' must be a number"),
+    ],
+)
+def test_options_that_do_not_exist(
+    inputs: dict[str, Tensor], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        joint_attention(**inputs, **options)
+
+
+def test_triton_refuses_a_cpu_and_names_what_can(inputs: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="backend='triton' cannot run this: .*; backend='aten' can"):
+        joint_attention(**{n: t.repeat(1, 1, 1, 4) for n, t in inputs.items()}, backend="triton")
+
+
+def test_nothing_runs_before_the_checks(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(name: str, query: Tensor) -> Any:
+        raise AssertionError("a backend was asked for")
+
+    monkeypatch.setattr(api, "_backend", chosen)
+    with pytest.raises(ValueError, match="tokens"):
+        joint_attention(**changed(inputs, text_value=lambda t: t[:, :3]))
+    with pytest.raises(ValueError, match="inside the 4 text tokens"):
+        joint_attention(**inputs, maps=MapRequest(text=slice(0, 9)))
+    with pytest.raises(AssertionError, match="asked for"):
+        joint_attention(**inputs)
+
+
+def test_maps_alone_need_text_queries_for_the_budget_only(inputs: dict[str, Tensor]) -> None:
+    streams = (inputs["query"], inputs["key"], None, inputs["text_key"])
+    with pytest.raises(ValueError, match="text_query=None, but statistics=True needs it"):
+        attention_maps(*streams, statistics=True)
+    with pytest.raises(TypeError, match="maps=None must be a MapRequest"):
+        attention_maps(*streams, maps=None)  # type: ignore[arg-type]
+    result = attention_maps(*streams)
+    assert result.maps is not None
+    assert result.maps.shape == (2, 6, 4)
+
+
+@pytest.mark.parametrize("heads", ["mean", "each", "max"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_result_has_the_documented_shapes(heads: Any, dtype: torch.dtype) -> None:
+    inputs = attention_inputs(2, 6, 5, 3, 8, dtype)
+    result = joint_attention(**inputs, maps=MapRequest(heads=heads, text=slice(1, 4)), statistics=True)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert result.image is not None
+    assert result.text is not None
+    assert result.maps is not None
+    assert result.lse is not None
+    assert (result.image.shape, result.image.dtype) == ((2, 6, 3, 8), dtype)
+    assert (result.text.shape, result.text.dtype) == ((2, 5, 3, 8), dtype)
+    assert (result.maps.shape, result.maps.dtype) == ((2, 3, 6, 3) if heads == "each" else (2, 6, 3), wide)
+    assert (result.lse.shape, result.lse.dtype) == ((2, 3, 11), wide)
+    statistics = result.statistics
+    assert statistics is not None
+    assert statistics.image_value_norm is not None
+    assert statistics.text_value_norm is not None
+    assert statistics.image_to_text.shape == statistics.image_value_norm.shape == (2, 3, 6)
+    assert statistics.text_to_text.shape == statistics.text_value_norm.shape == (2, 3, 5)
+    plain = joint_attention(**inputs)
+    assert plain.maps is None
+    assert plain.statistics is None
