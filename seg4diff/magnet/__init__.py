@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seg4diff.magnet import losses, matching
-    from seg4diff.magnet.estimate import Estimate, estimate
+    from seg4diff.magnet.estimate import Estimate, estimate_memory
     from seg4diff.magnet.settings import TrainSettings, build_settings, read_settings
     from seg4diff.magnet.trainer import TrainResult, train
     from seg4diff.magnet.weights import load_lora, save_lora
@@ -28,7 +28,7 @@ _PUBLIC = {
     "TrainResult": "trainer",
     "TrainSettings": "settings",
     "build_settings": "settings",
-    "estimate": "estimate",
+    "estimate_memory": "estimate",
     "load_lora": "weights",
     "losses": "",
     "matching": "",
@@ -41,7 +41,7 @@ __all__ = [
     "TrainResult",
     "TrainSettings",
     "build_settings",
-    "estimate",
+    "estimate_memory",
     "load_lora",
     "losses",
     "matching",
@@ -56,9 +56,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _PUBLIC[name]:
         return import_module(f"{__name__}.{name}")
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value  # importing seg4diff.magnet.estimate binds that name to the module
-    return value
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:
