@@ -26,6 +26,7 @@ _DatasetName = Literal[
     "coco-stuff171",
     "ade150",
     "cityscapes19",
+    "imagenet-seg",
     "folder",
     "scenes",
 ]
@@ -48,7 +49,7 @@ class Evaluate:
 
     dataset: _Datasets = ("scenes",)
     """voc20, voc21, pc59, pc60, coco-object, coco-object-bg, coco-stuff27, coco-stuff171, ade150,
-    cityscapes19; folder: one of your own; scenes: those of the bundled model."""
+    cityscapes19, imagenet-seg; folder: one of your own; scenes: those of the bundled model."""
     protocol: Annotated[
         tuple[Literal["oracle", "full", "unsupervised"], ...],
         tyro.conf.arg(metavar="{oracle,full,unsupervised} [...]"),
@@ -149,10 +150,17 @@ def run_evaluate(options: Evaluate) -> None:
         ValueError, FileNotFoundError: what is asked for makes no sense, or files are missing.
         RuntimeError: some images could not be evaluated; the report is written all the same.
     """
-    if options.generation:
-        _generate(options)
-    else:
-        _segment(options)
+    try:
+        if options.generation:
+            _generate(options)
+        else:
+            _segment(options)
+    finally:
+        if "RANK" in os.environ:  # one of several processes
+            import torch.distributed
+
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 def run_prepare(options: Prepare) -> None:

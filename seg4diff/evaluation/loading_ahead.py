@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -22,12 +22,14 @@ class Loaded:
         name: of the sample.
         image: RGB.
         labels: uint8 [height, width], of the size of ``image``.
+        prompts: see :class:`seg4diff.evaluation.datasets.Sample`.
     """
 
     index: int
     name: str
     image: Image.Image
     labels: np.ndarray
+    prompts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,4 +87,4 @@ def load(sample: Sample, index: int) -> Loaded | Failure:
             f"the picture is {image.width} x {image.height}, its label map {width} x {height} (width x "
             "height)",
         )
-    return Loaded(index, sample.name, image, labels)
+    return Loaded(index, sample.name, image, labels, sample.prompts)

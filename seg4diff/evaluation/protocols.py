@@ -7,9 +7,9 @@ afterwards. All three read the same noisy latent, so that a picture is encoded o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -94,9 +94,14 @@ class Protocol:
         self._encoding = encoding
         self._by_threshold = dataset.background is not None and background == "threshold"
         self._threshold = threshold
-        self._asked: dict[tuple[int, ...], Question] = {}
+        self._asked: dict[tuple[Any, ...], Question] = {}
+        if name == "full" and not dataset.common_vocabulary:
+            raise ValueError(
+                f"data set {dataset.name!r} has no vocabulary common to its pictures; use another protocol "
+                "than full"
+            )
         if name != "unsupervised":
-            self._question(tuple(range(len(dataset.classes))))
+            self._question(tuple(range(len(dataset.classes))), {})
 
     @property
     def labels(self) -> int:
@@ -104,34 +109,41 @@ class Protocol:
         stray = self.name == "oracle" and self._keeps_stray_name
         return len(self._dataset.classes) + stray
 
-    def question(self, labels: np.ndarray) -> Question:
-        """What to ask a picture with these labels, uint8 [height, width], 255 for pixels that are ignored."""
+    def question(self, labels: np.ndarray, prompts: Mapping[int, tuple[str, ...]] | None = None) -> Question:
+        """What to ask a picture.
+
+        Args:
+            labels: uint8 [height, width], 255 for pixels that do not count.
+            prompts: names of its own for some classes.
+        """
         if self.name == "unsupervised":
             return Question(self.name, (), (), (PlannedPrompt("", ()),))
         classes = len(self._dataset.classes)
         if self.name == "full":
-            return self._question(tuple(range(classes)))
+            return self._question(tuple(range(classes)), prompts or {})
         present = [int(value) for value in np.unique(labels) if value != IGNORED]
         if self._keeps_stray_name and (labels == IGNORED).any():
             present.append(classes)
-        return self._question(tuple(present))
+        return self._question(tuple(present), prompts or {})
 
     @property
     def _keeps_stray_name(self) -> bool:
         return self._preset.name == "reference" and self._dataset.stray_name is not None
 
-    def _question(self, present: tuple[int, ...]) -> Question:
-        if present not in self._asked:
+    def _question(self, present: tuple[int, ...], prompts: Mapping[int, tuple[str, ...]]) -> Question:
+        key = (present, *sorted(prompts.items()))
+        if key not in self._asked:
             dataset = self._dataset
             labels = tuple(
                 label for label in present if not (self._by_threshold and label == dataset.background)
             )
             stray = (dataset.stray_name or "",)
             names = tuple(
-                dataset.prompts[label] if label < len(dataset.classes) else stray for label in labels
+                prompts.get(label, dataset.prompts[label]) if label < len(dataset.classes) else stray
+                for label in labels
             )
             flat = [name for several in names for name in several]
-            self._asked[present] = Question(
+            self._asked[key] = Question(
                 self.name,
                 labels,
                 names,
@@ -139,7 +151,7 @@ class Protocol:
                 self._threshold if self._by_threshold else None,
                 dataset.background if self._by_threshold else None,
             )
-        return self._asked[present]
+        return self._asked[key]
 
 
 def predict(

@@ -200,7 +200,10 @@ class Evaluator:
         labels = [seen_part(p.labels, view) for p, view in zip(pictures, views, strict=True)]
         counted = [i for i, part in enumerate(labels) if (part != IGNORED).any()]
         questions = {
-            i: {name: protocol.question(labels[i]) for name, protocol in self.protocols.items()}
+            i: {
+                name: protocol.question(labels[i], pictures[i].prompts)
+                for name, protocol in self.protocols.items()
+            }
             for i in counted
         }
         prompts = {i: list(dict.fromkeys(_texts(questions[i].values()))) for i in counted}

@@ -195,6 +195,33 @@ def write_cityscapes(root: Path) -> None:
         write_labels(inside / f"{name}_gtFine_instanceIds.png", [[24000] * 4] * 3)  # is left alone
 
 
+IMAGENET_VALUES = {"n02690373_1016": [[0, 1, 1, 0], [0, 0, 1, 0]], "n02123045_7": [[1], [0], [1]]}
+"""ImageNet-Segmentation: an airliner and a tabby, 1 where they are."""
+
+
+def write_imagenet(root: Path) -> None:
+    """Cell arrays as MATLAB 7.3 stores them: references, column by column, strings as character codes."""
+    import h5py
+
+    (root / "words.txt").write_text("n02690373\tairliner\nn02123045\ttabby, tabby cat\nn00001740\tentity\n")
+    with h5py.File(root / "gtsegs_ijcv.mat", "w") as file:
+        columns: dict[str, list[object]] = {"img": [], "gt": [], "id": []}
+        for number, (name, values) in enumerate(IMAGENET_VALUES.items()):
+            labels = np.array(values, np.uint8)
+            pixels = np.zeros((*labels.shape, 3), np.uint8)
+            pixels[..., 0] = labels * 200 + np.arange(labels.shape[1])  # tells apart width and height
+            file[f"#refs#/img{number}"] = pixels.transpose(2, 1, 0)
+            file[f"#refs#/inside{number}"] = labels.T
+            inside = np.array([[file[f"#refs#/inside{number}"].ref]], h5py.ref_dtype)
+            file.create_dataset(f"#refs#/gt{number}", data=inside, dtype=h5py.ref_dtype)
+            file[f"#refs#/id{number}"] = np.array([[ord(letter)] for letter in name], np.uint16)
+            for column, references in columns.items():
+                references.append(file[f"#refs#/{column}{number}"].ref)
+        for column, references in columns.items():
+            stored = np.array(references, h5py.ref_dtype).reshape(-1, 1)
+            file.create_dataset(f"value/{column}", data=stored, dtype=h5py.ref_dtype)
+
+
 def write_folder(
     root: Path, classes: Sequence[str], labels: dict[str, Sequence[Sequence[int]]], *, painted: bool = False
 ) -> None:

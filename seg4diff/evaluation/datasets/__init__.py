@@ -37,6 +37,7 @@ DatasetName = Literal[
     "coco-stuff171",
     "ade150",
     "cityscapes19",
+    "imagenet-seg",
     "folder",
     "scenes",
 ]
@@ -59,6 +60,7 @@ class Dataset:
         expected: how many pictures the whole data set has; None where any number will do.
         stray_name: a name that the paper's public code prompts by mistake, and whose pixels it counts as
             errors, where pictures have pixels that do not count.
+        common_vocabulary: whether the classes mean the same in all pictures, so that all can be prompted.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Dataset:
     source: str
     expected: int | None = None
     stray_name: str | None = None
+    common_vocabulary: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class _Kind:
     background: bool = False
     expected: int | None = None
     stray_name: str | None = None
+    common_vocabulary: bool = True
 
 
 _VOC, _PC, _THINGS = class_names.VOC, class_names.PASCAL_CONTEXT, class_names.COCO_THINGS
@@ -94,6 +98,9 @@ _KINDS: dict[str, _Kind] = {
     "coco-stuff171": _Kind("COCO-Stuff-171", _THINGS + class_names.COCO_STUFF, expected=5000),
     "ade150": _Kind("ADE20K-150", class_names.ADE20K, expected=2000),
     "cityscapes19": _Kind("Cityscapes-19", class_names.CITYSCAPES, expected=500),
+    "imagenet-seg": _Kind(
+        "ImageNet-Segmentation", (*_WITH, "object"), background=True, expected=4276, common_vocabulary=False
+    ),
 }
 
 
@@ -147,11 +154,12 @@ def open_dataset(name: str, root: Path | None = None, *, partial: bool = False) 
         source,
         kind.expected,
         kind.stray_name,
+        kind.common_vocabulary,
     )
 
 
 def _read(name: str, root: Path, background: bool) -> tuple[tuple[Sample, ...], str]:
-    from seg4diff.evaluation.datasets import ade20k, cityscapes, coco, pascal
+    from seg4diff.evaluation.datasets import ade20k, cityscapes, coco, imagenet, pascal
 
     match name:
         case "voc20" | "voc21":
@@ -166,6 +174,8 @@ def _read(name: str, root: Path, background: bool) -> tuple[tuple[Sample, ...], 
             return ade20k.read_ade20k(root)
         case "cityscapes19":
             return cityscapes.read_cityscapes(root)
+        case "imagenet-seg":
+            return imagenet.read_imagenet(root)
     raise AssertionError(name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +34,13 @@ class Sample:
         read_image: the picture, RGB. Raises ValueError or FileNotFoundError, which name the file.
         read_labels: uint8 [height, width], positions in the data set's classes, or 255 where a pixel does not
             count. Raises as ``read_image``, also for values that stand for no class.
+        prompts: names to prompt in this picture for some classes, by position, instead of the data set's.
     """
 
     name: str
     read_image: Callable[[], Image.Image]
     read_labels: Callable[[], np.ndarray]
+    prompts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def require(dataset: str, root: Path, paths: Sequence[str], download: str) -> None:
