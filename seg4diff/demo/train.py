@@ -73,7 +73,13 @@ class Recipe:
     crop_batch: int = 64
     crop_share: float = 0.75
     """Share of the steps of which seven in eight use crops."""
-    reading_price: tuple[tuple[int, float], ...] = ((0, 0.0), (1_000, 0.03), (1_250, 0.003), (1_750, 0.001))
+    reading_price: tuple[tuple[int, float], ...] = (
+        (0, 0.0),
+        (1_000, 0.03),
+        (1_250, 0.003),
+        (1_750, 0.001),
+        (3_000, 0.0),
+    )
     """(step, price): what attention from image to words costs from that step on, see `train_transformer`."""
     text_tokens: int = 31
     """CLIP tokens a caption keeps in training, of 77: its words and some of its padding."""
@@ -487,15 +493,16 @@ def train_transformer(
         image_tokens = clean.shape[-1] ** 2 // 4
         attention.log_counts = F.pad(log_counts, (image_tokens, 0))[:, None, None]
         price = [price for first, price in recipe.reading_price if first <= step][-1]
+        attention.words, attention.reading = None, []
         if price:
             words = (log_counts == 0).float()
             words[:, 0] = 0.0  # the begin token
-            attention.words, attention.reading = F.pad(words, (image_tokens, 0)), []
+            attention.words = F.pad(words, (image_tokens, 0))
         with torch.autocast(device.type, torch.bfloat16):
             velocity = model(noisy, text, pooled, sigma * 1000.0, return_dict=False)[0]
         loss = (velocity.float() - (noise - clean)).square().mean()
         losses.append(loss.item())
-        if attention.words is not None:
+        if price:
             loss = loss + price * torch.stack(attention.reading).add(1e-4).sqrt().sum()
 
         for optimizer in optimizers:
