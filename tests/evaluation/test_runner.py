@@ -461,3 +461,15 @@ def test_two_processes_equal_one(pipe: Any, uninterrupted: tuple[Path, Report], 
     for protocol, rates in uninterrupted[1].rates.items():
         assert report["rates"][protocol]["miou"] == rates.miou
     assert (out / "contact-sheet.png").is_file()
+
+
+def test_pictures_may_have_names_of_their_own(
+    pipe: Any, painted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [
+        replace(sample, prompts={2: ("dog",)}) if sample.name == "b" else sample for sample in painted.samples
+    ]
+    maps = PerfectMaps(["cat", "red sofa", "dog", "dog house"])
+    monkeypatch.setattr(runner, "run_maps", maps)
+    run(pipe, replace(painted, samples=tuple(own[:2])), tmp_path / "out", Settings(preset="default"))
+    assert sorted(maps.prompts) == [["cat dog dog house"], ["cat red sofa tree"]]
