@@ -114,10 +114,10 @@ class Result:
         for protocol, kept in entry.get("tallies", {}).items():
             confusion = None
             if "confusion" in kept:
-                counted = torch.tensor(kept["confusion"], dtype=torch.int64).reshape(-1, 3).T
-                confusion = torch.sparse_coo_tensor(
-                    counted[:2], counted[2], kept["shape"], is_coalesced=True, check_invariants=True
-                )
+                rows, columns, pixels = torch.tensor(kept["confusion"], dtype=torch.int64).reshape(-1, 3).T
+                confusion = torch.zeros(kept["shape"], dtype=torch.int64)
+                confusion[rows, columns] = pixels
+                confusion = confusion.to_sparse()
             tallies[protocol] = Tally(
                 confusion,
                 _dense(kept["matched"], classes) if "matched" in kept else None,

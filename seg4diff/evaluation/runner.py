@@ -563,4 +563,5 @@ def versions_of(pipe: Any) -> dict[str, str]:
         if device.type == "cuda"
         else platform.processor() or platform.machine()
     )
+    found["torch"] = torch.__version__  # with its build, such as +cu130
     return {"python": platform.python_version(), **found, "device": f"{device.type} ({name})"}
