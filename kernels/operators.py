@@ -113,17 +113,27 @@ def register(
     """Register ``seg4diff::{name}_forward``, ``_backward``, ``_budget``, ``_value_norm``; return attend."""
     namespace = f"seg4diff::{name}"
 
+    # Autocast has done its work on the arguments; matrix products inside are to stay as precise as written.
     def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return forward(Inputs(*args[:7]), Request(*args[7:]))
+        with torch.autocast(args[0].device.type, enabled=False):
+            return forward(Inputs(*args[:7]), Request(*args[7:]))
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
-        return backward(*args[:3], Inputs(*args[3:10]), *args[10:13], Request(*args[13:]))
+        with torch.autocast(args[3].device.type, enabled=False):
+            return backward(*args[:3], Inputs(*args[3:10]), *args[10:13], Request(*args[13:]))
+
+    def run_budget(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return budget(*args)
+
+    def run_value_norm(value: Tensor) -> Tensor:
+        return value_norm(value).contiguous()
 
     custom_op: Any = torch.library.custom_op
     forward_op = custom_op(f"{namespace}_forward", run_forward, mutates_args=(), schema=_FORWARD_SCHEMA)
     backward_op = custom_op(f"{namespace}_backward", run_backward, mutates_args=(), schema=_BACKWARD_SCHEMA)
-    budget_op = custom_op(f"{namespace}_budget", budget, mutates_args=(), schema=_BUDGET_SCHEMA)
-    norm_op = custom_op(f"{namespace}_value_norm", value_norm, mutates_args=(), schema=_VALUE_NORM_SCHEMA)
+    budget_op = custom_op(f"{namespace}_budget", run_budget, mutates_args=(), schema=_BUDGET_SCHEMA)
+    norm_op = custom_op(f"{namespace}_value_norm", run_value_norm, mutates_args=(), schema=_VALUE_NORM_SCHEMA)
 
     forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:7]), Request(*args[7:])))
     backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:10])))

@@ -614,8 +614,9 @@ def key_gradient_kernel(
             if HEADS == "max":
                 held_by += ROWS * winner_token
 
-    if EDITED and IMAGE_OUTPUT:  # what image rows say of the text values goes to the edited ones
-        if of_text:  # noqa: SIM102: the one above is decided at compile time
+    # What image rows say of the text values goes to the edited ones.
+    if EDITED and IMAGE_OUTPUT:  # noqa: SIM102
+        if of_text:
             out = d_edited + ((batch * text_tokens + wide) * heads + head) * D
             store_tile(out, heads * D, count, d_v, d_v_rest, COLUMNS, WIDTH, REST, D)
             d_v, d_v_rest = zero_tile(COLUMNS, WIDTH, REST)
@@ -702,7 +703,7 @@ def backward(
     }
 
     def row_sums(rows: Tensor, out: Tensor, d_out: Tensor | None, sums: Tensor, kind: str) -> None:
-        config = tuning.delta
+        config = tuning.scores
         arguments = {
             **strides("query", rows),
             **strides("text_key", text_key),

@@ -364,7 +364,7 @@ def log_sum_exp(
     factor = float32(
         max(abs(scale) * math.log2(math.e), 1e-30)
     )  # not 0: times a masked score, it would be NaN
-    config = tuning_for(rows).log_sum_exp
+    config = tuning_for(rows).scores
     image_key = text_key if key is None else key
     arguments: dict[str, Any] = {
         **strides("rows", rows),

@@ -18,7 +18,7 @@ from ..operators import Request
 from .forward import log_sum_exp
 from .launching import Launch, readable, strides
 from .tiles import LOG2_E, head_parts, inner_products, load_tile
-from .tuning import tuning_for
+from .tuning import VALUE_NORM_TOKENS, VALUE_NORM_WARPS, Config, tuning_for
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def _launch_map(
 ) -> None:
     batch, tokens, heads, head_dim = query.shape
     width, rest = head_parts(head_dim)
-    config = tuning_for(query).maps
+    config = tuning_for(query).scores
     arguments: dict[str, Any] = {
         **strides("query", query),
         **strides("text_key", text_key),
@@ -290,7 +290,7 @@ def budget(
 def _mass(rows: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Tensor:
     batch, row_tokens, heads, head_dim = rows.shape
     width, rest = head_parts(head_dim)
-    config = tuning_for(rows).budget
+    config = tuning_for(rows).scores
     mass = torch.empty((batch, heads, row_tokens), dtype=torch.float32, device=rows.device)
     arguments: dict[str, Any] = {
         **strides("rows", rows),
@@ -318,7 +318,7 @@ def value_norm(value: Tensor) -> Tensor:
     value = readable(value)
     batch, tokens, heads, head_dim = value.shape
     width, rest = head_parts(head_dim)
-    config = tuning_for(value).norms
+    config = Config(VALUE_NORM_TOKENS, 1, VALUE_NORM_WARPS, 1)
     norm = torch.empty((batch, heads, tokens), dtype=torch.float32, device=value.device)
     arguments: dict[str, Any] = {
         **strides("value", value),

@@ -1,12 +1,14 @@
 """Block sizes by architecture, head dim and precision: a short table, so that a first call is a fast call.
 
-No entry was measured on a GPU. They start from the figures published for kernels of this shape and are held,
-by ahead-of-time compilation, to no register spills and to the shared memory of their target;
-``benchmarks/sweep_tuning.py`` measures alternatives where there is a GPU.
+No entry was measured on a GPU. Each starts from the figures published for kernels of this shape, prefers
+large tiles, and is held to no register spills and to the shared memory of its target by ahead-of-time
+compilation (``tests/kernels/test_triton_compile.py``). ``benchmarks/sweep_tuning.py`` measures alternatives
+on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -26,20 +28,47 @@ class Config:
 
 @dataclass(frozen=True)
 class Tuning:
-    """One configuration for each kernel."""
+    """Configurations of the two heavy directions, and one for the passes that only look at scores."""
 
     forward: Config
-    log_sum_exp: Config
-    maps: Config
-    budget: Config
-    norms: Config
-    delta: Config
     query_gradient: Config
     key_gradient: Config
+    scores: Config
 
 
-_TILE = Config(64, 32, 4, 1)
-INTERPRETER = Tuning(_TILE, _TILE, _TILE, _TILE, _TILE, _TILE, _TILE, Config(32, 64, 4, 1))
+# By the greatest head dim that an entry serves. 16-bit tensor-core kernels first.
+_HOPPER = {
+    64: Tuning(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 4, 3)),
+    128: Tuning(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
+    256: Tuning(Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 64, 8, 2), Config(64, 32, 4, 2)),
+}
+_AMPERE = {
+    64: Tuning(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
+    128: Tuning(Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),
+    256: Tuning(Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 4, 2)),
+}
+_CDNA = {
+    64: Tuning(Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    128: Tuning(Config(128, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1)),
+    256: Tuning(Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 32, 4, 1)),
+}
+# float32 is multiplied without tensor cores, exactly: whatever the architecture, registers set the tile.
+_FLOAT32 = {
+    64: Tuning(Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    128: Tuning(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
+    256: Tuning(Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
+}
+
+TABLE = {
+    "sm_80": _AMPERE,
+    "sm_86": _AMPERE,  # and sm_89: 99 KiB of shared memory where sm_80 has 163, so every entry fits both
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "sm_120": _AMPERE,  # the instructions and the 99 KiB of sm_89
+    "gfx942": _CDNA,
+}
+INTERPRETER = Tuning(Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1))
+VALUE_NORM_TOKENS, VALUE_NORM_WARPS = 64, 4
 
 
 def interpreting() -> bool:
@@ -47,10 +76,34 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
 def target_of(device: torch.device) -> str | None:
-    return None
+    """Which row of the table serves a GPU; None for one that none serves."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = str(properties.gcnArchName).split(":")[0]
+        return "gfx942" if name in ("gfx90a", "gfx942", "gfx950") else None
+    major, minor = properties.major, properties.minor
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_120", 12: "sm_120"}.get(major)
+
+
+def tuning_of(target: str, head_dim: int, dtype: torch.dtype) -> Tuning:
+    """The configurations of a row of the table for a head dim up to 256 and a dtype."""
+    table = _FLOAT32 if dtype == torch.float32 else TABLE[target]
+    return next(tuning for greatest, tuning in table.items() if head_dim <= greatest)
 
 
 def tuning_for(tensor: Tensor) -> Tuning:
-    """The configurations for tensors like ``tensor`` [B, tokens, H, D]."""
-    return INTERPRETER
+    """The configurations for tensors like ``tensor`` [B, tokens, H, D].
+
+    Raises:
+        ValueError: no row of the table serves its device.
+    """
+    if interpreting():
+        return INTERPRETER
+    target = target_of(tensor.device)
+    if target is None:
+        raise ValueError(f"no configuration for {tensor.device}")
+    return tuning_of(target, tensor.shape[-1], tensor.dtype)

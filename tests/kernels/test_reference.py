@@ -48,7 +48,9 @@ def by_hand(inputs: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
                 found["lse"][b, h, n] = total.log()
             for t in range(text):
                 weights = torch.stack([(scale * tq[b, t, h].dot(k[b, m, h])).exp() for m in range(tokens)])
-                text_weights = torch.stack([(scale * tq[b, t, h].dot(tk[b, s, h])).exp() for s in range(text)])
+                text_weights = torch.stack(
+                    [(scale * tq[b, t, h].dot(tk[b, s, h])).exp() for s in range(text)]
+                )
                 total = weights.sum() + text_weights.sum()
                 found["text"][b, t, h] = (weights @ v[b, :, h] + text_weights @ tv[b, :, h]) / total
                 found["text_to_text"][b, h, t] = text_weights.sum() / total
@@ -73,7 +75,9 @@ def test_against_loops(edited: bool, scale: float | None) -> None:
     for scores in SCORES:
         for heads in HEADS:
             request = MapRequest(scores, heads, slice(1, 3))  # type: ignore[arg-type]
-            result = joint_attention(**inputs, scale=scale, maps=request, statistics=True, backend="reference")
+            result = joint_attention(
+                **inputs, scale=scale, maps=request, statistics=True, backend="reference"
+            )
             torch.testing.assert_close(result.maps, REDUCTIONS[heads](expected[scores])[..., 1:3])
     for name in ("image", "text", "lse"):
         torch.testing.assert_close(getattr(result, name), expected[name])
@@ -82,7 +86,7 @@ def test_against_loops(edited: bool, scale: float | None) -> None:
 
 
 def test_budgets_of_a_row_sum_to_one() -> None:
-    """The mass on image columns, counted from the values: attention over values of one there, zero on the text."""
+    """The mass on image columns, counted by values of one there and zero on the text."""
     inputs = attention_inputs(1, 7, 5, 2, 8, torch.float64)
     counting = {**inputs, "value": torch.ones_like(inputs["value"]), "text_value": 0 * inputs["text_value"]}
     result = joint_attention(**counting, statistics=True, backend="reference")

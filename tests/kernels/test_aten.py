@@ -1,0 +1,263 @@
+"""The ATen backend: the error budget, the gradients, and PyTorch's own machinery around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seg4diff.kernels.api import JointAttention, MapRequest, attention_maps, joint_attention
+from seg4diff.kernels.testing import (
+    assert_within_budget,
+    attention_inputs,
+    exact_attention,
+    pytorch_attention,
+)
+
+SCORES = ["probability", "logit", "text_probability"]
+HEADS = ["mean", "each", "max"]
+SHAPES = [(1, 1, 5, 1, 16), (3, 63, 77, 2, 64), (1, 255, 33, 3, 40)]  # batch, N, T, H, D
+UPSTREAM = {
+    "both": ("image", "text", "maps"),
+    "outputs": ("image", "text"),
+    "map": ("maps",),
+    "image": ("image",),
+    "text": ("text",),
+}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_forward(shape: tuple[int, ...], dtype: torch.dtype, edited: bool) -> None:
+    inputs = attention_inputs(*shape, dtype, edited=edited)
+    for scores in SCORES:
+        for heads in HEADS:
+            request = MapRequest(scores, heads, slice(1, 4))  # type: ignore[arg-type]
+            options: dict[str, Any] = {"maps": request, "statistics": True}
+            actual = joint_attention(**inputs, **options, backend="aten")
+            exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
+            if scores == "probability" and dtype in (torch.bfloat16, torch.float16):
+                baseline = replace(baseline, maps=materialised(inputs, request))
+            compare(actual, exact, baseline, dtype, f"{scores} {heads}")
+
+
+def materialised(inputs: dict[str, Tensor], request: MapRequest) -> Tensor:
+    """Probabilities from scores in the dtype of the inputs, as code does that materialises them.
+
+    On the CPU, PyTorch's flash attention in half precision calculates exponentials, and so its log-sum-exp,
+    to 20 bits: a map from it cannot be as exact as a float32 softmax, which holds everywhere else.
+    """
+    query, keys = inputs["query"], torch.cat([inputs["key"], inputs["text_key"]], dim=1)
+    scores = query.shape[-1] ** -0.5 * (query.transpose(1, 2) @ keys.permute(0, 2, 3, 1))  # [B, H, N, S]
+    entries = scores.float().softmax(dim=-1)[..., query.shape[1] :]
+    entries = entries[..., request.text]
+    reduced = {"mean": entries.mean(dim=1), "each": entries, "max": entries.amax(dim=1)}
+    return reduced[request.heads]
+
+
+def compare(
+    actual: JointAttention, exact: JointAttention, baseline: JointAttention, dtype: torch.dtype, name: str
+) -> None:
+    for part in ("image", "text", "maps"):
+        results = [getattr(result, part) for result in (actual, exact, baseline)]
+        if dtype == torch.float64:
+            torch.testing.assert_close(results[0], results[1])
+        else:
+            assert_within_budget(*results, name=f"{part} with {name}")
+    for part in ("image_to_text", "text_to_text", "image_value_norm", "text_value_norm"):
+        results = [getattr(result.statistics, part) for result in (actual, exact, baseline)]
+        # Relative to each entry; in half precision a budget is as exact as the log-sum-exp (see below).
+        rtol = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-4)
+        torch.testing.assert_close(results[0].double(), results[1], rtol=rtol, atol=0)
+
+
+def upstream(result: JointAttention, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Random upstream gradients; the map's is scaled to weigh as much as the output's."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = {}
+    for name in names:
+        output = getattr(result, name)
+        gradient = torch.randn(output.shape, generator=generator).to(output.dtype)
+        drawn[name] = 10 * gradient if name == "maps" else gradient
+    return drawn
+
+
+def gradients(
+    attend: Callable[..., JointAttention],
+    inputs: dict[str, Tensor],
+    given: dict[str, Tensor],
+    **options: Any,
+) -> dict[str, Tensor | None]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    result = attend(**leaves, **options)
+    outputs = [getattr(result, name) for name in given]
+    upstreams = [gradient.to(output.dtype) for gradient, output in zip(given.values(), outputs, strict=True)]
+    found = torch.autograd.grad(outputs, list(leaves.values()), upstreams, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("given", UPSTREAM)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("scores", SCORES)
+def test_gradients_are_the_reference_s(scores: Any, heads: Any, given: str) -> None:
+    """In float64, where a missing term cannot hide: every upstream gradient, alone and together."""
+    inputs = attention_inputs(2, 21, 9, 3, 16, torch.float64, edited=True)
+    options: dict[str, Any] = {"maps": MapRequest(scores, heads, slice(2, 7))}
+    wanted = upstream(joint_attention(**inputs, **options), UPSTREAM[given])
+    actual = gradients(joint_attention, inputs, wanted, **options, backend="aten")
+    exact = gradients(exact_attention, inputs, wanted, **options)
+    for name in inputs:
+        true, found = exact[name], actual[name]
+        assert found is not None
+        torch.testing.assert_close(found, torch.zeros_like(found) if true is None else true, msg=name)
+
+
+@pytest.mark.parametrize("given", ["both", "map", "outputs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_keep_the_budget(dtype: torch.dtype, given: str) -> None:
+    inputs = attention_inputs(2, 100, 33, 3, 64, dtype)
+    options: dict[str, Any] = {"maps": MapRequest()}
+    wanted = upstream(joint_attention(**inputs, **options), UPSTREAM[given])
+    actual = gradients(joint_attention, inputs, wanted, **options, backend="aten")
+    exact = gradients(exact_attention, {n: t.double() for n, t in inputs.items()}, wanted, **options)
+    baseline = gradients(pytorch_attention, inputs, wanted, **options)
+    for name in inputs:
+        true, found, usual = exact[name], actual[name], baseline[name]
+        assert found is not None
+        if true is None or not true.any():
+            assert not found.any()
+        else:
+            assert usual is not None
+            assert_within_budget(found, true, usual, name=f"d_{name}")
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_maps_alone(scores: Any) -> None:
+    """The same map and gradients as with values, and only the log-sum-exp that was needed."""
+    inputs = attention_inputs(2, 50, 20, 3, 32, torch.float64)
+    streams = {name: t for name, t in inputs.items() if not name.endswith("value")}
+    request = MapRequest(scores, "mean", slice(3, 17))
+    whole = joint_attention(**inputs, maps=request, statistics=True, backend="aten")
+    for statistics in (False, True):
+        alone = attention_maps(**streams, maps=request, statistics=statistics, backend="aten")
+        assert alone.image is None
+        torch.testing.assert_close(alone.maps, whole.maps)
+    assert alone.statistics is not None
+    assert whole.statistics is not None
+    torch.testing.assert_close(alone.statistics.text_to_text, whole.statistics.text_to_text)
+    query, key, text_key = (streams[name] for name in ("query", "key", "text_key"))
+    bare = attention_maps(query, key, None, text_key, maps=request, backend="aten")
+    assert (bare.lse is None) == (scores != "probability")
+    wanted = upstream(whole, ("maps",))
+    expected = gradients(joint_attention, inputs, wanted, maps=request, backend="aten")
+    found = gradients(attention_maps, streams, wanted, maps=request, backend="aten")
+    for name, gradient in found.items():
+        reference = expected[name]
+        if gradient is None:
+            assert reference is None or not reference.any()
+        else:
+            torch.testing.assert_close(gradient, reference)
+
+
+def test_strided_views_give_the_same_numbers() -> None:
+    inputs = attention_inputs(2, 63, 20, 2, 32, torch.float32)
+    views = {}
+    for prefix in ("", "text_"):
+        names = [f"{prefix}{name}" for name in ("query", "key", "value")]
+        fused = torch.stack([inputs[name] for name in names], dim=2)  # [B, tokens, 3, H, D]
+        views.update({name: fused[:, :, index] for index, name in enumerate(names)})
+    assert not any(view.is_contiguous() for view in views.values())
+    results = [joint_attention(**given, maps=MapRequest(), backend="aten") for given in (inputs, views)]
+    for part in ("image", "text", "maps", "lse"):
+        torch.testing.assert_close(*(getattr(result, part) for result in results), rtol=1e-6, atol=1e-6)
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = attention_inputs(1, 20, 9, 2, 16, torch.float32)
+
+    def model(scale: Tensor, **streams: Tensor) -> Tensor:
+        streams["query"] = streams["query"] * scale
+        result = joint_attention(**streams, maps=MapRequest(), statistics=True, backend="aten")
+        assert result.image is not None
+        assert result.maps is not None
+        assert result.statistics is not None
+        return result.image.sum() + result.maps.square().sum() + result.statistics.image_to_text.sum()
+
+    losses, found = [], []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        scale = torch.tensor(1.5, requires_grad=True)
+        losses.append(function(scale, **inputs))
+        found.append(torch.autograd.grad(losses[-1], scale)[0])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("scores", [None, "probability", "logit"])
+def test_operators_keep_the_rules_of_torch_library(scores: str | None) -> None:
+    inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32, edited=True)
+    tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
+    request = (0.25, scores, "mean", 0, 0 if scores is None else 5)
+    torch.library.opcheck(torch.ops.seg4diff.aten_forward.default, (*tensors, *request))
+    lse = torch.zeros(1, 2, 14)
+    budget = (tensors[0], tensors[3], tensors[4], lse, 0.25)
+    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in budget)
+    torch.library.opcheck(torch.ops.seg4diff.aten_budget.default, detached)
+    torch.library.opcheck(torch.ops.seg4diff.aten_value_norm.default, (tensors[2].detach(),))
+
+
+def test_autocast_casts_as_pytorch_s_attention_does() -> None:
+    inputs = attention_inputs(1, 20, 9, 2, 16, torch.float32)
+    inputs["value"] = inputs["value"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = joint_attention(**inputs, maps=MapRequest(), backend="aten")
+    rounded = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    expected = joint_attention(**rounded, maps=MapRequest(), backend="aten")
+    assert result.image is not None
+    assert expected.image is not None
+    assert result.image.dtype == torch.bfloat16
+    assert torch.equal(result.image, expected.image)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Callable[[], Any]) -> None:
+    inputs = {n: t.requires_grad_() for n, t in attention_inputs(1, 20, 9, 2, 16, torch.float32).items()}
+    expected = joint_attention(**inputs, maps=MapRequest(), statistics=True, backend="aten")
+    with mode():
+        result = joint_attention(**inputs, maps=MapRequest(), statistics=True, backend="aten")
+    for part in ("image", "text", "maps", "lse"):
+        assert not getattr(result, part).requires_grad
+        assert torch.equal(getattr(result, part), getattr(expected, part))
+    assert expected.maps is not None
+    assert expected.maps.requires_grad
+    assert expected.lse is not None
+    assert not expected.lse.requires_grad
+
+
+def test_no_matrix_of_all_tokens_exists() -> None:
+    """Neither direction allocates a tensor as large as one head's S x S scores."""
+    tokens, text = 3000, 100
+    inputs = attention_inputs(1, tokens, text, 2, 16, torch.float32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return out
+
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    with Watch():
+        result = joint_attention(**leaves, maps=MapRequest(), backend="aten")
+        assert result.image is not None
+        assert result.maps is not None
+        (result.image.sum() + result.maps.square().sum()).backward()
+    assert leaves["text_key"].grad is not None
+    assert 0 < largest < 4 * (tokens + text) ** 2

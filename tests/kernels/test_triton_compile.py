@@ -1,0 +1,123 @@
+"""Every configuration of the tuning table, compiled to machine code for its target: no GPU is needed.
+
+A configuration that spills registers, or wants more shared memory than its target has, fails here instead of
+on somebody's GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from seg4diff.kernels.operators import Inputs, Request
+from seg4diff.kernels.testing import STREAMS
+from seg4diff.kernels.triton import backward, forward, maps, registration, tiles, tuning
+from seg4diff.kernels.triton.launching import Launch
+from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMITS, Usage, compile_launch, recorded
+
+TABLE_WIDTHS = (64, 128, 256)
+# One row of the table may serve several targets. It is compiled whole for the one with the least shared
+# memory, and at the head dim of Stable Diffusion 3 for the others.
+WHOLE = ("sm_86", "sm_90", "gfx942")
+UNITS = [
+    *((target, head_dim, torch.bfloat16) for target in WHOLE for head_dim in TABLE_WIDTHS),
+    *((target, 64, torch.bfloat16) for target in tuning.TABLE if target not in WHOLE),
+    *(("sm_86", head_dim, torch.float32) for head_dim in TABLE_WIDTHS),
+    ("sm_90", 96, torch.float16),  # a head vector in two parts
+]
+
+
+def empty(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape of one stream; its memory is reserved, never touched."""
+    return torch.empty((1, tokens, heads, head_dim), dtype=dtype)
+
+
+def launches(
+    target: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Launch]:
+    """What the host code would launch, by kernel, for the request that needs most registers of each.
+
+    Lengths that are no multiple of any tile, edited text values, and for the backward the kind of map with
+    most to remember; the map's own pass and delta for the usual kind.
+    """
+    config = tuning.tuning_of(target, head_dim, dtype)
+    for module in (forward, maps, backward):
+        monkeypatch.setattr(module, "tuning_for", lambda tensor: config)
+    tokens, text_tokens, heads = 4106, 154, 24
+    streams = {
+        name: empty(text_tokens if name.startswith("text_") else tokens, heads, head_dim, dtype)
+        for name in STREAMS
+    }
+    inputs = Inputs(**streams)
+    with recorded(monkeypatch) as made:
+        for scores, reduction in (("probability", "mean"), ("text_probability", "max")):
+            request = Request(0.125, scores, reduction, 0, text_tokens)
+            image, text, lse, entries = registration.forward(inputs, request)
+            backward.backward(image, text, entries, inputs, image, text, lse, request)
+        maps.budget(streams["query"], streams["text_query"], streams["text_key"], lse, 0.125)
+        maps.value_norm(streams["value"])
+        forward.log_sum_exp(streams["query"], streams["key"], streams["text_key"], 0.125, lse, lse)
+    chosen: dict[str, Launch] = {}
+    for launch in made:
+        name = launch.kernel.__name__.removesuffix("_kernel")
+        plain = launch.arguments.get("HEADS") == "mean"
+        if name == "delta":  # the launch for text rows has no map
+            plain = launch.arguments["SCORES"] == "probability"
+        elif name.endswith("gradient"):
+            plain = not plain
+        if plain or name not in chosen:
+            chosen[name] = launch
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "dtype"), UNITS, ids=lambda value: str(value).removeprefix("torch.")
+)
+def test_no_spills_and_within_shared_memory(
+    target: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    limit = SHARED_MEMORY_LIMITS[target]
+    usages: dict[str, Usage] = {}
+    chosen = launches(target, head_dim, dtype, monkeypatch)
+    assert set(chosen) == {
+        "attention", "log_sum_exp", "map", "budget", "value_norm", "delta", "query_gradient", "key_gradient",
+    }  # fmt: skip
+    for name, launch in chosen.items():
+        usages[name] = compile_launch(launch, target)
+    with capsys.disabled():
+        print(f"\n{target}, head dim {head_dim}, {str(dtype)[6:]}; shared memory limit {limit}")
+        for name, usage in usages.items():
+            config = chosen[name].config
+            tile = f"{config.rows}x{config.columns}, {config.warps} warps, {config.stages} stages"
+            print(
+                f"  {name:15} {tile:28} {usage.registers:4} registers {usage.spills:4} B spilled "
+                f"{usage.shared_memory:7} B shared"
+            )
+    wasteful = {name: usage for name, usage in usages.items() if usage.spills or usage.shared_memory > limit}
+    assert not wasteful
+
+
+def test_every_entry_of_the_table_is_compiled() -> None:
+    """A new row or head dim must not go unchecked: every table of every target shows up among the units."""
+    served = {id(tuning.tuning_of(*unit)) for unit in UNITS}
+    for target in tuning.TABLE:
+        for dtype in (torch.bfloat16, torch.float32):
+            for head_dim in range(16, 257, 8):
+                assert id(tuning.tuning_of(target, head_dim, dtype)) in served
+
+
+@pytest.mark.parametrize("head_dim", range(16, 257, 8))
+def test_parts_of_a_head_vector(head_dim: int) -> None:
+    """Powers of two that hold it, the second smaller than the first, and nothing padded at the usual widths."""
+    width, rest = tiles.head_parts(head_dim)
+    for part in (width, rest):
+        assert part == 0 or (part >= 16 and part & (part - 1) == 0)
+    assert rest < width
+    assert head_dim <= width + rest < head_dim + max(16, head_dim / 3)
+    if head_dim in (16, 32, 48, 64, 80, 96, 128, 160, 192, 256):
+        assert width + rest == head_dim
