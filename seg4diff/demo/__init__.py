@@ -25,16 +25,19 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No progress bars from diffusers and transformers while six small files are read."""
+    """No progress bars while six small files are read, and no word on optional packages that are missing."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    verbosity = transformers_logging.get_verbosity()
     for log in shown:
         log.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         for log in shown:
             log.enable_progress_bar()
 
