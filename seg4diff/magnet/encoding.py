@@ -118,14 +118,14 @@ class Encodings:
         path = self._folder / "empty-prompt.safetensors"
         shapes = json.loads(read_metadata(path)["shapes"])
         with safe_open(path, "pt") as file:
-            arguments = {name: _restored(file.get_tensor(name), shape) for name, shape in shapes.items()}
+            arguments = {name: _restored(file.get_tensor(name).clone(), shape) for name, shape in shapes.items()}
         return EncodedText("", (), {}, arguments)
 
     def _tensor(self, index: int, name: str) -> Tensor:
         path, position = self._places[index]
         with safe_open(path, "pt") as file:
             tensor: Tensor = file.get_tensor(f"{position}.{name}")
-        return tensor
+        return tensor.clone()  # what is mapped from a file vanishes with it
 
 
 def encode(
