@@ -163,8 +163,8 @@ def show(
         random=compare(truth, [_random(item, rng) for item in drawn]),
         layers=tuple(compare(truth, map(labels_of, results)) for results in layers),
         milliseconds=milliseconds,
-        versions={name: version(name) for name in ("torch", "diffusers", "transformers")}
-        | {"device": str(pipe.device)},
+        versions={name: version(name) for name in ("diffusers", "transformers")}
+        | {"torch": torch.__version__, "device": str(pipe.device)},
     )
     _write(out, drawn, present, report)
     console.print(_table(report))
