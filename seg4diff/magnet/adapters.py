@@ -40,8 +40,8 @@ def adapted_modules(
             raise ValueError(f"lora.blocks names block {block}; this model has blocks 0 to {len(blocks) - 1}")
     path = {id(module): name for name, module in transformer.named_modules()}
     names, unknown = [], set(lora.targets)
-    for index, block in enumerate(blocks):
-        attention = backbone.joint_attention(block)
+    for index, block_module in enumerate(blocks):
+        attention = backbone.joint_attention(block_module)
         inside = {name for name, module in attention.named_modules() if isinstance(module, nn.Linear)}
         unknown -= inside
         if lora.blocks and index not in lora.blocks:
@@ -56,7 +56,9 @@ def adapted_modules(
         known = [name for name, module in first.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(f"lora.targets {sorted(unknown)} are in no block; a block has {', '.join(known)}")
     if not names:
-        raise ValueError(f"lora.blocks={list(lora.blocks)} leaves no module to adapt before layer {stop_after}")
+        raise ValueError(
+            f"lora.blocks={list(lora.blocks)} leaves no module to adapt before layer {stop_after}"
+        )
     return names
 
 
@@ -81,7 +83,9 @@ def add_adapters(
     from peft import LoraConfig
 
     if adapter in getattr(transformer, "peft_config", {}):
-        raise ValueError(f"the transformer has an adapter {adapter!r} already; unload it or train a fresh pipeline")
+        raise ValueError(
+            f"the transformer has an adapter {adapter!r} already; unload it or train a fresh pipeline"
+        )
     names = adapted_modules(transformer, lora, stop_after=stop_after)
     transformer.requires_grad_(False)
     alpha = lora.alpha or float(lora.rank)

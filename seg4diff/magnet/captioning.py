@@ -74,7 +74,10 @@ def write_captions(
 
     def save() -> None:
         write_atomically(
-            out, lambda path: path.write_text(json.dumps(captions, indent=1, ensure_ascii=False), encoding="utf-8")
+            out,
+            lambda path: path.write_text(
+                json.dumps(captions, indent=1, ensure_ascii=False), encoding="utf-8"
+            ),
         )
 
     with tqdm(total=len(wanted), desc="captions", unit="picture", disable=None if progress else True) as bar:
@@ -107,7 +110,9 @@ class _Captioner:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
         try:
             self._processor: Any = AutoProcessor.from_pretrained(model)
-            self._model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(place).eval()
+            self._model: Any = (
+                AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(place).eval()
+            )
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"model {model!r} cannot be loaded as an image-to-text model of transformers ({error}); "
@@ -126,7 +131,9 @@ class _Captioner:
             text = self._processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
-            arguments.update(images=[[picture] for picture in pictures], text=[text] * len(pictures), padding=True)
+            arguments.update(
+                images=[[picture] for picture in pictures], text=[text] * len(pictures), padding=True
+            )
         elif self._prompt:
             arguments.update(text=[self._prompt] * len(pictures), padding=True)
         inputs = self._processor(**arguments, return_tensors="pt").to(self._model.device)

@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, one verified file each.
 
-Called by the trainer. A checkpoint that was cut off is told from a whole one by its checksum, and passed over.
+Called by the trainer. A checkpoint that was cut off is told from a whole one by its checksum, and passed
+over.
 """
 
 from __future__ import annotations

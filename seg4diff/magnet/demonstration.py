@@ -1,7 +1,7 @@
 """MAGNET on the small bundled model: minutes on a CPU, numbers before and after.
 
-Called by ``seg4diff train --demo``, by the benchmark over several seeds, and by the tests. It stands above the
-evaluation's metrics, where the rest of this package stands below them.
+Called by ``seg4diff train --demo``, by the benchmark over several seeds, and by the tests. It stands above
+the evaluation's metrics, where the rest of this package stands below them.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def zero_shot(pipe: Any, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[
         confusion = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
         for first in range(0, len(drawn), _BATCH):
             chunk = drawn[first : first + _BATCH]
-            results = seg4diff.segment(
+            results: Any = seg4diff.segment(
                 pipe,
                 [item.image for item in chunk],
                 [item.classes for item in chunk],
@@ -184,7 +184,7 @@ def unsupervised(pipe: Any, drawn: Sequence[Scene], layer: int) -> float:
     total: Counts | None = None
     for first in range(0, len(drawn), _BATCH):
         chunk = drawn[first : first + _BATCH]
-        results = seg4diff.segment_unsupervised(
+        results: Any = seg4diff.segment_unsupervised(
             pipe, [item.image for item in chunk], layers=[layer], batch_size=_BATCH, progress=False
         )
         for item, result in zip(chunk, results, strict=True):
@@ -225,7 +225,10 @@ def _vocabulary(labels: torch.Tensor, classes: Sequence[str]) -> torch.Tensor:
 
 
 def _table(report: Demonstration, settings: TrainSettings, scenes: int) -> Table:
-    title = f"MAGNET on layer {report.layer}, {settings.steps} steps, {report.seconds:.0f} s; {scenes} held-out scenes"
+    title = (
+        f"MAGNET on layer {report.layer}, {settings.steps} steps, {report.seconds:.0f} s; "
+        f"{scenes} held-out scenes"
+    )
     table = Table(title=title)
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
@@ -237,7 +240,11 @@ def _table(report: Demonstration, settings: TrainSettings, scenes: int) -> Table
         kind = "tuned" if layer == report.layer else "expert"
         if report.layer == report.expert:
             kind = "tuned, expert"
-        add(f"zero-shot mIoU %, layer {layer} ({kind})", report.before.zero_shot[layer], report.after.zero_shot[layer])
+        add(
+            f"zero-shot mIoU %, layer {layer} ({kind})",
+            report.before.zero_shot[layer],
+            report.after.zero_shot[layer],
+        )
     add("matched unsupervised mIoU %", report.before.unsupervised, report.after.unsupervised)
     add("flow-matching loss", report.before.flow, report.after.flow, "{:.4f}", 1.0)
     return table

@@ -1,10 +1,11 @@
 """Pictures, masks and captions as the transformer takes them: encoded once, kept in verified files.
 
-Called by the trainer before training, so that neither VAE nor text encoders occupy memory while it runs, and by the
-samples during it. It hides the files: a cache that is stale, truncated or half built is completed before use.
+Called by the trainer before training, so that neither VAE nor text encoders occupy memory while it runs,
+and by the samples during it. It hides the files: a cache that is stale, truncated or half built is
+completed before use.
 
-A cache is a folder of shards, each one safetensors file with a checksum and an identity in its header: a hash of
-the encoders' weights, the source's files and every setting that decides what is stored.
+A cache is a folder of shards, each one safetensors file with a checksum and an identity in its header: a
+    hash of the encoders' weights, the source's files and every setting that decides what is stored.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class Encodings:
             metadata = read_metadata(path)
             self.skipped.update(json.loads(metadata["skipped"]))
             for position, entry in enumerate(json.loads(metadata["examples"])):
-                entry = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+                entry = {
+                    name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
+                }
                 self.descriptions.append(Description(**entry))
                 self._places.append((path, position))
 
@@ -118,7 +121,9 @@ class Encodings:
         path = self._folder / "empty-prompt.safetensors"
         shapes = json.loads(read_metadata(path)["shapes"])
         with safe_open(path, "pt") as file:
-            arguments = {name: _restored(file.get_tensor(name).clone(), shape) for name, shape in shapes.items()}
+            arguments = {
+                name: _restored(file.get_tensor(name).clone(), shape) for name, shape in shapes.items()
+            }
         return EncodedText("", (), {}, arguments)
 
     def _tensor(self, index: int, name: str) -> Tensor:
@@ -165,9 +170,7 @@ def encode(
             tensors, shapes = _trimmed_arguments(encoder.encode_texts([""])[0])
             write_verified(empty, tensors, {"identity": identity, "shapes": json.dumps(shapes)})
         missing = [(number, path) for number, path in enumerate(shards) if path in wanting]
-        numbers = [
-            range(number * data.shard, min((number + 1) * data.shard, count)) for number, _ in missing
-        ]
+        numbers = [range(number * data.shard, min((number + 1) * data.shard, count)) for number, _ in missing]
         with tqdm(
             total=sum(map(len, numbers)), desc="encoding", unit="picture", disable=None if progress else True
         ) as bar:
@@ -197,13 +200,15 @@ def cache_identity(pipe: Any, source: Source, data: DataSettings) -> str:
         "format": _FORMAT,
         "model": encoders_identity(pipe),
         "source": source.fingerprint(),
-        **{name: getattr(data, name) for name in ("kind", "resolution", "geometry", "text", "limit", "shard")},
+        **{
+            name: getattr(data, name) for name in ("kind", "resolution", "geometry", "text", "limit", "shard")
+        },
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def encoders_identity(pipe: Any) -> str:
-    """Hash of the VAE and the text encoders: their classes, and names, shapes, dtypes and a sample of weights."""
+    """Hash of the VAE and the text encoders: classes, and names, shapes, dtypes, a sample of weights."""
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
         if "tokenizer" in part and module is not None:
@@ -212,7 +217,8 @@ def encoders_identity(pipe: Any) -> str:
             continue
         digest.update(f"{part} {type(module).__name__}\n".encode())
         if part == "vae":
-            digest.update(f"{module.config.scaling_factor} {module.config.shift_factor}\n".encode())
+            config: Any = module.config
+            digest.update(f"{config.scaling_factor} {config.shift_factor}\n".encode())
         for name, weight in module.state_dict().items():
             flat = weight.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes()
@@ -277,7 +283,11 @@ class _Encoder:
             kept = names[: len(first.columns)]
             left_out[CUT_OFF] += len(names) - len(kept)
             content = sorted(column for columns in first.columns for column in columns)
-            entry = {"text": first.text, "content": content, "classes": dict(zip(kept, first.columns, strict=True))}
+            entry = {
+                "text": first.text,
+                "content": content,
+                "classes": dict(zip(kept, first.columns, strict=True)),
+            }
             return [entry], +left_out
         texts = []
         for caption in example.captions:
@@ -317,7 +327,8 @@ def _fit(example: Example, data: DataSettings) -> Example:
 def _write_shard(
     path: Path, identity: str, encoder: _Encoder, source: Source, indices: range, bar: Any
 ) -> None:
-    descriptions, tensors = [], {}
+    descriptions: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
     skipped: Counter[str] = Counter()
     for index in indices:
         try:
@@ -358,7 +369,7 @@ def _report(encodings: Encodings, count: int) -> None:
 
 
 def _trimmed_arguments(arguments: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Arguments without the zeros at the end of each axis (T5's place, CLIP's missing channels), and shapes."""
+    """Arguments without the zeros that end their axes (T5's place, CLIP's missing channels), and shapes."""
     trimmed, shapes = {}, {}
     for name, tensor in arguments.items():
         nonzero = tensor != 0

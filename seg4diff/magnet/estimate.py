@@ -1,9 +1,9 @@
 """How much memory a training run will take, part by part, without running it.
 
-Called by ``seg4diff train --estimate``. One training step of the model's exact shape is traced with tensors that
-have shapes and no data (PyTorch's fake tensors), and every tensor's birth and death is booked; the peak is the
-answer. No weight is loaded and nothing is computed, so a laptop can say what a GPU will need. What surrounds the
-tensors (the driver's context, some hundred MiB, and fragmentation) is not counted.
+Called by ``seg4diff train --estimate``. One training step of the model's exact shape is traced with tensors
+that have shapes and no data (PyTorch's fake tensors), and every tensor's birth and death is booked; the
+peak is the answer. No weight is loaded and nothing is computed, so a laptop can say what a GPU will need.
+What surrounds the tensors (the driver's context, some hundred MiB, and fragmentation) is not counted.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def estimate_memory(
 def cheapest_fit(
     find: Callable[[TrainSettings], Estimate], settings: TrainSettings, memory: int
 ) -> tuple[str, Estimate] | None:
-    """The switches, cheapest in time and quality first and as few as possible, that bring a run into ``memory``.
+    """The cheapest and fewest switches, in time and quality, that bring a run into ``memory``.
 
     Args:
         find: estimates settings.
@@ -199,7 +199,9 @@ def report(settings: TrainSettings, memory: int | None = None) -> Group:
 
     found = find(settings)
     side = settings.data.resolution
-    table = Table(title=f"{settings.model}, {side} x {side} pixels, batch {settings.batch}: predicted peak memory")
+    table = Table(
+        title=f"{settings.model}, {side} x {side} pixels, batch {settings.batch}: predicted peak memory"
+    )
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for name, size in found.parts.items():
@@ -212,7 +214,9 @@ def report(settings: TrainSettings, memory: int | None = None) -> Group:
     elif memory is not None:
         fit = cheapest_fit(find, settings, memory)
         if fit is None:
-            lines.append(f"Does not fit in {memory / _GIB:.2f} GiB, whatever is switched; use a smaller resolution.")
+            lines.append(
+                f"Does not fit in {memory / _GIB:.2f} GiB, whatever is switched; use a smaller resolution."
+            )
         else:
             lines.append(f"To fit in {memory / _GIB:.2f} GiB: {fit[0]} ({fit[1].peak / _GIB:.2f} GiB).")
     return Group(table, *map(Text, lines))
@@ -237,7 +241,9 @@ def model_shape(model: str) -> tuple[dict[str, Any], int, int]:
         from huggingface_hub import hf_hub_download
 
         try:
-            read = {p: Path(hf_hub_download(model, "config.json", subfolder=p)) for p in ("transformer", "vae")}
+            read = {
+                p: Path(hf_hub_download(model, "config.json", subfolder=p)) for p in ("transformer", "vae")
+            }
         except Exception as error:
             raise FileNotFoundError(
                 f"model={model!r} is no folder, and its configuration cannot be fetched ({error})"
@@ -320,7 +326,8 @@ class _Tracker(TorchDispatchMode):
                     result: Any = aten.forward(Inputs(*args[:7]), Request(*args[7:]))
                 else:
                     inputs, request = Inputs(*args[3:10]), Request(*args[13:])
-                    result = aten.backward(*args[:3], inputs, *args[10:13], request)
+                    image, text, lse = args[10:13]
+                    result = aten.backward(args[0], args[1], args[2], inputs, image, text, lse, request)
             return result
         result = func(*args, **kwargs)
         attention = name.startswith("seg4diff::") or "scaled_dot_product" in name
@@ -383,8 +390,12 @@ def _batch(
     config = transformer.config
     small = min(settings.data.resolution, 256)
     masks = min(masks, settings.mask.max_masks)
-    group = tuple((column,) for column in range(1, 77)) if settings.mask.pairing != "class" else None
-    columns = group or tuple((1 + column, 2 + column) for column in range(masks))
+    group = (
+        tuple((column,) for column in range(1, min(77, text_tokens)))
+        if settings.mask.pairing != "class"
+        else None
+    )
+    columns: tuple[tuple[int, ...], ...] = group or tuple((1 + c, 2 + c) for c in range(masks))
     return Batch(
         latents=torch.empty(rows, config.in_channels, side, side),
         noise=torch.empty(rows, config.in_channels, side, side),
@@ -399,7 +410,7 @@ def _batch(
 
 
 def _made_fake(transformer: nn.Module) -> list[nn.Parameter]:
-    """Turn meta parameters and buffers into fake ones that claim to be on the CPU; returns the trained ones."""
+    """Turn meta parameters and buffers into fake ones on the CPU; returns the trained ones."""
     trained = []
     for module in transformer.modules():
         for name, weight in list(module._parameters.items()):
@@ -417,7 +428,9 @@ def _made_fake(transformer: nn.Module) -> list[nn.Parameter]:
 def _without_data() -> list[Any]:
     """Stand-ins for the few places that look at values."""
 
-    def match(prediction: Tensor, target: Tensor, *, preset: Any = "default", **_: Any) -> tuple[Tensor, Tensor]:
+    def match(
+        prediction: Tensor, target: Tensor, *, preset: Any = "default", **_: Any
+    ) -> tuple[Tensor, Tensor]:
         mask_costs(prediction, target, preset=preset)
         chosen = torch.arange(min(len(prediction), len(target)))
         return chosen, chosen
@@ -429,7 +442,7 @@ def _without_data() -> list[Any]:
 
 
 def _nf4_savings(transformer: Any, dtype: torch.dtype) -> int:
-    """Bytes that NF4 weights save: 4 bits a weight, and 8 bits for every 64 weights' scale (Dettmers 2023)."""
+    """Bytes that NF4 weights save: 4 bits a weight, 8 bits a scale of 64 (Dettmers 2023)."""
     linear = {
         id(layer.weight): layer.weight.numel()
         for block in find_backbone(transformer).blocks(transformer)

@@ -103,7 +103,9 @@ def focal_terms(
         ValueError: the preset is unknown.
     """
     if preset not in get_args(FocalPreset):
-        raise ValueError(f"preset={preset!r} is unknown; accepted: {', '.join(map(repr, get_args(FocalPreset)))}")
+        raise ValueError(
+            f"preset={preset!r} is unknown; accepted: {', '.join(map(repr, get_args(FocalPreset)))}"
+        )
     probability = logits if preset == "reference" else logits.sigmoid()
     inside = alpha * (1.0 - probability).pow(gamma) * F.softplus(-logits)
     outside = (1.0 - alpha) * probability.pow(gamma) * F.softplus(logits)

@@ -1,7 +1,7 @@
 """Which attention map is which mask: bipartite matching by mask cost (Seg4Diff, section 4.3).
 
-Called by :mod:`seg4diff.magnet.objective` for candidates without names. The cost has the two terms of the loss,
-so the matching is the assignment of lowest loss; no gradient flows through it.
+Called by :mod:`seg4diff.magnet.objective` for candidates without names. The cost has the two terms of the
+loss, so the matching is the assignment of lowest loss; no gradient flows through it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def match(
     cost = (focal_weight * focal + dice_weight * dice).cpu()
     if not bool(cost.isfinite().all()):
         count = int((~cost.isfinite()).any(dim=1).sum())
-        raise ValueError(f"{count} of {len(cost)} candidate maps hold NaN or infinite values; lower the learning rate")
+        raise ValueError(
+            f"{count} of {len(cost)} candidate maps hold NaN or infinite values; lower the learning rate"
+        )
     rows, columns = linear_sum_assignment(cost.numpy())
     return torch.from_numpy(rows), torch.from_numpy(columns)
 

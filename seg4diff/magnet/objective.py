@@ -125,7 +125,7 @@ class Magnet(nn.Module):
         return Losses(self.fm_weight * flow + self.mask.weight * mask, flow, focal, dice)
 
     def predict(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """For each row its mask logits and the masks they stand for, [M', P] both, from the last layer trained.
+        """Mask logits of each row and the masks they stand for, [M', P] both, from the last layer.
 
         Rows without masks have none, [0, 1].
         """
@@ -164,7 +164,7 @@ class Magnet(nn.Module):
         )
 
     def _mask_losses(self, maps: Tensor, grid: tuple[int, int], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Focal and dice loss of one layer's maps [B, (H,) N, T'], mean over rows; rows without masks add 0."""
+        """Focal and dice loss of one layer's maps [B, (H,) N, T'], mean over rows; no masks, no loss."""
         focal = dice = maps.new_zeros(())
         used = False
         for row_maps, masks, columns in zip(maps, batch.masks, batch.columns, strict=True):

@@ -29,12 +29,12 @@ def make_optimizer(weights: list[nn.Parameter], settings: OptimizerSettings) -> 
     }
     if settings.name == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit
+            import bitsandbytes.optim as quantised
         except ImportError as error:
             raise ImportError(
                 "optimizer.name='adamw8bit' needs bitsandbytes: pip install 'seg4diff[quant]'"
             ) from error
-        optimizer: torch.optim.Optimizer = AdamW8bit(weights, **arguments)
+        optimizer: torch.optim.Optimizer = quantised.AdamW8bit(weights, **arguments)
         return optimizer
     if settings.offload:
         return OffloadedAdamW(weights, **arguments)
@@ -66,7 +66,7 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """Learning rate of optimizer step ``step`` of ``steps``: linear warm-up, then half a cosine down to zero."""
+    """Learning rate of step ``step`` of ``steps``: linear warm-up, then half a cosine down to zero."""
     warm_up = min(settings.warm_up, steps)
     if step < warm_up:
         return settings.learning_rate * (step + 1) / warm_up

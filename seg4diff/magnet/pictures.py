@@ -48,13 +48,19 @@ def mask_overlays(
             for found in labels
         ]
         sheets.append(np.concatenate([np.asarray(picture.convert("RGB")) for picture in pair], axis=1))
-    return np.stack(sheets).astype(np.float32) / 255.0 if sheets else np.zeros((0, tile, 2 * tile, 3), np.float32)
+    return (
+        np.stack(sheets).astype(np.float32) / 255.0
+        if sheets
+        else np.zeros((0, tile, 2 * tile, 3), np.float32)
+    )
 
 
 class SamplePrompts:
     """Prompts to draw during training; encoded once, so that only the VAE stays, on the CPU."""
 
-    def __init__(self, pipe: Any, prompts: Sequence[str], *, steps: int = 28, guidance_scale: float = 5.0) -> None:
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], *, steps: int = 28, guidance_scale: float = 5.0
+    ) -> None:
         self._prompts = tuple(prompts)
         self._steps, self._scale = steps, guidance_scale
         embeddings = pipe.encode_prompt(
@@ -64,7 +70,12 @@ class SamplePrompts:
             do_classifier_free_guidance=True,
             max_sequence_length=77 if pipe.text_encoder_3 is None else 256,
         )
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        names = (
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        )
         self._embeddings = dict(zip(names, embeddings, strict=True))
         parts = dict.fromkeys(pipe.components)
         parts.update(vae=pipe.vae, scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))
@@ -72,7 +83,7 @@ class SamplePrompts:
 
     @torch.no_grad()
     def draw(self, transformer: nn.Module) -> np.ndarray:
-        """One picture a prompt from the same noise every time, [prompts, height, width, 3] floats in [0, 1]."""
+        """A picture a prompt, from noise that never changes, [prompts, height, width, 3] in [0, 1]."""
         place: Any = next(transformer.parameters())
         pipe = self._pipeline(**{**self._parts, "transformer": transformer})
         pipe.set_progress_bar_config(disable=True)
@@ -87,4 +98,4 @@ class SamplePrompts:
         latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         pictures = vae.decode(latents.to(vae.dtype)).sample.float().cpu()
         vae.to("cpu")
-        return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # type: ignore[no-any-return]
+        return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()

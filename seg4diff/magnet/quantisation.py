@@ -26,15 +26,17 @@ def quantise_nf4(transformer: Any, device: torch.device) -> int:
         ImportError: bitsandbytes is missing.
     """
     try:
-        from bitsandbytes.nn import Linear4bit
+        import bitsandbytes.nn as bitsandbytes_nn
     except ImportError as error:
-        raise ImportError("memory.quantise='nf4' needs bitsandbytes: pip install 'seg4diff[quant]'") from error
+        raise ImportError(
+            "memory.quantise='nf4' needs bitsandbytes: pip install 'seg4diff[quant]'"
+        ) from error
     replaced = 0
     for block in find_backbone(transformer).blocks(transformer):
         for name, layer in list(block.named_modules()):
             if not isinstance(layer, nn.Linear):
                 continue
-            quantised = Linear4bit(
+            quantised: Any = bitsandbytes_nn.Linear4bit(
                 layer.in_features,
                 layer.out_features,
                 bias=layer.bias is not None,

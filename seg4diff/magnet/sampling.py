@@ -1,8 +1,8 @@
 """What every step trains on, as a function of the seed and the sample's position alone.
 
-Called by the trainer. Order, prompt, noise, noise level and caption dropout of a sample depend on nothing that ran
-before it, so a resumed run sees what the interrupted one would have seen, and two processes with half the batch see
-what one process sees.
+Called by the trainer. Order, prompt, noise, noise level and caption dropout of a sample depend on nothing
+that ran before it, so a resumed run sees what the interrupted one would have seen, and two processes with
+half the batch see what one process sees.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from seg4diff.magnet.encoding import Description, Encodings, EncodedText, areas, decode_masks, union
+from seg4diff.magnet.encoding import Description, EncodedText, Encodings, areas, decode_masks, union
 from seg4diff.magnet.objective import Batch
 from seg4diff.magnet.settings import NoiseSettings, TrainSettings
 
@@ -126,7 +126,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def draw_sigma(noise: NoiseSettings, generator: torch.Generator) -> Tensor:
-    """One noise level [1] in (0, 1): logit-normal, then shifted (Esser et al. 2024, sections 3.1 and 5.3.2)."""
+    """One noise level [1] in (0, 1): logit-normal, then shifted (Esser et al. 2024, 3.1 and 5.3.2)."""
     sigma = torch.sigmoid(noise.mean + noise.deviation * torch.randn(1, generator=generator))
     return noise.shift * sigma / (1.0 + (noise.shift - 1.0) * sigma)
 
@@ -161,7 +161,11 @@ def _pairs(
     if settings.mask.pairing == "class":
         names = [name for name in dict.fromkeys(description.classes) if text.classes.get(name)]
         by_name = [
-            [mask for mask, label in zip(description.masks, description.classes, strict=True) if label == name]
+            [
+                mask
+                for mask, label in zip(description.masks, description.classes, strict=True)
+                if label == name
+            ]
             for name in names
         ]
         masks = [several[0] if len(several) == 1 else union(several) for several in by_name]
@@ -189,7 +193,7 @@ def _has_pairs(description: Description, settings: TrainSettings) -> bool:
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(_hash("order", seed, epoch))
-    return torch.randperm(count, generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randperm(count, generator=generator).tolist()
 
 
 def _hash(*parts: object) -> int:

@@ -1,4 +1,4 @@
-"""Everything a training run is told: dataclasses with defaults, read from TOML, checked before anything is loaded.
+"""Everything a training run is told: dataclasses, read from TOML, checked before anything is loaded.
 
 Imports nothing heavy, so that ``--help`` and a mistyped setting answer at once.
 """
@@ -47,15 +47,15 @@ class MaskSettings:
         focal_weight, dice_weight: of its two terms.
         focal: ``"default"``, or ``"reference"`` for the public code's focal loss (see ``focal_loss``).
         layers: transformer blocks whose maps are trained, each on its own; empty for the expert layers.
-        pairing: ``"class"``: a class's mask belongs to the tokens of its name. ``"token"``: candidates are the
-            maps of the caption's words, matched with the masks. ``"head"``: the same, every head by itself.
+        pairing: ``"class"``: a class's mask belongs to the tokens of its name. ``"token"``: candidates are
+            the maps of the caption's words, matched with the masks. ``"head"``: so, every head by itself.
         scores: what a map holds, see :class:`seg4diff.MapRequest`. Raw probabilities under a sigmoid hardly
             train, they are small numbers: normalise them, or use logits.
         normalisation: of every map over the picture, before the sigmoid. ``"minmax"``: to
             sharpness * [-1/2, 1/2]; ``"standard"``: sharpness / 4 * (map - mean) / deviation; ``"none"``.
         sharpness: see ``normalisation``.
-        convolutional_head: refine the maps by three small convolutions that are trained and thrown away, as in
-            the public code.
+        convolutional_head: refine the maps by three small convolutions that are trained and thrown away, as
+            in the public code.
         match_focal_weight, match_dice_weight: weights of the matching cost.
         max_masks: largest masks of a picture that count.
         min_area: smallest share of the picture that a mask may have.
@@ -68,7 +68,7 @@ class MaskSettings:
     layers: tuple[int, ...] = ()
     pairing: Pairing = "class"
     scores: Scores = "logit"
-    normalisation: Normalisation = "minmax"
+    normalisation: Normalisation = "none"
     sharpness: float = 8.0
     convolutional_head: bool = False
     match_focal_weight: float = 0.02
@@ -122,9 +122,11 @@ class DataSettings:
         kind: ``"folder"``, ``"coco"``, ``"sa1b"`` or ``"demo"``; see :mod:`seg4diff.magnet.sources`.
         images: folder of the pictures.
         masks: COCO: the panoptic or stuff JSON. Others: none, masks lie beside the pictures.
-        captions: COCO's captions JSON, or a JSON of picture name -> caption(s) as ``seg4diff caption`` writes.
+        captions: COCO's captions JSON, or a JSON of picture name -> caption(s) as ``seg4diff caption``
+            writes.
         resolution: side in pixels of the square that pictures are resized to, once.
-        geometry: the central square (``"crop"``), or the whole picture regardless of its aspect (``"squash"``).
+        geometry: the central square (``"crop"``), or the whole picture regardless of its aspect
+            (``"squash"``).
         text: train on ``"captions"``, or on the joined names of the classes present (``"classes"``).
         caption_dropout: share of the samples that see an empty prompt, and no mask loss.
         held_out: share of the pictures kept aside to choose the best checkpoint.
@@ -223,7 +225,7 @@ class TrainSettings:
         _check(self)
 
     def replaced(self, **changes: Any) -> TrainSettings:
-        """A copy with changes; those of a section are a mapping: ``replaced(steps=5, mask={"weight": 2.0})``."""
+        """A copy with changes, those of a section as mapping: ``replaced(steps=5, mask={"weight": 2.0})``."""
         values = {
             name: dataclasses.replace(getattr(self, name), **value)
             if isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(self, name))
@@ -235,15 +237,24 @@ class TrainSettings:
     def identity(self) -> str:
         """Hash of what decides the weights that come out; a checkpoint of another identity is not resumed."""
         values = dataclasses.asdict(self)
-        for name in ("out", "checkpoint_every", "keep", "resume", "report", "sample_prompts", "bad_steps", "device"):
+        for name in (
+            "out",
+            "checkpoint_every",
+            "keep",
+            "resume",
+            "report",
+            "sample_prompts",
+            "bad_steps",
+            "device",
+        ):
             del values[name]
         for name in ("cache", "shard", "workers"):
             del values["data"][name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-# What the paper states, and what its public code does (Seg4Diff, section 4.3 and appendix A; where they differ the
-# paper's learning rate, captions and matching stand under "paper").
+# What the public code of Seg4Diff does (section 4.3, appendix A), and what the paper states: another learning
+# rate, captions instead of class names, and matching.
 _REFERENCE: dict[str, Any] = {
     "steps": 3000,
     "batch": 8,
@@ -332,7 +343,9 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     result = dict(below)
     for name, value in above.items():
         mine = result.get(name)
-        result[name] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+        result[name] = (
+            merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+        )
     return result
 
 
@@ -422,13 +435,17 @@ def _check(settings: TrainSettings) -> None:
     if settings.fm_weight == 0 and mask.weight == 0:
         raise ValueError("fm_weight and mask.weight are both 0: there is nothing to train")
     if mask.weight > 0 and mask.focal_weight == mask.dice_weight == 0:
-        raise ValueError("mask.focal_weight and mask.dice_weight are both 0; set mask.weight=0 for no mask loss")
+        raise ValueError(
+            "mask.focal_weight and mask.dice_weight are both 0; set mask.weight=0 for no mask loss"
+        )
     if settings.fm_weight == 0 and data.caption_dropout > 0:
         raise ValueError(
-            f"data.caption_dropout={data.caption_dropout!r} with fm_weight=0: samples without a caption would "
+            f"data.caption_dropout={data.caption_dropout!r} with fm_weight=0: samples without caption would "
             "train nothing; set data.caption_dropout=0"
         )
     if optimizer.offload and optimizer.name == "adamw8bit":
-        raise ValueError("optimizer.offload with adamw8bit: 8-bit states live on the GPU; choose one of the two")
+        raise ValueError(
+            "optimizer.offload with adamw8bit: 8-bit states live on the GPU; choose one of the two"
+        )
     if not lora.targets:
         raise ValueError("lora.targets is empty; name modules such as to_q")

@@ -1,7 +1,7 @@
 """Where pictures, masks and captions come from: plain folders, SA-1B, COCO, and the demo scenes.
 
-Called by :mod:`seg4diff.magnet.encoding`, which asks for one example at a time; nothing but names and annotations
-is held in memory. Paths and formats end here.
+Called by :mod:`seg4diff.magnet.encoding`, which asks for one example at a time; nothing but names and
+annotations is held in memory. Paths and formats end here.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def open_source(data: DataSettings) -> Source:
     if data.kind == "coco":
         if captions is None and data.text == "captions":
             raise ValueError(
-                "data.captions is not set; name COCO's captions_*.json, or set data.text='classes' to train on "
-                "class names"
+                "data.captions is not set; name COCO's captions_*.json, or set data.text='classes' to "
+                "train on class names"
             )
         return Coco(images, _existing(data.masks, "data.masks"), captions)
     return Paired(images, captions, with_png=data.kind == "folder")
@@ -96,9 +96,10 @@ def open_source(data: DataSettings) -> Source:
 class Paired:
     """Pictures with a file of masks beside each.
 
-    Beside ``cat.jpg`` lie ``cat.mask.png`` (every value above 0 is a mask; names in ``classes.txt``, line n names
-    value n), or ``cat.mask.json`` / ``cat.json`` as SA-1B has it: ``{"annotations": [{"segmentation": RLE}]}``,
-    each with a ``"class"`` if it has a name. Captions come from ``cat.txt``, a line each, or from one JSON.
+    Beside ``cat.jpg`` lie ``cat.mask.png`` (every value above 0 is a mask; names in ``classes.txt``, line n
+    names value n), or ``cat.mask.json`` / ``cat.json`` as SA-1B has it: ``{"annotations": [{"segmentation":
+    RLE}]}``, each with a ``"class"`` if it has a name. Captions come from ``cat.txt``, a line each, or from
+    one JSON.
     """
 
     def __init__(self, folder: Path, captions: Path | None, *, with_png: bool) -> None:
@@ -160,7 +161,9 @@ class Paired:
     def fingerprint(self) -> str:
         files = [*self._files, *(p for f in self._files if (p := self._annotations(f)) is not None)]
         files += [p for f in self._files if (p := f.with_suffix(".txt")).is_file()]
-        extra = [p for p in (self._captions_file, self._folder / "classes.txt") if p is not None and p.is_file()]
+        extra = [
+            p for p in (self._captions_file, self._folder / "classes.txt") if p is not None and p.is_file()
+        ]
         return _fingerprint(files + extra, self._folder)
 
 
@@ -181,7 +184,8 @@ class Coco:
                 self._annotations[int(annotation["image_id"])].append(annotation)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"data.masks={str(masks)!r} is no COCO file ({error!r}): categories, images and annotations expected"
+                f"data.masks={str(masks)!r} is no COCO file ({error!r}): categories, images and "
+                "annotations expected"
             ) from None
         if not self._images:
             raise ValueError(f"data.masks={str(masks)!r} lists no picture")
@@ -203,11 +207,15 @@ class Coco:
         captions = self._captions.get(str(number)) or self._captions.get(file_name, ())
         return _example(file_name, image, by_name.values(), by_name, captions)
 
-    def _masks_of(self, annotation: Mapping[str, Any], image: Image.Image) -> Iterable[tuple[str, np.ndarray]]:
+    def _masks_of(
+        self, annotation: Mapping[str, Any], image: Image.Image
+    ) -> Iterable[tuple[str, np.ndarray]]:
         if "segments_info" in annotation:
             path = self._masks_file.with_suffix("") / str(annotation["file_name"])
             colours = np.asarray(_picture(path)).astype(np.int64)
-            numbers = _sized(colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2], image, path.name)
+            numbers = _sized(
+                colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2], image, path.name
+            )
             for segment in annotation["segments_info"]:
                 yield self._name(segment), numbers == int(segment["id"])
         else:
@@ -223,7 +231,9 @@ class Coco:
     def fingerprint(self) -> str:
         files = [self._masks_file, *([self._captions_file] if self._captions_file is not None else [])]
         files += [path for _, name in self._images if (path := self._folder / name).is_file()]
-        pictured = (a["file_name"] for listed in self._annotations.values() for a in listed if "file_name" in a)
+        pictured = (
+            a["file_name"] for listed in self._annotations.values() for a in listed if "file_name" in a
+        )
         files += [path for n in pictured if (path := self._masks_file.with_suffix("") / str(n)).is_file()]
         return _fingerprint(files, self._folder)
 
@@ -236,7 +246,7 @@ class DemoScenes:
 
         if first + count > HELD_OUT:
             raise ValueError(
-                f"data.first_scene={first} with data.scenes={count} reaches into the scenes from {HELD_OUT} on, "
+                f"data.first_scene={first} with data.scenes={count} reaches into those from {HELD_OUT} on, "
                 "which are for evaluation; choose smaller ones"
             )
         self._first, self._count = first, count
@@ -286,7 +296,8 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
                 captions[name] += [text] if isinstance(text, str) else [str(entry) for entry in text]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"data.captions={str(path)!r} is neither COCO's captions nor an object of name -> caption ({error!r})"
+            f"data.captions={str(path)!r} is neither COCO's captions nor an object of name -> caption "
+            f"({error!r})"
         ) from None
     return {name: tuple(text for text in texts if text.strip()) for name, texts in captions.items()}
 
@@ -297,7 +308,9 @@ def _from_json(path: Path, image: Image.Image) -> tuple[list[np.ndarray], list[s
         entries = [(entry["segmentation"], str(entry.get("class", ""))) for entry in annotations]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnusableExampleError("unreadable masks", f"{path.name}: {error!r}") from None
-    return [_decode(segmentation, image, path.name) for segmentation, _ in entries], [name for _, name in entries]
+    return [_decode(segmentation, image, path.name) for segmentation, _ in entries], [
+        name for _, name in entries
+    ]
 
 
 def _decode(segmentation: Any, image: Image.Image, name: str) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The training loop: one process or many, resumable at every step.
 
-Called by ``seg4diff train`` and ``accelerate launch -m seg4diff.magnet``. A step is a function of the weights, the
-optimizer's state and the step's number alone (:mod:`seg4diff.magnet.sampling`); these are what a checkpoint holds.
+Called by ``seg4diff train`` and ``accelerate launch -m seg4diff.magnet``. A step is a function of the
+weights, the optimizer's state and the step's number alone (:mod:`seg4diff.magnet.sampling`); these are what
+a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import dataclasses
 import gc
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from seg4diff.backbones import find_backbone, transformer_of
-from seg4diff.magnet.adapters import ADAPTER, add_adapters
+from seg4diff.backbones import transformer_of
+from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from seg4diff.magnet.encoding import Encodings, encode, open_encodings
 from seg4diff.magnet.objective import Batch, Losses, Magnet, mask_layers
@@ -74,8 +74,8 @@ def train(
     """Fine-tune a pipeline's transformer so that its attention maps follow masks.
 
     Writes into ``settings.out``: ``checkpoints/``, ``cache/`` (unless set elsewhere), ``last/`` and, in the
-    folder itself, the adapters to use, as diffusers expects them. A run that was interrupted goes on where its
-    latest checkpoint is.
+    folder itself, the adapters to use, as diffusers expects them. A run that was interrupted goes on where
+    its latest checkpoint is.
 
     Args:
         settings: see :class:`seg4diff.magnet.settings.TrainSettings`.
@@ -88,8 +88,8 @@ def train(
         FileNotFoundError, ValueError: a setting, a file or the data set is of no use; see
             :mod:`seg4diff.magnet.settings` and :mod:`seg4diff.magnet.sources`.
         FloatingPointError: losses stayed NaN or infinite; the latest checkpoint is untouched.
-        OSError: the adapters could not be written at the end. A checkpoint that cannot be written meanwhile is
-            an error in the log, and training goes on.
+        OSError: the adapters could not be written at the end. A checkpoint that cannot be written meanwhile
+            is an error in the log, and training goes on.
     """
     accelerator = _accelerator(settings)
     run = _Run(settings, accelerator, pipe, progress and accelerator.is_local_main_process)
@@ -135,7 +135,13 @@ class _Run:
         if settings.ema > 0:
             self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._optimizer = make_optimizer(list(self._weights.values()), settings.optimizer)
-        self._state: dict[str, Any] = {"best": math.inf, "best_step": 0, "skipped": 0, "bad": 0, "held_out": {}}
+        self._state: dict[str, Any] = {
+            "best": math.inf,
+            "best_step": 0,
+            "skipped": 0,
+            "bad": 0,
+            "held_out": {},
+        }
         self._unsaved = 0
 
     # Before training
@@ -145,7 +151,8 @@ class _Run:
             raise NotADirectoryError(f"out={str(self._out)!r} is a file; give a folder")
         if self._settings.resume == "never" and any((self._out / "checkpoints").glob("checkpoint-*")):
             raise ValueError(
-                f"out={str(self._out)!r} holds a run already; give another folder, or resume='latest' to go on"
+                f"out={str(self._out)!r} holds a run already; give another folder, or "
+                "resume='latest' to go on"
             )
 
     def _encodings(self, pipe: Any) -> Encodings:
@@ -206,7 +213,9 @@ class _Run:
                 losses, norm = self._step(step, batches)
                 done = step + 1
                 self._show(bar, losses, norm, done)
-                if done == settings.steps or (settings.evaluate_every and done % settings.evaluate_every == 0):
+                if done == settings.steps or (
+                    settings.evaluate_every and done % settings.evaluate_every == 0
+                ):
                     self._evaluate(done)
                 if done == settings.steps or done % settings.checkpoint_every == 0:
                     self._checkpoint(done)
@@ -251,7 +260,7 @@ class _Run:
             raise FloatingPointError(
                 f"the gradient was NaN or infinite in {self._state['bad']} consecutive steps, the last one "
                 f"{where}; lower optimizer.learning_rate={self._settings.optimizer.learning_rate:g} or "
-                "mask.weight, or use memory.precision='float32'. Weights and checkpoints are as they were before"
+                "mask.weight, or use memory.precision='float32'. Weights and checkpoints are as before"
             )
         logger.warning("the gradient of %s is NaN or infinite; the step is skipped", where)
 
@@ -271,7 +280,9 @@ class _Run:
             means = self._accelerator.reduce(torch.stack(list(losses)), reduction="mean")
             values = dict(zip((f"train/{name}" for name in Losses._fields), means.tolist(), strict=True))
             rate = self._optimizer.param_groups[0]["lr"]
-            self._accelerator.log({**values, "train/gradient_norm": norm, "train/learning_rate": rate}, step=done)
+            self._accelerator.log(
+                {**values, "train/gradient_norm": norm, "train/learning_rate": rate}, step=done
+            )
 
     @torch.no_grad()
     def _evaluate(self, done: int) -> None:
@@ -369,7 +380,7 @@ class _Run:
                     _copy(chosen, lora)
                 except OSError as error:
                     raise OSError(
-                        f"the adapters could not be written to {str(self._out)!r} ({error}); free some space and "
+                        f"the adapters could not be written to {str(self._out)!r} ({error}); free space and "
                         "start again: the run goes on from its latest checkpoint"
                     ) from error
         self._accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
 """Safetensors files that say whether they are whole: a checksum of the tensors stands in the header.
 
-Called by the cache of encodings and by checkpoints. Files appear whole or not at all, and a file that was cut off
-or changed later is told from a good one.
+Called by the cache of encodings and by checkpoints. Files appear whole or not at all, and a file that was
+cut off or changed later is told from a good one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Adapters in and out: files that stock diffusers loads, and the authors' published ones.
 
-Called by the trainer and by users. It hides key layouts; nothing is loaded from a file of which a single key does
-not fit the model.
+Called by the trainer and by users. It hides key layouts; nothing is loaded from a file of which a single
+key does not fit the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _LAYOUTS = {
     # "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", as diffusers and this library write it
     "diffusers": re.compile(r"transformer\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight"),
     # "backbone.transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight", the authors' checkpoints
-    "authors": re.compile(r"(model\.)?backbone\.transformer\.(?P<module>.+)\.lora_(?P<part>[AB])\.default\.weight"),
+    "authors": re.compile(
+        r"(model\.)?backbone\.transformer\.(?P<module>.+)\.lora_(?P<part>[AB])\.default\.weight"
+    ),
 }
 _LISTED = 12
 
@@ -70,7 +72,11 @@ def save_lora(
     layers = {name: tensor.detach().float().cpu().contiguous() for name, tensor in layers.items()}
     config = configurations[adapter]
     # The few settings that every version of peft knows.
-    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    metadata = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+    }
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
 
@@ -124,7 +130,8 @@ def _file(path: Path) -> Path:
         found = [path / FILE_NAME] if (path / FILE_NAME).is_file() else sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise FileNotFoundError(
-                f"LoRA folder {str(path)!r} holds {len(found)} safetensors files and no {FILE_NAME}; name the file"
+                f"LoRA folder {str(path)!r} holds {len(found)} safetensors files and no {FILE_NAME}; "
+                "name the file"
             )
         return found[0]
     if not path.is_file():
@@ -161,7 +168,7 @@ def _parse(state: Mapping[str, Tensor], file: Path) -> tuple[str, dict[str, dict
     strange = [key for key in state if key not in fits[layout]]
     if strange:
         raise ValueError(
-            f"LoRA {str(file)!r} is refused: {len(strange)} of {len(state)} keys are no LoRA of a transformer: "
+            f"LoRA {str(file)!r} is refused: {len(strange)} of {len(state)} keys are no LoRA of it: "
             + _listed(strange)
         )
     parts: dict[str, dict[str, Tensor]] = {}

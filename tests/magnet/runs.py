@@ -51,7 +51,8 @@ def train_until_killed(out: str, cache: str, moment: str, step: int) -> None:
 
     Args:
         out, cache: folders.
-        moment: ``"after"`` a step, ``"within"`` its optimizer step, or while the checkpoint that follows it is
+        moment: ``"after"`` a step, ``"within"`` its optimizer step, or while the checkpoint that follows it
+            is
             ``"writing"``.
         step: which.
     """

@@ -47,7 +47,9 @@ class Examples:
         return f"{len(self.examples)} {self.mark}"
 
 
-def example(number: int = 0, caption: str = "a red cat on a sofa", size: tuple[int, int] = (64, 64)) -> Example:
+def example(
+    number: int = 0, caption: str = "a red cat on a sofa", size: tuple[int, int] = (64, 64)
+) -> Example:
     generator = np.random.default_rng(number)
     pixels = generator.integers(0, 255, (size[1], size[0], 3), np.uint8)
     cat = np.zeros((size[1], size[0]), bool)
@@ -123,7 +125,10 @@ def test_a_stale_cache_is_built_again(
     source = Examples([example(0), example(1)])
     encode(pipe, source, DATA, tmp_path, progress=False)
     other = tiny.pipeline(seed=1) if change == "model" else pipe
-    data = {"resolution": DataSettings(resolution=48, shard=2), "text": DataSettings(resolution=64, shard=2, text="classes")}
+    data = {
+        "resolution": DataSettings(resolution=48, shard=2),
+        "text": DataSettings(resolution=64, shard=2, text="classes"),
+    }
     source = Examples(source.examples, "changed" if change == "files" else "")
     with caplog.at_level(logging.WARNING, logger="seg4diff"):
         encode(other, source, data.get(change, DATA), tmp_path, progress=False)
@@ -145,7 +150,10 @@ def test_an_interrupted_build_goes_on(pipe: Any, tmp_path: Path, monkeypatch: py
         patched.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="set data.cache to another folder"):
             encode(pipe, source, DATA, tmp_path, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty-prompt.safetensors", "shard-00000.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "empty-prompt.safetensors",
+        "shard-00000.safetensors",
+    ]
     source.loaded.clear()
     assert len(encode(pipe, source, DATA, tmp_path, progress=False)) == 4
     assert source.loaded == [2, 3]

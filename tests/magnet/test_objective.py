@@ -85,7 +85,10 @@ def float64_losses(model: Any, batch: Batch, mask: MaskSettings, fm_weight: floa
             if mask.pairing != "class":
                 coarse = F.interpolate(masks[None], size=grid, mode="area")[0]
                 cost = [
-                    [(0.02 * focal(c.flatten(), t.flatten()) + dice(c.flatten(), t.flatten())).item() for t in coarse]
+                    [
+                        (0.02 * focal(c.flatten(), t.flatten()) + dice(c.flatten(), t.flatten())).item()
+                        for t in coarse
+                    ]
                     for c in candidates
                 ]
                 pairs = list(zip(*linear_sum_assignment(cost), strict=True))
@@ -148,8 +151,17 @@ def adapted(dtype: torch.dtype, stop_after: int | None = None) -> tuple[Any, dic
 CASES = [
     (scores, normalisation, pairing, 1.0)
     for scores in ("logit", "probability", "text_probability")
-    for normalisation, pairing in (("minmax", "class"), ("none", "class"), ("standard", "token"), ("minmax", "head"))
-] + [("logit", "minmax", "class", 0.0), ("probability", "standard", "class", 0.0), ("logit", "none", "head", 0.0)]
+    for normalisation, pairing in (
+        ("minmax", "class"),
+        ("none", "class"),
+        ("standard", "token"),
+        ("minmax", "head"),
+    )
+] + [
+    ("logit", "minmax", "class", 0.0),
+    ("probability", "standard", "class", 0.0),
+    ("logit", "none", "head", 0.0),
+]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
@@ -187,7 +199,7 @@ def test_gradients_of_the_whole_loss(
         assert weight.grad is not None, f"{name} got no gradient"
         assert true is not None
         scale = max(float(true.abs().max()), 1e-6)
-        torch.testing.assert_close(weight.grad.double(), true, rtol=1e-3, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(weight.grad.double(), true, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_float64_throughout() -> None:
@@ -195,7 +207,14 @@ def test_float64_throughout() -> None:
     mask = MaskSettings(layers=(1,), scores="probability", normalisation="minmax")
     batch = make_batch()
     model, weights = adapted(torch.float64)
-    batch64 = Batch(batch.latents.double(), batch.noise.double(), batch.sigma.double(), batch.text, batch.masks, batch.columns)
+    batch64 = Batch(
+        batch.latents.double(),
+        batch.noise.double(),
+        batch.sigma.double(),
+        batch.text,
+        batch.masks,
+        batch.columns,
+    )
     total = Magnet(model, mask)(batch64).total
     total.backward()
     expected_model, expected_weights = adapted(torch.float64)

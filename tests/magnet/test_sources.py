@@ -75,7 +75,11 @@ def coco(tmp_path: Path, *, panoptic: bool) -> DataSettings:
     picture(tmp_path / "7.jpg")
     picture(tmp_path / "8.jpg")
     content: dict[str, Any] = {
-        "images": [{"id": 7, "file_name": "7.jpg"}, {"id": 8, "file_name": "8.jpg"}, {"id": 9, "file_name": "9.jpg"}],
+        "images": [
+            {"id": 7, "file_name": "7.jpg"},
+            {"id": 8, "file_name": "8.jpg"},
+            {"id": 9, "file_name": "9.jpg"},
+        ],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "wall-brick"}],
     }
     if panoptic:
@@ -84,7 +88,11 @@ def coco(tmp_path: Path, *, panoptic: bool) -> DataSettings:
         numbers[:5] = 301
         colours = np.stack([numbers % 256, numbers // 256 % 256, numbers // 65536], axis=-1)
         Image.fromarray(colours.astype(np.uint8)).save(tmp_path / "masks" / "7.png")
-        segments = [{"id": 300, "category_id": 1}, {"id": 301, "category_id": 1}, {"id": 70000, "category_id": 2}]
+        segments = [
+            {"id": 300, "category_id": 1},
+            {"id": 301, "category_id": 1},
+            {"id": 70000, "category_id": 2},
+        ]
         content["annotations"] = [{"image_id": 7, "file_name": "7.png", "segments_info": segments}]
     else:
         content["annotations"] = [
@@ -190,15 +198,27 @@ def test_unusable_pictures_have_a_reason(kind: str, reason: str, tmp_path: Path)
         ({"images": "nowhere"}, FileNotFoundError, "data.images='nowhere' is no folder"),
         ({"images": "."}, ValueError, "holds no picture"),
         ({"kind": "coco", "images": "."}, ValueError, "data.captions is not set"),
-        ({"kind": "coco", "images": ".", "text": "classes"}, ValueError, "data.masks is not set; name a file"),
+        (
+            {"kind": "coco", "images": ".", "text": "classes"},
+            ValueError,
+            "data.masks is not set; name a file",
+        ),
         ({"kind": "coco", "images": ".", "captions": "x.json"}, FileNotFoundError, "data.captions='x.json'"),
         ({"kind": "coco", "images": ".", "text": "classes", "masks": "bad.json"}, ValueError, "is no JSON"),
-        ({"kind": "coco", "images": ".", "text": "classes", "masks": "other.json"}, ValueError, "no COCO file"),
+        (
+            {"kind": "coco", "images": ".", "text": "classes", "masks": "other.json"},
+            ValueError,
+            "no COCO file",
+        ),
         ({"kind": "coco", "images": ".", "text": "classes", "masks": "list.json"}, ValueError, "not a list"),
     ],
 )
 def test_wrong_sources(
-    settings: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text("{")

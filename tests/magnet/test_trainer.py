@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import logging
 import multiprocessing
 import os
@@ -58,7 +59,9 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def forkserver() -> Any:
     """Processes that start in no time, because the server they are forked from has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.magnet.runs", "seg4diff.magnet.trainer", "diffusers", "transformers"])
+    context.set_forkserver_preload(
+        ["tests.magnet.runs", "seg4diff.magnet.trainer", "diffusers", "transformers"]
+    )
     return context
 
 
@@ -87,7 +90,9 @@ def assert_same_run(out: Path, whole: Path) -> None:
 def test_killed_and_resumed_is_bit_identical(
     moment: str, step: int, cache: Path, whole: Path, tmp_path: Path, forkserver: Any
 ) -> None:
-    process = forkserver.Process(target=runs.train_until_killed, args=(str(tmp_path), str(cache), moment, step))
+    process = forkserver.Process(
+        target=runs.train_until_killed, args=(str(tmp_path), str(cache), moment, step)
+    )
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -186,9 +191,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert two.returncode == 0, two.stderr[-3000:]
     from seg4diff.magnet.settings import read_settings
 
-    one = train(
-        read_settings(config).replaced(out=str(tmp_path / "one"), batch=2), pipe=None, progress=False
-    )
+    one = train(read_settings(config).replaced(out=str(tmp_path / "one"), batch=2), pipe=None, progress=False)
     expected = load_file(one.last)
     found = load_file(tmp_path / "two" / "last" / "pytorch_lora_weights.safetensors")
     assert expected.keys() == found.keys()
@@ -319,9 +322,13 @@ def test_lasting_nan_is_an_error_and_loses_nothing(
 
 
 def test_full_disk(
-    cache: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cache: Path,
+    whole: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A checkpoint that cannot be written is an error in the log; the earlier one stays and can be resumed."""
+    """A checkpoint that cannot be written is an error in the log; the earlier one stays."""
     full = False
     whole_write = Path.write_bytes
 
@@ -372,7 +379,7 @@ def test_learning_rate() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[8] == pytest.approx(0.5)
-    assert all(first >= second for first, second in zip(rates[4:], rates[5:], strict=False))
+    assert all(first >= second for first, second in itertools.pairwise(rates[4:]))
     assert learning_rate(0, 2, OptimizerSettings(warm_up=100)) == pytest.approx(0.5e-4)
 
 
