@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from seg4diff.analysis.measuring import analyze, check_levels, pictures_bar
@@ -22,7 +21,7 @@ from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.api import Backend, MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.saving import write_atomically
-from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
+from seg4diff.segmentation.recipe import Resize, find_preset, model_inputs, resize_scores, views_of
 from seg4diff.segmentation.zero_shot import plan_prompts
 
 if TYPE_CHECKING:
@@ -256,7 +255,7 @@ def _measure(
                     scores = torch.cat(parts.pop((level, picture)), dim=1)  # [L, names, N]
                     own = torch.tensor([names.index(name) for name in classes[picture]])
                     confusion[level] += _confusions(
-                        scores.unflatten(2, grid), truths[picture], own, len(names)
+                        scores.unflatten(2, grid), truths[picture], own, len(names), choices.resize
                     )
                     bar.update()
     finally:
@@ -279,15 +278,11 @@ def _scores(maps: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([maps[:, :, list(own)].mean(dim=-1) for own in columns], dim=1)
 
 
-def _confusions(scores: Tensor, truth: Tensor, own: Tensor, classes: int) -> Tensor:
+def _confusions(scores: Tensor, truth: Tensor, own: Tensor, classes: int, resize: Resize) -> Tensor:
     """Confusion matrices [L, classes, classes] of one picture, from scores [L, names, h, w]."""
     counted = truth != 255
-    labels = [
-        F.interpolate(layer[None].float().cpu(), size=truth.shape, mode="bilinear", align_corners=False)[
-            0
-        ].argmax(0)
-        for layer in scores
-    ]
+    size = (truth.shape[0], truth.shape[1])
+    labels = [resize_scores(layer.cpu(), size, resize).argmax(dim=0) for layer in scores]
     # Numbers of the whole list of classes, among which 255 is one like any other.
     actual = torch.where(counted, own[truth.long() * counted], -1)
     return torch.stack([confusion_matrix(own[label], actual, classes, ignored=-1) for label in labels])

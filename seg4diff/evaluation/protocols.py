@@ -13,12 +13,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from seg4diff.evaluation.datasets import Dataset
 from seg4diff.evaluation.metrics import IGNORED
-from seg4diff.segmentation.recipe import Preset
+from seg4diff.segmentation.recipe import Preset, Resize, resize_scores
 from seg4diff.segmentation.unsupervised import group_attention
 from seg4diff.segmentation.zero_shot import PlannedPrompt, plan_prompts
 from seg4diff.tokens import TextEncoding
@@ -168,19 +167,19 @@ def predict(
         maps: for each of its prompts the attention [N, T'].
         grid: height h and width w of the image tokens, N = h * w.
         size: height and width of the picture.
-        preset: how regions are grouped without names.
+        preset: how scores are resized, and how regions are grouped without names.
 
     Returns:
         uint8 [height, width] on the CPU: positions in the data set's classes, or numbers of regions.
     """
     if question.protocol == "unsupervised":
         regions = group_attention(maps[0], grid=grid, preset=preset.name)
-        _, winner = _winners(regions, size)
+        _, winner = _winners(regions, size, "linear")
         return winner.to("cpu", torch.uint8)
     if not question.labels:  # nothing but background
         fill = IGNORED if question.background is None else question.background
         return torch.full(size, fill, dtype=torch.uint8)
-    scores, winner = _winners(class_scores(question, maps, grid), size)
+    scores, winner = _winners(class_scores(question, maps, grid), size, preset.resize)
     labels = torch.tensor(question.labels, dtype=torch.uint8, device=winner.device)[winner]
     if question.threshold is not None and question.background is not None:
         labels[scores < question.threshold * scores.max()] = question.background
@@ -200,17 +199,17 @@ def class_scores(question: Question, maps: Sequence[Tensor], grid: tuple[int, in
     return torch.stack([part.amax(dim=0) for part in parts]).reshape(-1, *grid)
 
 
-def _winners(scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _winners(scores: Tensor, size: tuple[int, int], resize: Resize) -> tuple[Tensor, Tensor]:
     """Largest score and its position for every pixel [height, width], from scores [classes, h, w].
 
-    Scores are resized bilinearly, some classes at a time: a large vocabulary on a large picture needs no
+    Scores are resized some classes at a time: a large vocabulary on a large picture needs no
     memory to speak of. The first of equal scores wins.
     """
     best = torch.full(size, -torch.inf, device=scores.device)
     winner = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), _CLASSES_AT_ONCE):
-        part = scores[None, first : first + _CLASSES_AT_ONCE]
-        values, positions = F.interpolate(part, size=size, mode="bilinear", align_corners=False)[0].max(dim=0)
+        part = scores[first : first + _CLASSES_AT_ONCE]
+        values, positions = resize_scores(part, size, resize).max(dim=0)
         better = values > best
         best = torch.where(better, values, best)
         winner = torch.where(better, positions + first, winner)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from seg4diff.kernels.api import Backend, MapRequest
 from seg4diff.patching import patch_of
 
 Geometry = Literal["aspect", "crop", "squash"]
+Resize = Literal["linear", "geometric"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Preset:
         geometry: how a picture is fitted to the model. ``"aspect"``: the whole picture, aspect ratio kept, at
             the model's native area. ``"crop"``: its central square; the result then covers that square.
             ``"squash"``: short side to 5/8 of the native size first, then a square regardless of the aspect.
+        resize: how scores go from image tokens to pixels. ``"linear"``: bilinear, as in the paper.
+            ``"geometric"``: bilinear on their logarithms, see :func:`resize_scores`.
         first_part_of_names: ``"wall-brick"`` enters the prompt as ``"wall"``.
         steps: length of the noise schedule.
         index: position in it; -8 of 28 is sigma 0.515 with SD3's shift of 3 (t = 8 from the clean end).
@@ -40,6 +44,7 @@ class Preset:
 
     name: str
     geometry: Geometry
+    resize: Resize
     first_part_of_names: bool = False
     steps: int = 28
     index: int = -8
@@ -48,9 +53,9 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("default", geometry="aspect"),
-        Preset("paper", geometry="crop"),
-        Preset("reference", geometry="squash", first_part_of_names=True),
+        Preset("default", geometry="aspect", resize="geometric"),
+        Preset("paper", geometry="crop", resize="linear"),
+        Preset("reference", geometry="squash", resize="linear", first_part_of_names=True),
     )
 }
 
@@ -85,7 +90,8 @@ class ImageMaps:
 
     Attributes:
         index: position of the picture in the list that was given.
-        maps: for each of its prompts [N, T'], float32, averaged over the layers.
+        maps: for each of its prompts [N, T'] or [H, N, T'], float32, averaged over the layers; layers that
+            are kept apart come first.
         grid: height and width of the image tokens, N = height * width.
         timestep: the noise level at which the model looked.
     """
@@ -124,6 +130,20 @@ def fit_picture(image: Image.Image, preset: Preset, *, native: int, multiple: in
     return View(image, pixels.resize((native, native), Image.Resampling.BILINEAR))
 
 
+def resize_scores(scores: Tensor, size: tuple[int, int], resize: Resize) -> Tensor:
+    """Scores of image tokens [classes, h, w] at the pixels of a picture: [classes, height, width], float32.
+
+    Probabilities of two words can differ by orders of magnitude. Halfway between a token that reads a strong
+    word at 0.5 and one that does not, the linear mean is still 0.25, above a weaker word's 0.05 on both: the
+    strong word's region grows by almost a token. The geometric mean has no such preference.
+    """
+    scores = scores.float()
+    if resize == "geometric":
+        scores = scores.clamp_min(torch.finfo(torch.float32).tiny).log()
+    scores = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+    return scores.exp() if resize == "geometric" else scores
+
+
 def views_of(pipe: Any, images: Sequence[Image.Image], preset: Preset) -> list[View]:
     """Fit RGB pictures to the pipeline's model, see :func:`fit_picture`."""
     backbone = patch_of(pipe).backbone
@@ -150,6 +170,7 @@ def run_maps(
     progress: bool | None = None,
     backend: Backend = "auto",
     known_text: Mapping[str, dict[str, Tensor]] | None = None,
+    average_layers: bool = True,
 ) -> Iterator[ImageMaps]:
     """Attention maps of every picture under each of its prompts, in any order of pictures.
 
@@ -162,7 +183,7 @@ def run_maps(
         prompts: for each picture its prompts, at least one.
         preset: noise level.
         layers: layers to average; the model's expert layers when None.
-        maps: which columns and scores; ``heads`` must not be ``"each"``.
+        maps: which columns, scores and heads.
         seed: every picture's noise is drawn from a generator of this seed (0 when None), so that a result
             does not depend on what else is in the list.
         generator: draws the noise of one picture after the other instead.
@@ -170,6 +191,7 @@ def run_maps(
         progress: whether to show the pipeline's progress bar; when None, for more than one picture.
         known_text: prompts that need no encoding: for each what ``Backbone.encode_text`` gives, without the
             batch axis.
+        average_layers: False keeps the layers apart, as the first axis of every map.
 
     Raises:
         RuntimeError: ``pipe`` is not patched.
@@ -198,8 +220,9 @@ def run_maps(
                 ) as captured:
                     pipe.transformer(**inputs.arguments)
                 records = captured.records
-                layer_maps = torch.stack([r.maps for r in records if r.maps is not None]).mean(dim=0)
-                for picture, entry in zip(inputs.pictures, layer_maps, strict=True):
+                layer_maps = torch.stack([r.maps for r in records if r.maps is not None])  # [L, rows, ...]
+                row_maps = layer_maps.mean(dim=0) if average_layers else layer_maps.transpose(0, 1)
+                for picture, entry in zip(inputs.pictures, row_maps, strict=True):
                     found[picture].append(entry)
                     if len(found[picture]) == len(prompts[picture]):
                         bar.update()

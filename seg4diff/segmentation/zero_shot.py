@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.api import Backend, MapRequest
 from seg4diff.patching import patch_of
-from seg4diff.segmentation.recipe import ImageMaps, Preset, View, find_preset, run_maps, views_of
+from seg4diff.segmentation.recipe import (
+    ImageMaps,
+    Preset,
+    View,
+    find_preset,
+    resize_scores,
+    run_maps,
+    views_of,
+)
 from seg4diff.segmentation.result import Segmentation
 from seg4diff.tokens import TextEncoding, columns_of_characters, token_count
 
@@ -40,9 +47,11 @@ def segment(
         image: a picture, or several (list, or array with a batch axis): PIL, path, numpy or tensor, any size.
         classes: the names to choose from, in any number; more than one prompt holds are spread over several.
             A list of lists gives every picture its own.
-        preset: ``"default"``: the paper's recipe on the whole picture, its aspect ratio kept. ``"paper"``: on
-            its central square, and the result covers that square. ``"reference"``: as the paper's public code
-            does it, squashed to a square, names cut at the first hyphen.
+        preset: ``"default"``: the paper's recipe on the whole picture, its aspect ratio kept, and scores
+            resized to it geometrically, which keeps strong words from bleeding over their edges.
+            ``"paper"``: on its central square, resized linearly; the result covers that square.
+            ``"reference"``: as the paper's public code does it, squashed to a square, names cut at the first
+            hyphen.
         layers: transformer blocks whose maps are averaged; the model's expert layers when None.
         seed: of the noise; 0 when neither it nor ``generator`` is given, so that results repeat.
         generator: draws the noise instead, for one picture after the other.
@@ -88,6 +97,7 @@ def segment(
             views[found.index],
             per_image,
             plans[per_image],
+            choices,
             {
                 "preset": preset,
                 "layers": state.layers(
@@ -157,6 +167,7 @@ def _segmentation(
     view: View,
     names: tuple[str, ...],
     plan: Sequence[PlannedPrompt],
+    preset: Preset,
     metadata: dict[str, Any],
 ) -> Segmentation:
     """Scores of a picture's names, resized to the picture, and their argmax."""
@@ -166,9 +177,9 @@ def _segmentation(
             for maps, prompt in zip(found.maps, plan, strict=True)
             for columns in prompt.columns
         ]
-    ).reshape(1, len(names), *found.grid)
+    ).reshape(len(names), *found.grid)
     size = (view.image.height, view.image.width)
-    scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0].float().cpu()
+    scores = resize_scores(scores, size, preset.resize).cpu()
     return Segmentation(
         labels=scores.argmax(dim=0),
         scores=scores,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import seg4diff
-from seg4diff.segmentation.recipe import find_preset
+from seg4diff.segmentation.recipe import find_preset, resize_scores
 from seg4diff.segmentation.zero_shot import plan_prompts
 from seg4diff.tokens import TextEncoding
 from tests import tiny
@@ -67,13 +67,32 @@ def test_the_recipe_by_hand(pipe: Any) -> None:
     for length in lengths:
         scores.append(maps[:, first : first + length].mean(dim=1).reshape(4, 4))
         first += length
-    exact = F.interpolate(torch.stack(scores)[None], size=(64, 64), mode="bilinear", align_corners=False)[0]
+    exact = F.interpolate(torch.stack(scores).log()[None], size=(64, 64), mode="bilinear")[0].exp()
     torch.testing.assert_close(result.scores.double(), exact, rtol=1e-4, atol=0)
     assert torch.equal(result.labels, result.scores.argmax(dim=0))
     assert result.classes == tuple(CLASSES)
     for other in ({"layers": 1}, {"seed": 4}):
         changed = seg4diff.segment(pipe, image, CLASSES, **{"layers": 2, "seed": 3, **other})
         assert not torch.allclose(changed.scores.double(), exact, rtol=1e-3, atol=0)
+
+
+def test_scores_at_pixels(pipe: Any) -> None:
+    """Linear as the paper has it, geometric by default: they differ between a strong and a weak token."""
+    tokens = torch.tensor([[[0.5, 0.002]], [[0.05, 0.05]]])  # a thing on the left half, a ground everywhere
+    linear = resize_scores(tokens, (1, 64), "linear")
+    geometric = resize_scores(tokens, (1, 64), "geometric")
+    torch.testing.assert_close(linear[0, 0, 31:33].mean(), torch.tensor(0.251))
+    middle = geometric[0, 0, 31:33].log().mean().exp()
+    torch.testing.assert_close(middle, torch.tensor((0.5 * 0.002) ** 0.5))
+    assert [int((s[0] > s[1]).sum()) for s in (linear, geometric)] == [45, 29]
+    assert torch.isfinite(resize_scores(torch.zeros(1, 2, 2), (4, 4), "geometric")).all()
+    image = picture(64, 64)
+    default, paper = (
+        seg4diff.segment(pipe, image, CLASSES, layers=1, preset=p).scores for p in ("default", "paper")
+    )
+    # The same map behind both: they agree where no token is far from its neighbours.
+    assert not torch.equal(default, paper)
+    torch.testing.assert_close(default, paper, rtol=0.2, atol=0)
 
 
 def test_seeds_and_generators(pipe: Any) -> None:
@@ -140,8 +159,9 @@ def test_long_class_lists_are_spread_over_prompts(pipe: Any) -> None:
 
 
 def test_layers_are_averaged(pipe: Any) -> None:
-    single = [seg4diff.segment(pipe, picture(), CLASSES, layers=layer).scores for layer in (0, 2)]
-    both = seg4diff.segment(pipe, picture(), CLASSES, layers=[2, 0])
+    options = {"preset": "reference"}  # linear from maps to scores
+    single = [seg4diff.segment(pipe, picture(), CLASSES, layers=layer, **options).scores for layer in (0, 2)]
+    both = seg4diff.segment(pipe, picture(), CLASSES, layers=[2, 0], **options)
     torch.testing.assert_close(both.scores, torch.stack(single).mean(dim=0), rtol=1e-4, atol=0)
     assert both.metadata["layers"] == (0, 2)
 
@@ -167,7 +187,9 @@ def test_presets(pipe: Any) -> None:
     paper = seg4diff.segment(pipe, image, CLASSES, layers=0, preset="paper")
     assert paper.image.size == (50, 50)
     centre = image.crop((20, 0, 70, 50))
-    torch.testing.assert_close(paper.scores, seg4diff.segment(pipe, centre, CLASSES, layers=0).scores)
+    torch.testing.assert_close(
+        paper.scores, seg4diff.segment(pipe, centre, CLASSES, layers=0, preset="paper").scores
+    )
     reference = seg4diff.segment(pipe, image, ["cat-merged", "sofa"], layers=0, preset="reference")
     assert reference.metadata["prompts"] == ["cat sofa"]
     assert reference.metadata["size"] == (64, 64)
