@@ -684,7 +684,7 @@ def backward(
         if request.heads == "max":
             winner = winning_head(query, text_key, norm, request, d_maps.shape[-1])
 
-    width, rest = head_parts(head_dim)
+    width, rest = head_parts(head_dim, query.dtype)
     factor = float32(request.scale * math.log2(math.e))
     tuning = tuning_for(query)
     delta = torch.empty((batch, heads, tokens + text_tokens), dtype=torch.float32, device=query.device)

@@ -317,7 +317,7 @@ def attention(
     assert text_value is not None
     batch, tokens, heads, head_dim = query.shape
     text_tokens = text_query.shape[1]
-    width, rest = head_parts(head_dim)
+    width, rest = head_parts(head_dim, query.dtype)
     factor = float32(
         max(abs(scale) * math.log2(math.e), 1e-30)
     )  # not 0: times a masked score, it would be NaN
@@ -360,7 +360,7 @@ def log_sum_exp(
     The sum runs over all keys, or over the text keys alone when ``key`` is None.
     """
     batch, row_tokens, heads, head_dim = rows.shape
-    width, rest = head_parts(head_dim)
+    width, rest = head_parts(head_dim, rows.dtype)
     factor = float32(
         max(abs(scale) * math.log2(math.e), 1e-30)
     )  # not 0: times a masked score, it would be NaN

@@ -245,7 +245,7 @@ def _launch_map(
     reduction: str,
 ) -> None:
     batch, tokens, heads, head_dim = query.shape
-    width, rest = head_parts(head_dim)
+    width, rest = head_parts(head_dim, query.dtype)
     config = tuning_for(query).scores
     arguments: dict[str, Any] = {
         **strides("query", query),
@@ -289,7 +289,7 @@ def budget(
 
 def _mass(rows: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Tensor:
     batch, row_tokens, heads, head_dim = rows.shape
-    width, rest = head_parts(head_dim)
+    width, rest = head_parts(head_dim, rows.dtype)
     config = tuning_for(rows).scores
     mass = torch.empty((batch, heads, row_tokens), dtype=torch.float32, device=rows.device)
     arguments: dict[str, Any] = {
@@ -317,7 +317,7 @@ def value_norm(value: Tensor) -> Tensor:
     """Euclidean norm of every value vector: [B, tokens, H, D] -> float32 [B, H, tokens]."""
     value = readable(value)
     batch, tokens, heads, head_dim = value.shape
-    width, rest = head_parts(head_dim)
+    width, rest = head_parts(head_dim, value.dtype)
     config = Config(VALUE_NORM_TOKENS, 1, VALUE_NORM_WARPS, 1)
     norm = torch.empty((batch, heads, tokens), dtype=torch.float32, device=value.device)
     arguments: dict[str, Any] = {

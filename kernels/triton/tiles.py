@@ -12,22 +12,26 @@ from __future__ import annotations
 
 import struct
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def head_parts(head_dim: int) -> tuple[int, int]:
+def head_parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Widths of the two parts of a head vector, each a power of two of at least 16, the second possibly 0.
 
-    Parts that do not add up to ``head_dim`` are padded with zeros as they are loaded.
+    Parts that do not add up to ``head_dim`` are padded with zeros as they are loaded. A product in float32 has
+    no tensor cores and keeps both operands in registers, so there a wide head vector is halved.
     """
     width = max(16, 1 << (head_dim.bit_length() - 1))
-    if head_dim <= width:
-        return width, 0
-    rest = max(16, triton.next_power_of_2(head_dim - width))
-    return (width, rest) if rest < width else (2 * width, 0)
+    rest = max(16, triton.next_power_of_2(head_dim - width)) if head_dim > width else 0
+    if rest == width:
+        width, rest = 2 * width, 0
+    if dtype == torch.float32 and width > 64 and rest == 0:
+        return width // 2, width // 2
+    return width, rest
 
 
 def float32(number: float) -> float:

@@ -40,11 +40,11 @@ class Tuning:
 _HOPPER = {
     64: Tuning(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 4, 3)),
     128: Tuning(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
-    256: Tuning(Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 64, 8, 2), Config(64, 32, 4, 2)),
+    256: Tuning(Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2), Config(64, 32, 4, 2)),
 }
 _AMPERE = {
-    64: Tuning(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
-    128: Tuning(Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),
+    64: Tuning(Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
+    128: Tuning(Config(128, 32, 8, 2), Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),
     256: Tuning(Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 4, 2)),
 }
 _CDNA = {
@@ -52,11 +52,15 @@ _CDNA = {
     128: Tuning(Config(128, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1)),
     256: Tuning(Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 32, 4, 1)),
 }
-# float32 is multiplied without tensor cores, exactly: whatever the architecture, registers set the tile.
+# float32 is multiplied without rounding its operands, so on NVIDIA without tensor cores: whatever the
+# architecture, registers set the tile.
 _FLOAT32 = {
     64: Tuning(Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     128: Tuning(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
-    256: Tuning(Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 32, 8, 1)),
+    256: Tuning(Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
+}
+_CDNA_FLOAT32 = {
+    256: Tuning(Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1)),
 }
 
 TABLE = {
@@ -91,7 +95,9 @@ def target_of(device: torch.device) -> str | None:
 
 def tuning_of(target: str, head_dim: int, dtype: torch.dtype) -> Tuning:
     """The configurations of a row of the table for a head dim up to 256 and a dtype."""
-    table = _FLOAT32 if dtype == torch.float32 else TABLE[target]
+    table = TABLE[target]
+    if dtype == torch.float32:
+        table = _CDNA_FLOAT32 if target == "gfx942" else _FLOAT32
     return next(tuning for greatest, tuning in table.items() if head_dim <= greatest)
 
 

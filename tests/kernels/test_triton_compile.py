@@ -24,6 +24,7 @@ UNITS = [
     *((target, head_dim, torch.bfloat16) for target in WHOLE for head_dim in TABLE_WIDTHS),
     *((target, 64, torch.bfloat16) for target in tuning.TABLE if target not in WHOLE),
     *(("sm_86", head_dim, torch.float32) for head_dim in TABLE_WIDTHS),
+    ("gfx942", 256, torch.float32),
     ("sm_90", 96, torch.float16),  # a head vector in two parts
 ]
 
@@ -111,13 +112,14 @@ def test_every_entry_of_the_table_is_compiled() -> None:
                 assert id(tuning.tuning_of(target, head_dim, dtype)) in served
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", range(16, 257, 8))
-def test_parts_of_a_head_vector(head_dim: int) -> None:
-    """Powers of two that hold it, the second smaller than the first, and nothing padded at the usual widths."""
-    width, rest = tiles.head_parts(head_dim)
+def test_parts_of_a_head_vector(head_dim: int, dtype: torch.dtype) -> None:
+    """Powers of two that hold it, and nothing padded at the usual widths."""
+    width, rest = tiles.head_parts(head_dim, dtype)
     for part in (width, rest):
         assert part == 0 or (part >= 16 and part & (part - 1) == 0)
-    assert rest < width
+    assert rest <= width
     assert head_dim <= width + rest < head_dim + max(16, head_dim / 3)
     if head_dim in (16, 32, 48, 64, 80, 96, 128, 160, 192, 256):
         assert width + rest == head_dim
