@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import peak_bytes
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.estimate import (
     SD3_MEDIUM,
@@ -59,16 +59,8 @@ def measured(transformer: Any, chosen: TrainSettings) -> int:
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-    resident = sum(t.numel() * t.element_size() for t in [*magnet.parameters(), *magnet.buffers(), *state])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as book:
-        step()
-    events = [e for e in book.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return resident + peak
+    states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    return peak_bytes(step, [*magnet.parameters(), *magnet.buffers(), *states])
 
 
 @pytest.mark.parametrize(
