@@ -7,7 +7,7 @@ attention map are about 1 / (N + T), so all zeros would pass any that is usually
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +163,20 @@ def _budgets(
         name: (s - norm[..., None]).exp().sum(dim=-1)
         for name, s, norm in zip(names, scores, norms, strict=True)
     }
+
+
+def attention_rows(inputs: Mapping[str, Tensor], rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Output [B, R, H, D] and head-mean probability map [B, R, T] of the image rows ``rows``, in ``dtype``.
+
+    What a long sequence is judged by: the whole matrix in float64 would not fit.
+    """
+    text_value = inputs.get("text_value_for_image", inputs["text_value"])
+    keys = torch.cat([inputs["key"], inputs["text_key"]], dim=1).to(dtype)  # [B, S, H, D]
+    values = torch.cat([inputs["value"], text_value], dim=1).to(dtype)
+    scores = torch.einsum("bqhd,bkhd->bhqk", inputs["query"][:, rows].to(dtype), keys)
+    probability = (scores * keys.shape[-1] ** -0.5).softmax(dim=-1)  # [B, H, R, S]
+    outputs = torch.einsum("bhqk,bkhd->bqhd", probability, values)
+    return outputs, probability[..., inputs["key"].shape[1] :].mean(dim=1)
 
 
 def _flash(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
