@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from seg4diff.capturing import Capture, Record, capture
     from seg4diff.guidance import guide
     from seg4diff.kernels.api import MapRequest
+    from seg4diff.magnet.weights import load_lora
     from seg4diff.patching import is_patched, patch, unpatch
     from seg4diff.perturbation import edit, perturb
     from seg4diff.segmentation import Segmentation, segment
@@ -29,6 +30,7 @@ _PUBLIC = {
     "expert_layers": "seg4diff.analysis",
     "guide": "seg4diff.guidance",
     "is_patched": "seg4diff.patching",
+    "load_lora": "seg4diff.magnet.weights",
     "patch": "seg4diff.patching",
     "perturb": "seg4diff.perturbation",
     "segment": "seg4diff.segmentation",
@@ -47,6 +49,7 @@ __all__ = [
     "expert_layers",
     "guide",
     "is_patched",
+    "load_lora",
     "patch",
     "perturb",
     "segment",

@@ -6,6 +6,7 @@ key does not fit the model.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
@@ -113,16 +114,30 @@ def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | No
     _check(parts, transformer_of(pipe), file)
     arguments: dict[str, Any] = {} if adapter is None else {"adapter_name": adapter}
     target: Any = pipe
+    # It warns that a transformer's adapter has nothing for the text encoders.
+    log = logging.getLogger("diffusers.loaders.lora_base")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        _hand_over(target, layout, file, parts, arguments)
+    finally:
+        log.setLevel(level)
+    return pipe
+
+
+def _hand_over(
+    pipe: Any, layout: str, file: Path, parts: Mapping[str, Mapping[str, Tensor]], arguments: dict[str, Any]
+) -> None:
+    """Let diffusers load what was found to fit."""
     if layout == "diffusers" and file.suffix == ".safetensors":  # with the alpha that its header may hold
-        target.load_lora_weights(str(file.parent), weight_name=file.name, **arguments)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, **arguments)
     else:
         renamed = {
             f"transformer.{module}.lora_{part}.weight": tensor
             for module, both in parts.items()
             for part, tensor in both.items()
         }
-        target.load_lora_weights(renamed, **arguments)
-    return pipe
+        pipe.load_lora_weights(renamed, **arguments)
 
 
 def _file(path: Path) -> Path:

@@ -1,0 +1,62 @@
+"""MAGNET on the bundled model, one short seed: what the mask loss is for, and that the saved file holds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from seg4diff.demo import HELD_OUT, load_pipeline, scene
+from seg4diff.magnet.demonstration import Demonstration, layer_to_tune, show, zero_shot
+
+SCENES = 12
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demonstration, str, Path]:
+    console = Console(record=True, width=120)
+    out = tmp_path_factory.mktemp("demonstration")
+    changes: dict[str, Any] = {
+        "steps": 40,
+        "batch": 4,
+        "evaluate_every": 0,
+        "mask": {"layers": [4]},
+        "optimizer": {"learning_rate": 3e-3},
+        "data": {"scenes": 100, "held_out_limit": 4},
+    }
+    return show(out, changes=changes, scenes=SCENES, console=console, progress=False), console.export_text(), out
+
+
+def test_the_tuned_layer_finds_names_better(shown: tuple[Demonstration, str, Path]) -> None:
+    report, text, _ = shown
+    assert report.layer == 4
+    assert report.layer != report.expert
+    assert report.after.zero_shot[4] > report.before.zero_shot[4] + 0.1
+    assert report.after.zero_shot[report.expert] > report.before.zero_shot[report.expert] - 0.05
+    assert report.after.flow < 1.3 * report.before.flow
+    for words in ("zero-shot mIoU %, layer 4 (tuned)", "(expert)", "matched unsupervised", "flow-matching loss"):
+        assert words in text
+
+
+def test_the_saved_adapters_give_the_same_in_a_fresh_pipeline(shown: tuple[Demonstration, str, Path]) -> None:
+    report, _, out = shown
+    drawn = [scene(HELD_OUT + number) for number in range(SCENES)]
+    pipe = load_pipeline()
+    pipe.load_lora_weights(str(out))  # stock diffusers
+    assert zero_shot(pipe, drawn, [4]) == {4: report.after.zero_shot[4]}
+
+
+def test_going_on_measures_again_without_training(shown: tuple[Demonstration, str, Path]) -> None:
+    _, _, out = shown
+    assert (out / "checkpoints" / "checkpoint-0000040.safetensors").is_file()
+
+
+def test_the_layer_to_tune_is_no_expert() -> None:
+    pipe = load_pipeline()
+    experts = json.loads(pipe.transformer.to_json_string())["_seg4diff_expert_layers"]
+    with torch.no_grad():
+        assert layer_to_tune(pipe) not in experts
