@@ -477,3 +477,20 @@ def test_compiled_blocks_run_perturbed() -> None:
         expected = transformer(**inputs).sample
         transformer.transformer_blocks[1].compile(backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(transformer(**inputs).sample, expected)
+
+
+def test_perturbing_the_demo_models_expert_layer_changes_the_picture_most() -> None:
+    """The causal check of the paper in miniature; `python -m benchmarks.causal` has the figures."""
+    from seg4diff.demo import load_pipeline
+
+    pipe = seg4diff.patch(load_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    (expert,) = pipe.transformer.config["_seg4diff_expert_layers"]
+    call = {**CALL, "prompt": "a zebra on grass", "num_inference_steps": 3, "guidance_scale": 3.0}
+    plain = pipe(**call, generator=seeded()).images
+    changes = []
+    for layer in range(pipe.transformer.config.num_layers):
+        with perturb(pipe, layer):
+            changes.append(float((pipe(**call, generator=seeded()).images - plain).square().mean()))
+    assert changes.index(max(changes)) == expert
+    assert max(changes) > 4 * sorted(changes)[-2]

@@ -19,7 +19,7 @@ class Regions(ModelOptions):
     For each picture NAME this writes NAME.png (the labels, with a palette), NAME-overlay.png (to look at) and
     what --formats asks for:
 
-        seg4diff regions kitchen.jpg --threshold 0.01
+        seg4diff regions kitchen.jpg --threshold 0.5
     """
 
     images: Annotated[
@@ -33,8 +33,8 @@ class Regions(ModelOptions):
     formats: tuple[Literal["png", "npz", "json"], ...] = ("png",)
     """Labels as palette PNG; labels and scores for numpy; COCO run-length masks as JSON."""
     preset: Literal["default", "paper", "reference"] = "default"
-    """How pictures are fitted to the model and attention is grouped: `default`, `paper` as the paper says,
-    `reference` as its public code does."""
+    """How pictures are fitted to the model and attention is grouped: `default` by single heads, `paper` by
+    their mean, as the paper says, `reference` as its public code does."""
     threshold: Annotated[float | None, tyro.conf.arg(metavar="NATS", help_behavior_hint="")] = None
     """How different two attention maps may be that make up one region: smaller gives more regions. By default
     that of the preset."""

@@ -100,6 +100,17 @@ def test_given_images_equal_hooks_in_float64(model: str) -> None:
     assert float(report.by_layer.value_norm_ratio[0, 1]) == pytest.approx(float(ratio), rel=1e-5)
 
 
+def test_demo_model_equals_hooks_in_float64() -> None:
+    """Trained attention is far from uniform: layers and heads differ by orders of magnitude."""
+    from seg4diff.demo import HELD_OUT, load_pipeline, scene
+
+    pipe = seg4diff.patch(load_pipeline())
+    drawn = scene(HELD_OUT)
+    with hooked_projections(pipe.transformer) as projections:
+        report = analyze(pipe, drawn.caption, images=drawn.image, noise_levels=[8], per_head=True)
+    check_measures(report, 0, projections, slice(None))
+
+
 def test_drawing_measures_the_conditional_half_at_its_steps(pipe: Any) -> None:
     """Steps left count from the end; each step is compared with hooks on the same pipeline call."""
     seen: list[dict[int, dict[str, Tensor]]] = []

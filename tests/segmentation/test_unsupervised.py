@@ -61,9 +61,11 @@ def _by_loops(attention: np.ndarray, threshold: float, sharpness: float, taken_a
 
 
 @pytest.mark.parametrize("preset", ["default", "paper", "reference"])
-@pytest.mark.parametrize("threshold", [0.03, 0.06])
-def test_grouping_is_its_definition(preset: str, threshold: float) -> None:
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_grouping_is_its_definition(preset: str, share: float) -> None:
     from seg4diff.segmentation.unsupervised import GROUPINGS
+
+    threshold = share * (1.6 if preset == "default" else 0.1)
 
     generator = torch.Generator().manual_seed(3)
     parts = torch.rand(4, 30, generator=generator)  # four kinds of token, more alike among themselves
@@ -149,7 +151,7 @@ def test_regions_are_those_of_the_empty_prompt(pipe: object) -> None:
     """The same maps as a hand-made forward with an empty prompt, and the first 77 of 154 columns."""
     captured: list[torch.Tensor] = []
     picture = _picture()
-    result = segment_unsupervised(pipe, picture, layers=[2], threshold=1e-4, seed=5)
+    result = segment_unsupervised(pipe, picture, layers=[2], threshold=1e-4, seed=5, preset="paper")
     backbone = seg4diff.patching.patch_of(pipe).backbone
     with torch.no_grad():
         pixels = (
@@ -164,12 +166,32 @@ def test_regions_are_those_of_the_empty_prompt(pipe: object) -> None:
             pipe.transformer(hidden_states=noisy, timestep=timestep, **text)  # type: ignore[attr-defined]
         captured.append(maps.records[0].maps[0])  # type: ignore[index]
     assert captured[0].shape == (16, 154)
-    regions = group_attention(captured[0][:, :77], grid=(4, 4), threshold=1e-4)
+    regions = group_attention(captured[0][:, :77], grid=(4, 4), threshold=1e-4, preset="paper")
     assert result.metadata["groups"] == len(regions)
     resized = torch.nn.functional.interpolate(regions[None], size=(64, 64), mode="bilinear")[0]
     winners = resized.argmax(dim=0)
     same = (winners[..., None] == winners.flatten()) == (result.labels[..., None] == result.labels.flatten())
     assert same.all()  # the same partition, whatever the numbers
+
+
+def test_default_preset_keeps_heads_and_layers_apart(pipe: object) -> None:
+    picture = np.rint(_picture() * 255).astype(np.uint8)
+    result = segment_unsupervised(pipe, picture, layers=[0, 2], threshold=1e-2)
+    assert isinstance(result, seg4diff.Segmentation)
+    backbone = seg4diff.patching.patch_of(pipe).backbone
+    with torch.no_grad():
+        latents = backbone.latents(pipe, torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1)
+        noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))[None]
+        noisy, timestep = backbone.add_noise(pipe, latents, noise, 28, -8)
+        request = seg4diff.MapRequest(heads="each", text=slice(0, 77))
+        with seg4diff.capture(pipe.transformer, layers=[0, 2], maps=request) as captured:  # type: ignore[attr-defined]
+            pipe.transformer(hidden_states=noisy, timestep=timestep, **backbone.encode_text(pipe, [""]))  # type: ignore[attr-defined]
+    columns = [record.maps[0, head] for record in captured.records for head in range(2)]  # type: ignore[index]
+    regions = group_attention(torch.cat(columns, dim=1), grid=(4, 4), threshold=1e-2)
+    assert result.metadata["groups"] == len(regions) > 1
+    resized = torch.nn.functional.interpolate(regions[None], size=(64, 64), mode="bilinear")[0].argmax(dim=0)
+    same = (resized[..., None] == resized.flatten()) == (result.labels[..., None] == result.labels.flatten())
+    assert same.all()
 
 
 def test_several_pictures_and_a_seed(pipe: object) -> None:
@@ -200,3 +222,27 @@ def test_refusals_leave_the_pipeline_usable(pipe: object) -> None:
     with pytest.raises(RuntimeError, match="not patched"):
         segment_unsupervised(tiny.pipeline(), _picture())
     assert segment_unsupervised(pipe, _picture(), layers=1)
+
+
+def test_regions_of_scenes_beat_a_single_one() -> None:
+    """The demo model, on scenes it has not seen: matched mIoU, twelve pictures."""
+    from seg4diff.demo import CLASSES, HELD_OUT, load_pipeline, scene
+    from seg4diff.evaluation.metrics import Counts, matched_counts
+
+    scenes = [scene(HELD_OUT + 500 + number) for number in range(12)]
+    pipe = seg4diff.patch(load_pipeline())
+    results = segment_unsupervised(pipe, [s.image for s in scenes], batch_size=6, progress=False)
+    assert isinstance(results, list)
+
+    def miou(label_maps: list[torch.Tensor]) -> float:
+        total = Counts(*torch.zeros(3, len(CLASSES), dtype=torch.int64))
+        for found, drawn in zip(label_maps, scenes, strict=True):
+            own = torch.tensor([CLASSES.index(name) for name in drawn.classes])
+            total += matched_counts(found, own[torch.from_numpy(drawn.labels)], len(CLASSES))
+        return total.mean_iou
+
+    labels = [result.labels for result in results]
+    single = miou([torch.zeros_like(found) for found in labels])
+    shuffled = miou([found.flatten()[torch.randperm(found.numel())].reshape(found.shape) for found in labels])
+    assert miou(labels) > single + 0.08
+    assert miou(labels) > shuffled + 0.1
