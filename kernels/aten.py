@@ -26,19 +26,22 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     image, text, lse, maps = empty_outputs(inputs, request)
     tokens = query.shape[1]
     edited = inputs.text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
+    keys = values = None
     if inputs.value is not None:
-        image, lse[:, :, :tokens] = _flash(query, key, inputs.value, request.scale)
+        keys, values = _by_head(key), _by_head(inputs.value)
+        image, lse[:, :, :tokens] = _flash(query, keys, values, request.scale)
     elif lse.shape[-1] > 0:
         lse[:, :, :tokens] = _log_sum_exp(query, key, request.scale)
     _attend_to_text(query, inputs.text_key, edited, image, lse[:, :, :tokens], maps, request)
     if text_query is not None:
-        if inputs.value is not None:
-            text, lse[:, :, tokens:] = _flash(text_query, key, inputs.value, request.scale)
+        if keys is not None and values is not None:
+            text, lse[:, :, tokens:] = _flash(text_query, keys, values, request.scale)
+            del keys, values
         else:
             lse[:, :, tokens:] = _log_sum_exp(text_query, key, request.scale)
         without_map = Request(request.scale, None, "mean", 0, 0)
-        values, rows = inputs.text_value, lse[:, :, tokens:]
-        _attend_to_text(text_query, inputs.text_key, values, text, rows, maps, without_map)
+        rows = lse[:, :, tokens:]
+        _attend_to_text(text_query, inputs.text_key, inputs.text_value, text, rows, maps, without_map)
     return image, text, lse, maps
 
 
@@ -64,23 +67,27 @@ def _attend_to_text(
         columns = text_key[:, start:stop].flatten(2).to(wide) * (request.scale / heads)
         torch.bmm(rows.flatten(2).to(wide), columns.transpose(1, 2), out=maps)
         shown = None
+    text_tokens = text_key.shape[1]
+    # The image keys take part in a softmax over the text keys as one more column, their log-sum-exp.
+    buffer = rows.new_empty((*rows.shape[:2], text_tokens + 1), dtype=wide)
+    scores, of_image = buffer[..., :text_tokens], buffer[..., text_tokens]  # [B, M, T], [B, M]
     for head in range(heads) if normalised or shown else ():
-        scores = _scores(rows[:, :, head], text_key[:, :, head], request.scale)  # [B, M, T]
+        torch.mul(_products(rows[:, :, head], text_key[:, :, head]), request.scale, out=scores)
         if shown == "logit":
             _reduce(maps, head, heads, scores[..., start:stop], request)
         elif shown == "text_probability":
             _reduce(maps, head, heads, scores.softmax(dim=-1)[..., start:stop], request)
         if not normalised:
             continue
-        of_image = lse[:, head].clone()
-        torch.logaddexp(of_image, scores.logsumexp(dim=-1), out=lse[:, head])
-        probability = scores.sub_(lse[:, head, :, None]).exp_()
+        of_image.copy_(lse[:, head])
+        probability = buffer.softmax(dim=-1)
+        torch.sub(buffer.amax(dim=-1), probability.amax(dim=-1).log_(), out=lse[:, head])
         if shown == "probability":
             _reduce(maps, head, heads, probability[..., start:stop], request)
         if text_value is not None:
-            share = of_image.sub_(lse[:, head]).exp_()[..., None]  # of the image keys in the row's mass
-            from_image = out[:, :, head].to(wide) * share
-            out[:, :, head] = torch.baddbmm(from_image, probability, text_value[:, :, head].to(wide))
+            from_image = out[:, :, head] * probability[..., text_tokens:]
+            values = text_value[:, :, head].to(wide)
+            out[:, :, head] = torch.baddbmm(from_image, probability[..., :text_tokens], values)
 
 
 def _reduce(maps: Tensor, head: int, heads: int, entries: Tensor, request: Request) -> None:
@@ -97,9 +104,18 @@ def _reduce(maps: Tensor, head: int, heads: int, entries: Tensor, request: Reque
         maps.div_(heads)
 
 
-def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention output [B, M, H, D] and natural log-sum-exp [B, H, M] of the rows ``query`` [B, M, H, D]."""
-    q, k, v = (t.transpose(1, 2) for t in (query, keys, values))  # [B, H, tokens, D]
+def _by_head(tensor: Tensor) -> Tensor:
+    """[B, tokens, H, D] -> [B, H, tokens, D]."""
+    tensor = tensor.transpose(1, 2)
+    # The CPU operator reads keys and values again for every block of rows: a copy costs less than the strides.
+    return tensor.contiguous() if tensor.device.type == "cpu" else tensor
+
+
+def _flash(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, M, H, D] and natural log-sum-exp [B, H, M] of the rows ``query`` [B, M, H, D] over the keys
+    ``k`` and values ``v`` [B, H, N, D].
+    """
+    q = query.transpose(1, 2)
     width = q.shape[-1]
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
@@ -151,15 +167,15 @@ def budget(
     for rows, first in ((query, 0), (text_query, tokens)):
         last = first + rows.shape[1]
         for head in range(heads):
-            entries = _scores(rows[:, :, head], text_key[:, :, head], scale)
+            entries = _products(rows[:, :, head], text_key[:, :, head]).mul_(scale)
             masses[:, head, first:last] = entries.sub_(lse[:, head, first:last, None]).exp_().sum(dim=-1)
     return masses[:, :, :tokens].clone(), masses[:, :, tokens:].clone()
 
 
-def _scores(rows: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """scale * rows @ columns^T of one head: [B, M, D] and [B, T, D] -> [B, M, T], wide."""
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ columns^T of one head: [B, M, D] and [B, T, D] -> [B, M, T], wide."""
     wide = wide_dtype(rows.dtype)
-    return torch.bmm(rows.to(wide), columns.to(wide).transpose(1, 2)).mul_(scale)
+    return torch.bmm(rows.to(wide), columns.to(wide).transpose(1, 2))
 
 
 def backward(
