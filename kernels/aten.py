@@ -107,7 +107,7 @@ def _reduce(maps: Tensor, head: int, heads: int, entries: Tensor, request: Reque
 def _by_head(tensor: Tensor) -> Tensor:
     """[B, tokens, H, D] -> [B, H, tokens, D]."""
     tensor = tensor.transpose(1, 2)
-    # The CPU operator reads keys and values again for every block of rows: a copy costs less than the strides.
+    # The CPU operator reads keys and values again for every block of rows: copying costs less than strides.
     return tensor.contiguous() if tensor.device.type == "cpu" else tensor
 
 
