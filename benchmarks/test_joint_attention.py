@@ -136,7 +136,7 @@ def gate(case: Case, inputs: Inputs) -> None:
 
 
 def gradient_gate(case: Case) -> None:
-    """Gradients of output and map keep it, at the case's head dim and dtype and a size that float64 can hold."""
+    """Gradients keep it too, at the case's head dim and dtype and a size that float64 can hold."""
     small = attention_inputs(1, 320, 154, 2, case.head_dim, case.dtype, device=DEVICE)
     wide = {name: tensor.double() for name, tensor in small.items()}
     exact, usual = gradients(with_map("reference"), wide), gradients(plainly, small)

@@ -119,8 +119,10 @@ def register(
             return forward(Inputs(*args[:7]), Request(*args[7:]))
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
-        with torch.autocast(args[3].device.type, enabled=False):
-            return backward(*args[:3], Inputs(*args[3:10]), *args[10:13], Request(*args[13:]))
+        d_image, d_text, d_maps, *tensors = args[:10]
+        image, text, lse, *request = args[10:]
+        with torch.autocast(lse.device.type, enabled=False):
+            return backward(d_image, d_text, d_maps, Inputs(*tensors), image, text, lse, Request(*request))
 
     def run_budget(*args: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(args[0].device.type, enabled=False):

@@ -591,7 +591,8 @@ def key_gradient_kernel(
             map_norms = map_lse + batch * map_lse_batch + head * map_lse_head
         if SCORES == "text_probability":
             by_head = map_sum + (batch * heads + head) * tokens
-        for start in range(0, tl.where(of_text, tokens, 0), ROWS):
+        # Not pipelined: a staged tile of dM costs the registers that the main loop needs.
+        for start in tl.range(0, tl.where(of_text, tokens, 0), ROWS, num_stages=1):
             left = tokens - start
             q, q_rest = load_tile(rows, query_token, left, ROWS, WIDTH, REST, D, True)
             scores = inner_products(k, k_rest, q, q_rest, REST) * scale  # [COLUMNS, ROWS]

@@ -20,10 +20,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def head_parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Widths of the two parts of a head vector, each a power of two of at least 16, the second possibly 0.
+    """Widths of the two parts of a head vector: powers of two of at least 16, the second possibly 0.
 
-    Parts that do not add up to ``head_dim`` are padded with zeros as they are loaded. A product in float32 has
-    no tensor cores and keeps both operands in registers, so there a wide head vector is halved.
+    Parts that do not add up to ``head_dim`` are padded with zeros as they are loaded. A product in float32
+    has no tensor cores and keeps both operands in registers, so there a wide head vector is halved.
     """
     width = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(16, triton.next_power_of_2(head_dim - width)) if head_dim > width else 0

@@ -23,15 +23,29 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-SIZES = [  # image tokens, text tokens, heads, head dim
-    pytest.param(4096, 77, 24, 64, id="sd3-T77"),
-    pytest.param(4096, 154, 24, 64, id="sd3-T154"),
-    pytest.param(4096, 333, 24, 64, id="sd3-T333"),
-    pytest.param(16384, 154, 24, 64, id="sd3-2048px"),
-    pytest.param(4096, 154, 38, 64, id="sd3.5-large"),
-    pytest.param(4096, 512, 24, 128, id="flux"),
+SIZES = [  # image tokens, text tokens, heads, head dim, dtype
+    pytest.param(4096, 77, 24, 64, torch.bfloat16, id="sd3-T77"),
+    pytest.param(4096, 154, 24, 64, torch.bfloat16, id="sd3-T154"),
+    pytest.param(4096, 154, 24, 64, torch.float16, id="sd3-T154-fp16"),
+    pytest.param(4096, 333, 24, 64, torch.bfloat16, id="sd3-T333"),
+    pytest.param(16384, 154, 24, 64, torch.bfloat16, id="sd3-2048px"),
+    pytest.param(4096, 154, 38, 64, torch.bfloat16, id="sd3.5-large"),
+    pytest.param(4096, 512, 24, 128, torch.bfloat16, id="flux"),
 ]
-HALF = [torch.bfloat16, torch.float16]
+# Every kind of map, and every dtype with some of them: each is a compilation.
+KINDS = [
+    ("probability", "mean", torch.float32),
+    ("probability", "each", torch.float16),
+    ("probability", "max", torch.bfloat16),
+    ("logit", "mean", torch.bfloat16),
+    ("logit", "each", torch.float32),
+    ("logit", "max", torch.float16),
+    ("text_probability", "mean", torch.float16),
+    ("text_probability", "each", torch.bfloat16),
+    ("text_probability", "max", torch.bfloat16),
+]
+WIDTHS = [(width, torch.bfloat16) for width in (16, 24, 32, 96, 128, 160, 256)]
+WIDTHS += [(width, torch.float32) for width in (40, 128, 256)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +54,7 @@ def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("tokens", "text_tokens", "heads", "head_dim"), SIZES)
+@pytest.mark.parametrize(("tokens", "text_tokens", "heads", "head_dim", "dtype"), SIZES)
 def test_forward(tokens: int, text_tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Image rows across the sequence, tails included, and every row's budget through its log-sum-exp."""
     inputs = attention_inputs(1, tokens, text_tokens, heads, head_dim, dtype, device="cuda")
@@ -75,8 +88,7 @@ def gradients(
 
 
 @pytest.mark.parametrize("given", [("image", "text", "maps"), ("maps",)], ids="-".join)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("tokens", "text_tokens", "heads", "head_dim"), SIZES)
+@pytest.mark.parametrize(("tokens", "text_tokens", "heads", "head_dim", "dtype"), SIZES)
 def test_gradients(
     tokens: int, text_tokens: int, heads: int, head_dim: int, dtype: torch.dtype, given: tuple[str, ...]
 ) -> None:
@@ -114,9 +126,7 @@ def test_gradients(
                 assert not found.any()
 
 
-@pytest.mark.parametrize("heads", ["mean", "each", "max"])
-@pytest.mark.parametrize("scores", ["probability", "logit", "text_probability"])
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize(("scores", "heads", "dtype"), KINDS)
 def test_every_map(scores: Any, heads: Any, dtype: torch.dtype) -> None:
     inputs = attention_inputs(2, 1000, 154, 6, 64, dtype, device="cuda")
     options: dict[str, Any] = {"maps": MapRequest(scores, heads, slice(0, 77))}
@@ -144,8 +154,7 @@ def test_every_map(scores: Any, heads: Any, dtype: torch.dtype) -> None:
         assert_within_budget(found[name], true[name], usual[name], name=f"d_{name}")
 
 
-@pytest.mark.parametrize("head_dim", [16, 24, 32, 40, 72, 80, 96, 128, 160, 192, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("head_dim", "dtype"), WIDTHS)
 def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     inputs = attention_inputs(1, 255, 77, 2, head_dim, dtype, device="cuda")
     options: dict[str, Any] = {"maps": MapRequest()}

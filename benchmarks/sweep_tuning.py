@@ -1,0 +1,182 @@
+"""Times alternatives to the tuning table on this GPU: ``python -m benchmarks.sweep_tuning --out FOLDER``.
+
+For each heavy kernel, at Stable Diffusion 3's 1024 px and with a map, every candidate is compiled, its result
+compared with that of the table's own entry, and timed. The table is edited by hand, with the file this
+writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+
+from seg4diff.kernels.operators import Inputs, Request
+from seg4diff.kernels.testing import attention_inputs
+from seg4diff.kernels.triton import backward, forward, maps, registration
+from seg4diff.kernels.triton.launching import Launch
+from seg4diff.kernels.triton.tuning import Config, Tuning, target_of, tuning_of
+
+log = logging.getLogger(__name__)
+
+KERNELS = {
+    "forward": "attention_kernel",
+    "query_gradient": "query_gradient_kernel",
+    "key_gradient": "key_gradient_kernel",
+    "scores": "map_kernel",
+}
+ROWS_AND_COLUMNS = {
+    "forward": [(128, 128), (128, 64), (64, 64), (128, 32)],
+    "query_gradient": [(128, 64), (64, 64), (128, 32), (64, 32)],
+    "key_gradient": [(64, 128), (64, 64), (32, 128), (32, 64)],
+    "scores": [(64, 64), (128, 64), (64, 32), (32, 64)],
+}
+
+
+def candidates(kind: str, current: Config) -> Iterator[Config]:
+    """The table's own entry, then the alternatives."""
+    yield current
+    for (rows, columns), warps, stages in itertools.product(ROWS_AND_COLUMNS[kind], (4, 8), (2, 3)):
+        config = Config(rows, columns, warps, stages)
+        if config != current:
+            yield config
+
+
+@contextmanager
+def using(tuning: Tuning) -> Iterator[None]:
+    """Let host code choose its configurations from ``tuning``."""
+    with ExitStack() as stack:
+        for module in (forward, maps, backward):
+            stack.enter_context(patch.object(module, "tuning_for", lambda tensor: tuning))
+        yield
+
+
+def launch_of(kind: str, tuning: Tuning, run: Callable[[], object]) -> Launch:
+    """The launch of one kernel among those that ``run`` makes; the others run, this one as well."""
+    made: list[Launch] = []
+    start = Launch.start
+
+    def watched(launch: Launch) -> None:
+        if launch.kernel.__name__ == KERNELS[kind]:
+            made.append(launch)
+        start(launch)
+
+    with using(tuning), patch.object(Launch, "start", watched):
+        run()
+    return made[0]
+
+
+def microseconds(launch: Launch) -> float:
+    """Median time of a launch over a tenth of a second."""
+    launch.start()
+    torch.cuda.synchronize()
+    times = []
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        launch.start()
+        last.record()
+        last.synchronize()
+        times.append(1e3 * first.elapsed_time(last))
+    return median(times)
+
+
+def outputs(launch: Launch, tensors: tuple[str, ...]) -> list[Tensor]:
+    return [
+        launch.arguments[name].clone() for name in tensors if isinstance(launch.arguments.get(name), Tensor)
+    ]
+
+
+def sweep(head_dim: int, seconds: float) -> list[dict[str, Any]]:
+    """Times of the candidates for a head dim, each kernel's within its share of ``seconds``."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = target_of(device)
+    if target is None:
+        raise SystemExit(f"{torch.cuda.get_device_name()} has no row in the tuning table")
+    table = tuning_of(target, head_dim, torch.bfloat16)
+    drawn = attention_inputs(1, 4096, 154, 24, head_dim, torch.bfloat16, device="cuda", edited=True)
+    inputs = Inputs(**drawn)
+    request = Request(head_dim**-0.5, "probability", "mean", 0, 154)
+    image, text, lse, entries = registration.forward(inputs, request)
+
+    def run() -> None:
+        registration.forward(inputs, request)
+        backward.backward(image, text, entries, inputs, image, text, lse, request)
+
+    written = ("image", "text", "d_query", "d_key", "d_text_key", "d_value", "maps")
+    found = []
+    for kind in KERNELS:
+        current: Config = getattr(table, kind)
+        expected: list[Tensor] = []
+        deadline = time.monotonic() + seconds / len(KERNELS)
+        for config in candidates(kind, current):
+            if time.monotonic() > deadline:
+                log.warning("out of time at head dim %d, %s", head_dim, kind)
+                break
+            record: dict[str, Any] = {"head_dim": head_dim, "kernel": kind, **dataclasses.asdict(config)}
+            record["in_table"] = config == current
+            try:
+                launch = launch_of(kind, dataclasses.replace(table, **{kind: config}), run)
+                record["microseconds"] = microseconds(launch)
+            except triton.runtime.errors.OutOfResources as error:
+                record["refused"] = str(error)
+            else:
+                results = outputs(launch, written)
+                expected = expected or results
+                worst = max(
+                    float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-30))
+                    for a, b in zip(results, expected, strict=True)
+                )
+                record["difference"] = worst
+                if not worst < 0.02 or math.isnan(worst):
+                    record["wrong"] = True
+            log.info("%s", record)
+            found.append(record)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write tuning.json to")
+    parser.add_argument("--seconds", type=float, default=150, help="time for the whole sweep")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not torch.cuda.is_available():
+        raise SystemExit("a sweep needs a GPU")
+    found = [record for head_dim in (64, 128) for record in sweep(head_dim, options.seconds / 2)]
+    best: dict[str, dict[str, Any]] = {}
+    for record in found:
+        if "microseconds" in record and not record.get("wrong"):
+            name = f"{record['kernel']}, head dim {record['head_dim']}"
+            if name not in best or record["microseconds"] < best[name]["microseconds"]:
+                best[name] = record
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "triton": triton.__version__,
+        "best": best,
+        "all": found,
+    }
+    (options.out / "tuning.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, record in best.items():
+        mark = "in the table" if record["in_table"] else "NOT in the table"
+        log.info("%s: %.1f us, %s: %s", name, record["microseconds"], mark, record)
+
+
+if __name__ == "__main__":
+    main()
