@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -409,11 +410,14 @@ def peak_memory() -> str:
 
 def _accelerator(settings: TrainSettings) -> Any:
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     # Precision is ours: frozen weights in half precision need no autocast, adapters stay float32.
     return Accelerator(
         cpu=settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         mixed_precision="no",
+        # The others wait while one process encodes the data set, which may take hours.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
         log_with=None if settings.report == "none" else settings.report,
         project_dir=settings.out,
     )
