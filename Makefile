@@ -15,7 +15,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 # Each worker keeps to one thread, and nothing is fetched but packages.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help demo test test-oldest lint bench train-demo clean
+.PHONY: help demo test test-oldest lint bench gpu train-demo clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,13 @@ lint: .venv/.installed  ## ruff and mypy
 
 bench: .venv/.installed  ## the benchmarks
 	@.venv/bin/python -m pytest benchmarks/
+
+gpu:  ## on a GPU, with the Python and packages already there: gpu tests, tuning sweep, benchmarks, into gpu-results/
+	@mkdir -p gpu-results
+	@$(PYTHON) -m pytest -m gpu tests/kernels 2>&1 | tee gpu-results/tests.log
+	@$(PYTHON) -m benchmarks.sweep_tuning --out gpu-results 2>&1 | tee gpu-results/tuning.log
+	@$(PYTHON) -m pytest -s benchmarks/test_joint_attention.py --results gpu-results 2>&1 | tee gpu-results/benchmarks.log
+	@$(PYTHON) -m benchmarks.report gpu-results
 
 train-demo: .venv/.installed  ## train the bundled model again
 	@.venv/bin/python -m seg4diff.demo.train
