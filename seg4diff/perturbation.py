@@ -98,7 +98,8 @@ class Blur:
 def edited_text_value(matrix: Tensor, text_value: Tensor) -> Tensor:
     """G V, rounded once: ``matrix`` [T, T] or [B, T, T] times ``text_value`` [B, T, H, D], in its dtype."""
     wide = _wide(text_value)
-    edited = matrix.to(wide) @ text_value.flatten(2).to(wide)
+    with torch.autocast(text_value.device.type, enabled=False):
+        edited = matrix.to(wide) @ text_value.flatten(2).to(wide)
     return edited.unflatten(2, text_value.shape[2:]).to(text_value.dtype)
 
 

@@ -116,17 +116,30 @@ class Report:
 
     def table(self, noise_level: int | None = None) -> Table:
         """The measures of every layer at a noise level (the first when None), to print with rich."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         level = self._level(noise_level)
         table = Table(
             title=f"{self.noise_levels[level]} steps left (timestep {self.timesteps[level]:.1f}), "
             f"{self.pictures} picture{'s' if self.pictures != 1 else ''}",
-            caption=f"shares of attention in %; uniform attention gives text {self.uniform_to_text:.2%}",
+            caption=f"attention in %; uniform attention gives text {self.uniform_to_text:.2%}",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
         )
-        for name in ("layer", "I2I", "I2T", "x uniform", "T2I", "T2T", "image |V|", "text |V|", "prompt |V|"):
-            table.add_column(name, justify="right")
-        table.add_column("ratio", justify="right")
+        columns = (
+            "layer",
+            "I2I",
+            "I2T",
+            "I2T/\nunif.",
+            "T2I",
+            "T2T",
+            "image\n|V|",
+            "text\n|V|",
+            "prompt\n|V|",
+        )
+        for name in (*columns, "ratio"):
+            table.add_column(name, justify="right", no_wrap=True)
         measures = self.by_layer
         for position, layer in enumerate(self.layers):
             at = (level, position)

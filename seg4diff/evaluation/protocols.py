@@ -18,7 +18,7 @@ from torch import Tensor
 from seg4diff.evaluation.datasets import Dataset
 from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.segmentation.recipe import Preset, Resize, resize_scores
-from seg4diff.segmentation.unsupervised import group_attention
+from seg4diff.segmentation.unsupervised import winning_regions
 from seg4diff.segmentation.zero_shot import PlannedPrompt, plan_prompts
 from seg4diff.tokens import TextEncoding
 
@@ -164,7 +164,8 @@ def predict(
 
     Args:
         question: what was asked.
-        maps: for each of its prompts the attention [N, T'].
+        maps: for each of its prompts the attention [N, T']; without names also [L, H, N, T'], of single
+            heads of layers, if that is what the preset groups.
         grid: height h and width w of the image tokens, N = h * w.
         size: height and width of the picture.
         preset: how scores are resized, and how regions are grouped without names.
@@ -173,7 +174,7 @@ def predict(
         uint8 [height, width] on the CPU: positions in the data set's classes, or numbers of regions.
     """
     if question.protocol == "unsupervised":
-        regions = group_attention(maps[0], grid=grid, preset=preset.name)
+        regions = winning_regions(maps[0], grid=grid, preset=preset.name)[:IGNORED]
         _, winner = _winners(regions, size, "linear")
         return winner.to("cpu", torch.uint8)
     if not question.labels:  # nothing but background

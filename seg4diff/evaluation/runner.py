@@ -58,6 +58,7 @@ from seg4diff.kernels.api import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.saving import write_atomically
 from seg4diff.segmentation.recipe import Preset, View, find_preset, run_maps, views_of
+from seg4diff.segmentation.unsupervised import find_grouping
 from seg4diff.visualization import palette
 
 logger = logging.getLogger(__name__)
@@ -208,13 +209,16 @@ class Evaluator:
         }
         prompts = {i: list(dict.fromkeys(_texts(questions[i].values()))) for i in counted}
         self._encode(list(dict.fromkeys(text for i in counted for text in prompts[i])))
+        # Names are read by the mean of the heads; regions of some presets are made of single heads.
+        apart = "unsupervised" in self.protocols and find_grouping(self.preset.name).heads == "each"
         for found in run_maps(
             self.pipe,
             [views[i] for i in counted],
             [prompts[i] for i in counted],
             preset=self.preset,
             layers=self.settings.layers,
-            maps=MapRequest(text=self.columns),
+            maps=MapRequest(heads="each" if apart else "mean", text=self.columns),
+            average_layers=not apart,
             seed=self.settings.seed,
             batch_size=self.settings.batch_size,
             progress=False,
@@ -222,12 +226,13 @@ class Evaluator:
         ):
             i = counted[found.index]
             maps = dict(zip(prompts[i], found.maps, strict=True))
+            means = {text: m.mean(dim=(0, 1)) if m.dim() == 4 else m for text, m in maps.items()}
             image = views[i].image
             with self.clock.stage("labels from maps"):
                 predicted = {
                     name: predict(
                         question,
-                        [maps[prompt.text] for prompt in question.prompts],
+                        [(maps if name == "unsupervised" else means)[p.text] for p in question.prompts],
                         found.grid,
                         (image.height, image.width),
                         self.preset,

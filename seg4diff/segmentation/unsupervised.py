@@ -127,6 +127,30 @@ def group_attention(
     )
 
 
+def winning_regions(
+    maps: Tensor, *, grid: tuple[int, int], threshold: float | None = None, preset: str = "default"
+) -> Tensor:
+    """The groups of :func:`group_attention` that win at least one image token; those that win most come
+    first.
+
+    Most groups win nowhere, and of many heads there may be a thousand: not worth a score for every pixel.
+
+    Args:
+        maps: [N, T], or [L, H, N, T] for a preset that keeps the heads of layers apart.
+        grid, threshold, preset: as in :func:`group_attention`.
+
+    Returns:
+        [regions, h, w], as :func:`group_attention`.
+
+    Raises:
+        ValueError, TypeError: as :func:`group_attention`.
+    """
+    columns = maps.permute(2, 0, 1, 3).flatten(1) if maps.dim() == 4 else maps
+    groups = group_attention(columns, grid=grid, threshold=threshold, preset=preset)
+    wins = groups.flatten(1).argmax(dim=0).bincount(minlength=len(groups))
+    return groups[wins.argsort(descending=True, stable=True)[: int((wins > 0).sum())]]
+
+
 def _divergence(distributions: Tensor, exponents: Tensor) -> Tensor:
     """Symmetric Kullback-Leibler divergence [T, T] of ``distributions`` = softmax(``exponents``), [T, N].
 
@@ -183,9 +207,9 @@ def segment_unsupervised(
 
     Returns:
         A :class:`Segmentation` on the CPU, or a list of them if several pictures were given. Its classes are
-        ``"region 1"``, ``"region 2"``, ..., those that win at least one pixel, largest first; ``scores`` are
-        what :func:`group_attention` returns, resized to the picture, times the number of image tokens (1 is
-        the mean).
+        ``"region 1"``, ``"region 2"``, ..., those that win an image token and a pixel, largest first;
+        ``scores`` are what :func:`group_attention` returns, resized to the picture, times the number of image
+        tokens (1 is the mean).
 
     Raises:
         RuntimeError: ``pipe`` is not patched.
@@ -233,10 +257,7 @@ def _segmentation(
     found: ImageMaps, view: View, preset: str, threshold: float | None, metadata: dict[str, Any]
 ) -> Segmentation:
     """Regions of one picture, resized to it, and their argmax."""
-    maps = found.maps[0]  # [N, T], or [L, H, N, T] where heads are kept apart
-    if maps.dim() == 4:
-        maps = maps.permute(2, 0, 1, 3).flatten(1)
-    regions = group_attention(maps, grid=found.grid, threshold=threshold, preset=preset).cpu()
+    regions = winning_regions(found.maps[0], grid=found.grid, threshold=threshold, preset=preset).cpu()
     size = (view.image.height, view.image.width)
     scores = F.interpolate(regions[None], size=size, mode="bilinear", align_corners=False)[0]
     areas = scores.argmax(dim=0).flatten().bincount(minlength=len(scores))
@@ -247,5 +268,5 @@ def _segmentation(
         scores=scores,
         classes=tuple(f"region {number}" for number in range(1, len(scores) + 1)),
         image=view.image,
-        metadata={**metadata, "groups": len(regions), "size": view.pixels.size},
+        metadata={**metadata, "size": view.pixels.size},
     )

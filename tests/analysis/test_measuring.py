@@ -247,12 +247,12 @@ def test_damaged_reports_are_named(report: Report, tmp_path: Path) -> None:
 def test_table_holds_the_numbers(report: Report) -> None:
     from rich.console import Console
 
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report.table(noise_level=3))
     text = console.export_text()
     assert "3 steps left (timestep 1000.0), 1 picture" in text
-    row = next(line for line in text.splitlines() if line.split()[1:2] == ["2"])
-    cells = [float(cell) for cell in row.replace("│", " ").split()]
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["2"])
+    cells = [float(cell) for cell in row.split()]
     measures = report.by_layer
     assert cells[1] == pytest.approx(100 * float(measures.image_to_image[1, 2]), abs=0.01)
     assert cells[2] == pytest.approx(100 * float(measures.image_to_text[1, 2]), abs=0.01)
