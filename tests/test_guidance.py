@@ -189,7 +189,7 @@ def test_a_callback_may_end_classifier_free_guidance(pipe: Any) -> None:
 
 
 def by_hand_steps(pipe: Any, latents: Tensor, guidance_scales: list[float]) -> Tensor:
-    """As ``by_hand`` with scale 2 and layers 0 and 2, another classifier-free guidance scale at every step."""
+    """As ``by_hand`` with scale 2 and layers 0 and 2, another classifier-free guidance at every step."""
     cond, uncond, pooled, pooled_uncond = pipe.encode_prompt([PROMPT], None, None, max_sequence_length=77)
     matrix = BLUR.matrix(cond.shape[1])
     pipe.scheduler.set_timesteps(len(guidance_scales))
