@@ -45,7 +45,7 @@ _HOPPER = {
 _AMPERE = {
     64: Tuning(Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
     128: Tuning(Config(128, 32, 8, 2), Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),
-    256: Tuning(Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 4, 2)),
+    256: Tuning(Config(64, 32, 8, 2), Config(64, 16, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 4, 2)),
 }
 _CDNA = {
     64: Tuning(Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
