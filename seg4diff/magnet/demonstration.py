@@ -31,13 +31,13 @@ _SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 SETTINGS: dict[str, Any] = {
     "model": "demo",
-    "steps": 160,
-    "batch": 16,
+    "steps": 120,
+    "batch": 8,
     "checkpoint_every": 40,
     "evaluate_every": 40,
     "device": "cpu",
-    "mask": {},
-    "optimizer": {"learning_rate": 1e-3, "warm_up": 10},
+    "mask": {"weight": 0.06},
+    "optimizer": {"learning_rate": 2e-3, "warm_up": 10},
     "memory": {"gradient_checkpointing": False, "precision": "float32"},
     "data": {
         "kind": "demo",
@@ -129,12 +129,13 @@ def show(
 
 
 def layer_to_tune(pipe: Any) -> int:
-    """The best layer that is not the expert, by zero-shot mIoU on training scenes."""
-    layers = range(len(pipe.transformer.transformer_blocks))
+    """The best layer after the expert ones, or else before them, by zero-shot mIoU on training scenes."""
+    experts = find_backbone(pipe).expert_layers(pipe.transformer)
+    others = [n for n in range(len(pipe.transformer.transformer_blocks)) if n not in experts]
+    after = [number for number in others if number > max(experts)]
     drawn = [scene(_CHOICE_FIRST + number) for number in range(_CHOICE_SCENES)]
-    scores = zero_shot(pipe, drawn, layers)
-    experts = set(find_backbone(pipe).expert_layers(pipe.transformer))
-    return max((layer for layer in layers if layer not in experts), key=lambda layer: scores[layer])
+    scores = zero_shot(pipe, drawn, after or others)
+    return max(scores, key=lambda layer: scores[layer])
 
 
 def measure(pipe: Any, drawn: Sequence[Scene], layer: int, expert: int) -> Measurement:

@@ -24,7 +24,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demonstration, str,
         "steps": 40,
         "batch": 4,
         "evaluate_every": 0,
-        "mask": {"layers": [4]},
+        "mask": {"layers": [4], "weight": 1.0},
         "optimizer": {"learning_rate": 3e-3},
         "data": {"scenes": 100, "held_out_limit": 4},
     }
