@@ -76,7 +76,7 @@ def measured(transformer: Any, chosen: TrainSettings) -> int:
 )
 def test_within_ten_percent_of_the_measurement(changes: dict[str, Any]) -> None:
     chosen = settings(**changes)
-    transformer = tiny.transformer(layers=4, heads=2, head_dim=32, sample_size=32)
+    transformer = tiny.transformer(layers=3, heads=2, head_dim=32, sample_size=32)
     if chosen.memory.precision == "bfloat16":
         transformer.to(torch.bfloat16)
     predicted = estimate_memory(shape_of(transformer), chosen, device="cpu", text_tokens=TEXT, masks=MASKS)
@@ -84,7 +84,7 @@ def test_within_ten_percent_of_the_measurement(changes: dict[str, Any]) -> None:
 
 
 def test_switches_save_what_they_should() -> None:
-    config = shape_of(tiny.transformer(layers=4, heads=2, head_dim=32))
+    config = shape_of(tiny.transformer(layers=2, heads=2, head_dim=32))
 
     def peak(**changes: Any) -> Estimate:
         return estimate_memory(config, settings(**changes), text_tokens=TEXT)
@@ -139,7 +139,7 @@ def test_report_names_a_switch_that_fits(tmp_path: Any) -> None:
 
     from seg4diff.magnet.estimate import report
 
-    tiny.pipeline().save_pretrained(tmp_path)
+    tiny.pipeline(layers=2).save_pretrained(tmp_path)
     console = Console(record=True, width=120)
     chosen = settings(model=str(tmp_path), memory={"precision": "float32", "gradient_checkpointing": False})
     console.print(report(chosen, parse_memory("1MiB")))
