@@ -40,7 +40,7 @@ class Tuning:
 _HOPPER = {
     64: Tuning(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 4, 3)),
     128: Tuning(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
-    256: Tuning(Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(16, 64, 8, 2), Config(64, 32, 4, 2)),
+    256: Tuning(Config(64, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 4, 2)),
 }
 _AMPERE = {
     64: Tuning(Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
