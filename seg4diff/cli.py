@@ -50,7 +50,7 @@ class Segment:
     formats: tuple[Literal["png", "npz", "json"], ...] = ("png",)
     """Labels as palette PNG; labels and scores for numpy; COCO run-length masks as JSON."""
     lora: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """A LoRA in diffusers' format, file or folder."""
+    """A LoRA: a file or folder in diffusers' format, or a .pth file of Seg4Diff's authors."""
     device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
     """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
     dtype: Annotated[
@@ -194,12 +194,12 @@ def _segment(options: Segment) -> None:
     from tqdm import tqdm
 
     import seg4diff
-    from seg4diff.loading import load_lora, load_pipeline
+    from seg4diff.loading import load_pipeline
     from seg4diff.segmentation import Segmentation
 
     pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
     if options.lora is not None:
-        load_lora(pipe, options.lora)
+        seg4diff.load_lora(pipe, options.lora)
     seg4diff.patch(pipe)
     targets = dict(zip(paths, distinct_stems(paths), strict=True))
     with tqdm(total=len(targets), unit="picture", disable=None) as progress:

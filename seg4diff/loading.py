@@ -81,40 +81,6 @@ def load_pipeline(
     return pipe
 
 
-def load_lora(pipe: DiffusionPipeline, path: str | os.PathLike[str]) -> None:
-    """Add a LoRA in diffusers' format to a pipeline.
-
-    Args:
-        pipe: patched or not.
-        path: a ``.safetensors`` file, or a folder with one.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the file holds no LoRA for this model, or is damaged; or the folder holds several files.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"LoRA {str(path)!r} does not exist; check the path")
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
-            raise ValueError(f"LoRA folder {str(path)!r} must hold one .safetensors file, found: {found}")
-        path = files[0]
-    before = set(_adapters(pipe))
-    try:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise MemoryError(out_of_memory_remedy(f"loading {str(path)!r}")) from error
-        raise ValueError(
-            f"LoRA {str(path)!r} cannot be loaded into {type(pipe).__name__} ({error}); "
-            "it must be a .safetensors file in diffusers' format, made for this model"
-        ) from error
-    if set(_adapters(pipe)) == before:
-        raise ValueError(f"LoRA {str(path)!r} holds nothing for the transformer of {type(pipe).__name__}")
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """True for the errors by which torch and Python say that memory, of any device, is used up."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -288,7 +254,3 @@ def _missing_shards(inside: Path, part: str) -> list[str]:
         shards = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
         missing |= {f"{part}/{shard}" for shard in shards if not (inside / shard).is_file()}
     return sorted(missing)
-
-
-def _adapters(pipe: DiffusionPipeline) -> list[str]:
-    return [name for names in pipe.get_list_adapters().values() for name in names]

@@ -50,7 +50,7 @@ def calls(monkeypatch):
         return results
 
     monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
-    monkeypatch.setattr(loading, "load_lora", lambda pipe, path: seen.append({"lora": path}))
+    monkeypatch.setattr(seg4diff, "load_lora", lambda pipe, path: seen.append({"lora": path}), raising=False)
     monkeypatch.setattr(seg4diff, "patch", lambda pipe: pipe, raising=False)
     monkeypatch.setattr(seg4diff, "segment", segment, raising=False)
     return seen

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seg4diff import loading
-from seg4diff.loading import is_out_of_memory, load_lora, load_pipeline, out_of_memory_remedy
+from seg4diff.loading import is_out_of_memory, load_pipeline, out_of_memory_remedy
 from tests import tiny
 
 
@@ -194,39 +194,3 @@ def test_out_of_memory(saved, monkeypatch):
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert "--batch-size" in out_of_memory_remedy("dreaming")
-
-
-def test_lora(saved, tmp_path):
-    from diffusers import StableDiffusion3Pipeline
-    from peft import LoraConfig, get_peft_model_state_dict
-
-    source = load_pipeline(saved, "cpu")
-    config = LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights="gaussian")
-    source.transformer.add_adapter(config)
-    state = get_peft_model_state_dict(source.transformer)
-    state = {name: torch.randn_like(weight) for name, weight in state.items()}
-    StableDiffusion3Pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=state)
-    inputs = tiny.transformer_inputs()
-
-    def velocity(pipe):
-        with torch.no_grad():
-            return pipe.transformer(**inputs).sample
-
-    plain = velocity(load_pipeline(saved, "cpu"))
-    found = []
-    for path in (tmp_path / "lora", next((tmp_path / "lora").glob("*.safetensors"))):
-        pipe = load_pipeline(saved, "cpu")
-        load_lora(pipe, path)
-        found.append(velocity(pipe))
-    assert not torch.allclose(found[0], plain)
-    assert torch.equal(found[0], found[1])
-
-    pipe = load_pipeline(saved, "cpu")
-    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
-        load_lora(pipe, tmp_path / "gone.safetensors")
-    with pytest.raises(ValueError, match="must hold one .safetensors file, found: none"):
-        load_lora(pipe, saved)
-    (tmp_path / "text.safetensors").write_text("text")
-    with pytest.raises(ValueError, match="text.safetensors.*cannot be loaded"):
-        load_lora(pipe, tmp_path / "text.safetensors")
-    assert torch.equal(velocity(pipe), plain)

@@ -17,7 +17,7 @@ class ModelOptions:
     """A name on the Hugging Face hub, a folder in diffusers' format, or `demo` for the small bundled model,
     which knows only its own drawn scenes."""
     lora: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """A LoRA in diffusers' format, file or folder."""
+    """A LoRA: a file or folder in diffusers' format, or a .pth file of Seg4Diff's authors."""
     device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
     """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
     dtype: Annotated[
@@ -34,9 +34,9 @@ class ModelOptions:
 def load_patched(options: ModelOptions) -> Any:
     """The pipeline that the options name, with its LoRA, ready to be watched."""
     import seg4diff
-    from seg4diff.loading import load_lora, load_pipeline
+    from seg4diff.loading import load_pipeline
 
     pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
     if options.lora is not None:
-        load_lora(pipe, options.lora)
+        seg4diff.load_lora(pipe, options.lora)
     return seg4diff.patch(pipe)

@@ -61,7 +61,7 @@ class Evaluate:
     model: str = "stabilityai/stable-diffusion-3-medium-diffusers"
     """A name on the Hugging Face hub, a folder in diffusers' format, or `demo`: the small bundled model."""
     lora: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """A LoRA in diffusers' format, file or folder."""
+    """A LoRA: a file or folder in diffusers' format, or a .pth file of Seg4Diff's authors."""
     out: Path = Path("evaluation-output")
     """Folder for what is written."""
     preset: Literal["paper", "reference", "default"] = "paper"
@@ -306,9 +306,9 @@ def _generate(options: Evaluate) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
+    import seg4diff
     from seg4diff.evaluation.generation import clip_score, generate, markdown
     from seg4diff.evaluation.runner import process_state, versions_of
-    from seg4diff.loading import load_lora
     from seg4diff.saving import write_atomically
 
     pipe = _load(options, patch=False, lora=False)
@@ -318,7 +318,7 @@ def _generate(options: Evaluate) -> None:
         arms["lora"] = options.lora
     for name, lora in arms.items():
         if lora is not None:
-            load_lora(pipe, lora)
+            seg4diff.load_lora(pipe, lora)
         generate(
             pipe,
             prompts,
@@ -368,7 +368,7 @@ def _check(options: Evaluate) -> None:
 def _load(options: Evaluate, *, patch: bool = True, lora: bool = True) -> Any:
     """The pipeline, on the device of this process."""
     import seg4diff
-    from seg4diff.loading import load_lora, load_pipeline
+    from seg4diff.loading import load_pipeline
 
     device = options.device
     rank = os.environ.get("LOCAL_RANK")
@@ -378,7 +378,7 @@ def _load(options: Evaluate, *, patch: bool = True, lora: bool = True) -> Any:
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     pipe = load_pipeline(options.model, device, options.dtype, offload=options.offload)
     if lora and options.lora is not None:
-        load_lora(pipe, options.lora)
+        seg4diff.load_lora(pipe, options.lora)
     if patch:
         seg4diff.patch(pipe)
     return pipe

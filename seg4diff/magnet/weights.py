@@ -1,7 +1,7 @@
 """Adapters in and out: files that stock diffusers loads, and the authors' published ones.
 
-Called by the trainer and by users. It hides key layouts; nothing is loaded from a file of which a single
-key does not fit the model.
+Called by the trainer, by every command that has ``--lora``, and by users. It hides key layouts; nothing is
+loaded from a file of which a single key does not fit the model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seg4diff.backbones import transformer_of
+from seg4diff.loading import is_out_of_memory, out_of_memory_remedy
 from seg4diff.magnet.adapters import ADAPTER
 from seg4diff.saving import write_atomically
 
@@ -27,11 +28,14 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for adapters in a folder."""
 
 _LAYOUTS = {
-    # "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", as diffusers and this library write it
-    "diffusers": re.compile(r"transformer\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight"),
+    # "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", as diffusers and this library write it; its
+    # training scripts add text encoders
+    "diffusers": re.compile(
+        r"(?P<component>transformer|text_encoder|text_encoder_2)\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight"
+    ),
     # "backbone.transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight", the authors' checkpoints
     "authors": re.compile(
-        r"(model\.)?backbone\.transformer\.(?P<module>.+)\.lora_(?P<part>[AB])\.default\.weight"
+        r"(model\.)?backbone\.(?P<component>transformer)\.(?P<module>.+)\.lora_(?P<part>[AB])\.default\.weight"
     ),
 }
 _LISTED = 12
@@ -93,7 +97,7 @@ def save_lora(
 
 
 def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | None = None) -> Pipeline:
-    """Load an adapter into a pipeline, if every key of the file fits its transformer.
+    """Load an adapter into a pipeline, if every key of the file fits its transformer or text encoders.
 
     Args:
         pipe: a diffusers pipeline, patched or not.
@@ -107,11 +111,15 @@ def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | No
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or no adapter, or keys or shapes do not fit; the message lists them.
+        TypeError: ``pipe`` is no pipeline.
+        MemoryError: the adapter does not fit.
     """
+    if not hasattr(pipe, "load_lora_weights"):
+        raise TypeError(f"{type(pipe).__name__} cannot load a LoRA; give its diffusers pipeline")
     file = _file(Path(path))
     state = _read(file)
     layout, parts = _parse(state, file)
-    _check(parts, transformer_of(pipe), file)
+    _check(parts, pipe, file)
     arguments: dict[str, Any] = {} if adapter is None else {"adapter_name": adapter}
     target: Any = pipe
     # It warns that a transformer's adapter has nothing for the text encoders.
@@ -120,6 +128,10 @@ def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | No
     log.setLevel(logging.ERROR)
     try:
         _hand_over(target, layout, file, parts, arguments)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(out_of_memory_remedy(f"loading {str(file)!r}")) from error
+        raise
     finally:
         log.setLevel(level)
     return pipe
@@ -133,7 +145,7 @@ def _hand_over(
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, **arguments)
     else:
         renamed = {
-            f"transformer.{module}.lora_{part}.weight": tensor
+            f"{module}.lora_{part}.weight": tensor
             for module, both in parts.items()
             for part, tensor in both.items()
         }
@@ -172,7 +184,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _parse(state: Mapping[str, Tensor], file: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
-    """The layout, and the matrices A and B of every module."""
+    """The layout, and the matrices A and B of every module, by its path within the pipeline."""
     if not state:
         raise ValueError(f"LoRA {str(file)!r} is empty")
     fits = {
@@ -188,12 +200,13 @@ def _parse(state: Mapping[str, Tensor], file: Path) -> tuple[str, dict[str, dict
         )
     parts: dict[str, dict[str, Tensor]] = {}
     for key, found in fits[layout].items():
-        parts.setdefault(found["module"], {})[found["part"]] = state[key]
+        module = f"{found['component']}.{found['module']}"
+        parts.setdefault(module, {})[found["part"]] = state[key]
     return layout, parts
 
 
-def _check(parts: Mapping[str, Mapping[str, Tensor]], transformer: nn.Module, file: Path) -> None:
-    modules = dict(transformer.named_modules())
+def _check(parts: Mapping[str, Mapping[str, Tensor]], pipe: Any, file: Path) -> None:
+    modules = _modules(pipe)
     problems = []
     for name, both in parts.items():
         module: Any = modules.get(name)
@@ -213,8 +226,20 @@ def _check(parts: Mapping[str, Mapping[str, Tensor]], transformer: nn.Module, fi
     if problems:
         raise ValueError(
             f"LoRA {str(file)!r} is refused: {len(problems)} of {len(parts)} layers do not fit this "
-            f"{type(transformer).__name__}: {_listed(problems)}"
+            f"{type(pipe).__name__}: {_listed(problems)}"
         )
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    """Modules by their path within the pipeline."""
+    modules = {f"transformer.{name}": module for name, module in transformer_of(pipe).named_modules()}
+    for component in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, component, None)
+        for name, module in () if encoder is None else encoder.named_modules():
+            modules[f"{component}.{name}"] = module
+            # Some versions of transformers have this level, some do not; diffusers takes files of both kinds.
+            modules[f"{component}.text_model.{name}"] = module
+    return modules
 
 
 def _listed(names: list[str]) -> str:

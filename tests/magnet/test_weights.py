@@ -90,6 +90,28 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_text_encoders_of_a_training_script(tmp_path: Path) -> None:
+    pipe = tuned()
+    state = load_file(save_lora(pipe.transformer, tmp_path))
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    width = tiny.pipeline().text_encoder.config.hidden_size
+    state[f"text_encoder.{layer}.lora_A.weight"] = torch.ones(2, width)
+    state[f"text_encoder.{layer}.lora_B.weight"] = torch.ones(width, 2)
+    save_file(state, tmp_path / "both.safetensors")
+    loaded = load_lora(tiny.pipeline(), tmp_path / "both.safetensors")
+    assert any(".lora_A." in name for name, _ in loaded.text_encoder.named_parameters())
+    torch.testing.assert_close(output(loaded), output(pipe), rtol=0, atol=0)
+    state[f"text_encoder_2.{layer.replace('.0.', '.99.')}.lora_A.weight"] = torch.ones(2, width)
+    save_file(state, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"1 of 14 layers.*text_encoder_2.*layers.99.*no such layer"):
+        load_lora(tiny.pipeline(), tmp_path / "wrong.safetensors")
+
+
+def test_only_pipelines_take_a_lora(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="SD3Transformer2DModel cannot load a LoRA; give"):
+        load_lora(tiny.pipeline().transformer, tmp_path)
+
+
 def test_files_whose_keys_do_not_all_match_are_refused_with_a_list(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     whole = authors(tuned())["model"]
