@@ -1,8 +1,8 @@
 """Times alternatives to the tuning table on this GPU: ``python -m benchmarks.sweep_tuning --out FOLDER``.
 
 For each heavy kernel, at Stable Diffusion 3's 1024 px and with a map, every candidate is compiled, its result
-compared with that of the table's own entry, and timed. The table is edited by hand, with the file this
-writes.
+compared with that of the table's own entry, and timed. ``SEG4DIFF_TUNING=FOLDER/tuning.json`` lets the
+library choose the fastest of them on this kind of GPU; for everybody, the table is edited by hand.
 """
 
 from __future__ import annotations
@@ -150,6 +150,28 @@ def sweep(head_dim: int, seconds: float) -> list[dict[str, Any]]:
     return found
 
 
+def fastest(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The fastest candidate of every kernel and head dim whose results were right."""
+    best: dict[str, dict[str, Any]] = {}
+    for record in found:
+        if "microseconds" in record and not record.get("wrong"):
+            name = f"{record['kernel']}, head dim {record['head_dim']}"
+            if name not in best or record["microseconds"] < best[name]["microseconds"]:
+                best[name] = record
+    return best
+
+
+def rows(best: dict[str, dict[str, Any]], target: str) -> dict[int, dict[str, dict[str, int]]]:
+    """By head dim the configurations of all kernels, the table's own where none was measured."""
+    found: dict[int, dict[str, dict[str, int]]] = {}
+    for record in best.values():
+        head_dim = record["head_dim"]
+        own = dataclasses.asdict(tuning_of(target, head_dim, torch.bfloat16))
+        fields = [field.name for field in dataclasses.fields(Config)]
+        found.setdefault(head_dim, own)[record["kernel"]] = {name: record[name] for name in fields}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write tuning.json to")
@@ -159,16 +181,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("a sweep needs a GPU")
     found = [record for head_dim in (64, 128) for record in sweep(head_dim, options.seconds / 2)]
-    best: dict[str, dict[str, Any]] = {}
-    for record in found:
-        if "microseconds" in record and not record.get("wrong"):
-            name = f"{record['kernel']}, head dim {record['head_dim']}"
-            if name not in best or record["microseconds"] < best[name]["microseconds"]:
-                best[name] = record
+    best = fastest(found)
+    target = target_of(torch.device("cuda", torch.cuda.current_device()))
+    assert target is not None
     options.out.mkdir(parents=True, exist_ok=True)
     report = {
         "device": torch.cuda.get_device_name(),
         "triton": triton.__version__,
+        "table": {target: rows(best, target)},
         "best": best,
         "all": found,
     }
