@@ -41,6 +41,8 @@ gpu:  ## on a GPU, with the Python and packages already there: gpu tests, tuning
 	@$(PYTHON) -m pytest -m gpu tests/kernels 2>&1 | tee gpu-results/tests.log
 	@$(PYTHON) -m benchmarks.sweep_tuning --out gpu-results 2>&1 | tee gpu-results/tuning.log
 	@$(PYTHON) -m pytest -s benchmarks/test_joint_attention.py --results gpu-results 2>&1 | tee gpu-results/benchmarks.log
+	@if $(PYTHON) -c 'import diffusers, peft' 2>/dev/null; then \
+	    $(PYTHON) -m pytest -s benchmarks/test_magnet.py --results gpu-results 2>&1 | tee gpu-results/training.log; fi
 	@$(PYTHON) -m benchmarks.report gpu-results
 
 train-demo: .venv/.installed  ## train the bundled model again

@@ -1,4 +1,4 @@
-"""Results of a benchmark run, gathered and written to one file by device."""
+"""Results of a benchmark run, gathered and written to files named after the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import triton
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="folder to write <device>.json to")
+    parser.addoption("--results", type=Path, help="folder to write <device>.json and others to")
 
 
 def device_name() -> str:
@@ -27,11 +27,23 @@ def device_name() -> str:
 
 @pytest.fixture(scope="session")
 def results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Where a benchmark puts what it measured; written at the end if ``--results`` names a folder."""
+    """Where the benchmarks of joint attention put what they measured, for ``<device>.json``."""
     cases: list[dict[str, Any]] = []
     yield cases
-    folder: Path | None = request.config.getoption("--results")
-    if folder is None or not cases:
+    write(request.config.getoption("--results"), "", {"cases": cases})
+
+
+@pytest.fixture(scope="session")
+def training(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Where the benchmarks of MAGNET put what they measured, for ``<device>-training.json``."""
+    found: dict[str, Any] = {}
+    yield found
+    write(request.config.getoption("--results"), "-training", found)
+
+
+def write(folder: Path | None, suffix: str, found: dict[str, Any]) -> None:
+    """One file of results with device and versions, if there is a folder and anything was found."""
+    if folder is None or not any(found.values()):
         return
     folder.mkdir(parents=True, exist_ok=True)
     report = {
@@ -39,7 +51,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "cases": cases,
+        **found,
     }
     name = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{name}{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")

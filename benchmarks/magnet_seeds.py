@@ -2,11 +2,11 @@
 
     python -m benchmarks.magnet_seeds [--seeds 0 1 2] [--out benchmarks/results/magnet_seeds.json]
 
-For every seed three runs of equal length: the mask loss on a layer that is not yet saturated, the mask
-loss on the expert layer, and a plain LoRA. All are measured on scenes from which nothing was learned or
-chosen, each with its saved adapters in a fresh pipeline: zero-shot mIoU of both layers, matched
-unsupervised mIoU, and the flow-matching loss with the same noise and noise levels for all. ``--weights``
-adds runs with other weights of the mask loss, for the trade-off.
+For every seed four runs of equal length: the mask loss on a layer that is not yet saturated, the same on maps
+that are not normalised, the mask loss on the expert layer, and a plain LoRA. All are measured on scenes from
+which nothing was learned or chosen, each with its saved adapters in a fresh pipeline: zero-shot mIoU of both
+layers, matched unsupervised mIoU, and the flow-matching loss with the same noise and noise levels for all.
+``--weights`` adds runs with other weights of the mask loss, for the trade-off.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def main() -> None:
             variants: dict[str, dict[str, Any]] = {
                 "plain LoRA": {"weight": 0.0, "layers": [layer]},
                 f"layer {layer}": {"layers": [layer]},
+                f"layer {layer}, not normalised": {"layers": [layer], "normalisation": "none"},
                 f"layer {expert} (expert)": {"layers": [expert]},
                 **{f"layer {layer}, weight {w:g}": {"layers": [layer], "weight": w} for w in options.weights},
             }

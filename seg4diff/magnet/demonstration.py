@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 40,
     "evaluate_every": 40,
     "device": "cpu",
-    "mask": {"weight": 0.06},
+    "mask": {"weight": 0.05},
     "optimizer": {"learning_rate": 2e-3, "warm_up": 10},
     "memory": {"gradient_checkpointing": False, "precision": "float32"},
     "data": {

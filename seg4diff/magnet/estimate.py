@@ -199,9 +199,8 @@ def report(settings: TrainSettings, memory: int | None = None) -> Group:
 
     found = find(settings)
     side = settings.data.resolution
-    table = Table(
-        title=f"{settings.model}, {side} x {side} pixels, batch {settings.batch}: predicted peak memory"
-    )
+    title = f"{settings.model}, {side} x {side} pixels, batch {settings.batch}: predicted peak memory"
+    table = Table()
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for name, size in found.parts.items():
@@ -219,7 +218,7 @@ def report(settings: TrainSettings, memory: int | None = None) -> Group:
             )
         else:
             lines.append(f"To fit in {memory / _GIB:.2f} GiB: {fit[0]} ({fit[1].peak / _GIB:.2f} GiB).")
-    return Group(table, *map(Text, lines))
+    return Group(Text(title), table, *map(Text, lines))
 
 
 def model_shape(model: str) -> tuple[dict[str, Any], int, int]:

@@ -51,8 +51,10 @@ class MaskSettings:
             the maps of the caption's words, matched with the masks. ``"head"``: so, every head by itself.
         scores: what a map holds, see :class:`seg4diff.MapRequest`. Raw probabilities under a sigmoid hardly
             train, they are small numbers: normalise them, or use logits.
-        normalisation: of every map over the picture, before the sigmoid. ``"minmax"``: to
-            sharpness * [-1/2, 1/2]; ``"standard"``: sharpness / 4 * (map - mean) / deviation; ``"none"``.
+        normalisation: of every map over the picture, before the sigmoid. ``"standard"``: sharpness / 4 *
+            (map - mean) / deviation, so that only a map's shape is trained and not its level, which takes
+            more from the model than it gives (``benchmarks/results/magnet_seeds.md``); ``"minmax"``: to
+            sharpness * [-1/2, 1/2]; ``"none"``, as the public code.
         sharpness: see ``normalisation``.
         convolutional_head: refine the maps by three small convolutions that are trained and thrown away, as
             in the public code.
@@ -68,7 +70,7 @@ class MaskSettings:
     layers: tuple[int, ...] = ()
     pairing: Pairing = "class"
     scores: Scores = "logit"
-    normalisation: Normalisation = "none"
+    normalisation: Normalisation = "standard"
     sharpness: float = 8.0
     convolutional_head: bool = False
     match_focal_weight: float = 0.02
