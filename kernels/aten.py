@@ -3,9 +3,10 @@
 Forward: flash attention with its log-sum-exp over the image keys, then the few text columns, a head at a
 time, by matrix products of our own, merged into output and log-sum-exp. The map falls out of that, and is as
 exact as a softmax: a probability and the log-sum-exp that it is divided by hold the very same scores. Nothing
-is concatenated. Backward: our own, in blocks of query rows. PyTorch's operators do not differentiate the
-log-sum-exp, so a map composed from them would have silently wrong gradients. Nothing of size S x S exists in
-either direction.
+is concatenated. Backward: PyTorch's operators do not differentiate the log-sum-exp, so a map composed from
+them would have silently wrong gradients. Here, too, the text columns are ours, a head at a time; the image
+keys are flash attention's backward on a CPU, given what the map adds, and blocks of query rows elsewhere.
+Nothing of size S x S exists in either direction.
 """
 
 from __future__ import annotations
@@ -188,120 +189,221 @@ def backward(
     lse: Tensor,
     request: Request,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the seven inputs, in blocks of query rows; any upstream gradient may be None."""
-    wide = wide_dtype(inputs.query.dtype)
-    tokens, text_tokens = inputs.query.shape[1], inputs.text_key.shape[1]
-    gradients = empty_gradients(inputs)
-    d_query, d_key, d_value, d_text_query, d_text_key, d_text_value, d_text_value_for_image = gradients
+    """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None."""
+    tokens = inputs.query.shape[1]
+    gradients = dict(zip(Inputs.__dataclass_fields__, empty_gradients(inputs), strict=True))
+    edited = inputs.text_value_for_image is not None
+    read = inputs.text_value_for_image if edited else inputs.text_value
+    found = _stream_gradients(inputs.query, read, d_image, image, lse[:, :, :tokens], d_maps, inputs, request)
+    names = ("query", "key", "value", "text_key", "text_value_for_image" if edited else "text_value")
+    totals = dict(zip(names, found, strict=True))
+    if inputs.text_query is not None and d_text is not None:
+        rows = lse[:, :, tokens:]
+        found = _stream_gradients(
+            inputs.text_query, inputs.text_value, d_text, text, rows, None, inputs, request
+        )
+        for name, gradient in zip(
+            ("text_query", "key", "value", "text_key", "text_value"), found, strict=True
+        ):
+            before = totals.get(name)
+            if before is None:
+                totals[name] = gradient
+            elif gradient is not None:
+                totals[name] = before.to(lse.dtype).add_(gradient)
+    for name, destination in gradients.items():
+        total = totals.get(name)
+        destination.zero_() if total is None else destination.copy_(total)
+    return tuple(gradients.values())
 
-    def by_head(tensor: Tensor) -> Tensor:
-        return tensor.transpose(1, 2).to(wide)  # [B, H, tokens, D]
 
-    # Without output gradients, logits and text probabilities depend on the text columns alone.
-    text_columns_only = d_image is None and d_text is None and request.scores != "probability"
-    text_keys = by_head(inputs.text_key)
-    keys = text_keys if text_columns_only else torch.cat([by_head(inputs.key), text_keys], dim=2)
-    d_keys = torch.zeros_like(keys)
-    with_values = inputs.value is not None and inputs.text_value is not None
-    d_values: dict[str, Tensor] = {}
+def _stream_gradients(
+    rows: Tensor,
+    text_value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_maps: Tensor | None,
+    inputs: Inputs,
+    request: Request,
+) -> tuple[Tensor | None, ...]:
+    """What the output and the map of one stream's ``rows`` [B, M, H, D] say of five tensors.
 
-    streams = [("image", inputs.query, d_query, d_image, image, lse[:, :, :tokens])]
-    if inputs.text_query is not None:
-        if d_text is None:
-            d_text_query.zero_()
+    They are the rows, the image keys and values, and the text keys and values that the rows read. Gradients
+    are [B, tokens, H, D], or None where there is nothing to say.
+    """
+    if d_out is None and d_maps is None:
+        return (None,) * 5
+    d_rows, d_text_key, d_text_value, map_sum = _text_gradients(
+        rows, inputs.text_key, text_value, d_out, out, lse, d_maps, request
+    )
+    if d_out is None and map_sum is None:  # logits and text probabilities know of the text columns alone
+        return d_rows, None, None, d_text_key, d_text_value
+    differentiate = _image_gradients if rows.device.type == "cpu" else _image_gradients_in_blocks
+    of_image, d_key, d_value = differentiate(
+        rows, inputs.key, inputs.value, d_out, out, lse, map_sum, request.scale
+    )
+    return d_rows.add_(of_image), d_key, d_value, d_text_key, d_text_value
+
+
+def _text_gradients(
+    rows: Tensor,
+    text_key: Tensor,
+    text_value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_maps: Tensor | None,
+    request: Request,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients by way of the text columns, a head at a time: of rows, text keys and text values, wide,
+    [B, tokens, H, D], and the sum over a row of dM * P~ [B, H, M], where the map shows probabilities.
+    """
+    wide = wide_dtype(rows.dtype)
+    batch, count, heads, _ = rows.shape
+    start, stop, scale = request.start, request.stop, request.scale
+    shown = None if d_maps is None else request.scores
+    d_rows = torch.empty_like(rows, dtype=wide, memory_format=torch.contiguous_format)
+    d_text_key = torch.empty_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
+    d_text_value = None if d_out is None else torch.empty_like(d_text_key)
+    map_sum = rows.new_empty((batch, heads, count), dtype=wide) if shown == "probability" else None
+    winner = None
+    if d_maps is not None and request.heads == "max":
+        winner = _winning_head(rows, text_key, lse, request)
+    elif d_maps is not None and request.heads == "mean":
+        d_maps = d_maps / heads
+    for head in range(heads):
+        scores = _products(rows[:, :, head], text_key[:, :, head]).mul_(scale)  # [B, M, T]
+        d_scores = torch.zeros_like(scores)
+        d_entries = scores.new_zeros(()) if d_maps is None else _head_gradient(d_maps, winner, head, request)
+        if d_out is not None or shown == "probability":
+            probability = (scores - lse[:, head, :, None]).exp_()
+            delta = scores.new_zeros((batch, count))
+            if d_out is not None and text_value is not None and d_text_value is not None:
+                d_o = d_out[:, :, head].to(wide)
+                torch.bmm(d_o, text_value[:, :, head].to(wide).transpose(1, 2), out=d_scores)
+                delta = (d_o * out[:, :, head]).sum(dim=-1)
+                d_text_value[:, :, head] = torch.bmm(probability.transpose(1, 2), d_o)
+            if map_sum is not None:
+                d_scores[..., start:stop] += d_entries
+                map_sum[:, head] = (d_entries * probability[..., start:stop]).sum(dim=-1)
+                delta = delta + map_sum[:, head]
+            d_scores.sub_(delta[..., None]).mul_(probability)
+        if shown == "logit":
+            d_scores[..., start:stop] += d_entries
+        elif shown == "text_probability":
+            entries = scores.softmax(dim=-1)
+            weighted = d_entries * entries[..., start:stop]
+            d_scores -= entries * weighted.sum(dim=-1, keepdim=True)
+            d_scores[..., start:stop] += weighted
+        d_scores.mul_(scale)
+        d_rows[:, :, head] = torch.bmm(d_scores, text_key[:, :, head].to(wide))
+        d_text_key[:, :, head] = torch.bmm(d_scores.transpose(1, 2), rows[:, :, head].to(wide))
+    return d_rows, d_text_key, d_text_value, map_sum
+
+
+def _winning_head(rows: Tensor, text_key: Tensor, lse: Tensor, request: Request) -> Tensor:
+    """The head that holds the maximum of a map entry, the first of equals: int64 [B, M, T']."""
+    best = winner = None
+    for head in range(rows.shape[2]):
+        entries = _products(rows[:, :, head], text_key[:, :, head]).mul_(request.scale)
+        if request.scores == "probability":
+            entries = entries.sub_(lse[:, head, :, None]).exp_()
+        elif request.scores == "text_probability":
+            entries = entries.softmax(dim=-1)
+        entries = entries[..., request.start : request.stop]
+        if best is None or winner is None:
+            best, winner = entries, torch.zeros_like(entries, dtype=torch.int64)
         else:
-            streams.append(("text", inputs.text_query, d_text_query, d_text, text, lse[:, :, tokens:]))
-
-    for stream, query, d_rows, d_out, out, stream_lse in streams:
-        stream_maps = d_maps if stream == "image" else None
-        if d_out is None and stream_maps is None:
-            d_rows.zero_()
-            continue
-        values = None
-        if d_out is not None and inputs.value is not None and inputs.text_value is not None:
-            edited = inputs.text_value_for_image
-            read = edited if stream == "image" and edited is not None else inputs.text_value
-            values = torch.cat([by_head(inputs.value), by_head(read)], dim=2)
-            d_values[stream] = torch.zeros_like(values)
-        rows_per_block = _block_rows(query.transpose(1, 2), keys.shape[2])
-        for first in range(0, query.shape[1], rows_per_block):
-            block = slice(first, first + rows_per_block)
-            q = by_head(query[:, block])  # [B, H, rows, D]
-            scores = request.scale * (q @ keys.transpose(-1, -2))
-            if text_columns_only:
-                d_scores = torch.zeros_like(scores)
-            else:
-                probability = (scores - stream_lse[:, :, block, None]).exp_()
-                d_scores = torch.zeros_like(scores)  # first the gradient of the probabilities
-                delta: Tensor | float = 0.0
-                if d_out is not None and values is not None:
-                    d_o = by_head(d_out[:, block])
-                    torch.matmul(d_o, values.transpose(-1, -2), out=d_scores)
-                    delta = (d_o * by_head(out[:, block])).sum(dim=-1, keepdim=True)
-                    d_values[stream] += probability.transpose(-1, -2) @ d_o
-                if stream_maps is not None and request.scores == "probability":
-                    shown = probability[..., tokens + request.start : tokens + request.stop]
-                    d_entries = _per_head(_map_rows(stream_maps, block, request), shown, request)
-                    d_scores[..., tokens + request.start : tokens + request.stop] += d_entries
-                    delta = delta + (d_entries * shown).sum(dim=-1, keepdim=True)
-                d_scores = d_scores.sub_(delta).mul_(probability)
-            if stream_maps is not None and request.scores in ("logit", "text_probability"):
-                text_scores = scores[..., scores.shape[-1] - text_tokens :]
-                d_text_scores = d_scores[..., scores.shape[-1] - text_tokens :]
-                entries = text_scores if request.scores == "logit" else text_scores.softmax(dim=-1)
-                shown = entries[..., request.start : request.stop]
-                d_entries = _per_head(_map_rows(stream_maps, block, request), shown, request)
-                if request.scores == "logit":
-                    d_text_scores[..., request.start : request.stop] += d_entries
-                else:
-                    d_text_scores -= entries * (d_entries * shown).sum(dim=-1, keepdim=True)
-                    d_text_scores[..., request.start : request.stop] += d_entries * shown
-            d_rows[:, block] = (request.scale * (d_scores @ keys)).transpose(1, 2).to(d_rows.dtype)
-            d_keys += request.scale * (d_scores.transpose(-1, -2) @ q)
-
-    d_key.copy_(d_keys[:, :, :tokens].transpose(1, 2)) if not text_columns_only else d_key.zero_()
-    d_text_key.copy_(d_keys[:, :, d_keys.shape[2] - text_tokens :].transpose(1, 2))
-    if with_values:
-        _write_value_gradients(d_values, tokens, d_value, d_text_value, d_text_value_for_image, inputs)
-    return gradients
+            winner = torch.where(entries > best, head, winner)
+            best = torch.maximum(best, entries)
+    assert winner is not None
+    return winner
 
 
-def _map_rows(d_maps: Tensor, block: slice, request: Request) -> Tensor:
-    """Rows ``block`` of a map gradient, [B, H or 1, rows, T']."""
-    return d_maps[:, :, block] if request.heads == "each" else d_maps[:, None, block]
-
-
-def _per_head(d_maps: Tensor, entries: Tensor, request: Request) -> Tensor:
-    """Gradient of the entries [B, H, rows, T'], from that of their reduction, [B, H or 1, rows, T']."""
-    if request.heads == "mean":
-        return (d_maps / entries.shape[1]).expand_as(entries)
-    if request.heads == "max":
-        winner = entries.argmax(dim=1, keepdim=True)
-        return torch.zeros_like(entries).scatter_(1, winner, d_maps)
+def _head_gradient(d_maps: Tensor, winner: Tensor | None, head: int, request: Request) -> Tensor:
+    """Gradient of one head's entries [B, M, T'] from that of the map, a mean's divided by their number."""
+    if request.heads == "each":
+        return d_maps[:, head]
+    if winner is not None:
+        return torch.where(winner == head, d_maps, 0.0)
     return d_maps
 
 
-def _write_value_gradients(
-    d_values: dict[str, Tensor],
-    tokens: int,
-    d_value: Tensor,
-    d_text_value: Tensor,
-    d_text_value_for_image: Tensor,
-    inputs: Inputs,
-) -> None:
-    """Sum what image rows and text rows, [B, H, S, D] each, say of the values they read."""
-    totals = {"value": 0.0, "text_value": 0.0, "text_value_for_image": 0.0}  # type: dict[str, Tensor | float]
-    edited = inputs.text_value_for_image is not None
-    for stream, gradient in d_values.items():
-        by_token = gradient.transpose(1, 2)  # [B, S, H, D]
-        totals["value"] = totals["value"] + by_token[:, :tokens]
-        read = "text_value_for_image" if stream == "image" and edited else "text_value"
-        totals[read] = totals[read] + by_token[:, tokens:]
-    for destination, total in zip(
-        (d_value, d_text_value, d_text_value_for_image), totals.values(), strict=True
-    ):
-        if destination.dim() == 4:
-            destination.copy_(total) if isinstance(total, Tensor) else destination.zero_()
+_FREE_CHANNELS = 4
+
+
+def _image_gradients(
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    map_sum: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients by way of the image keys: of rows, keys and values [B, tokens, H, D], by the CPU's operator.
+
+    It takes output and log-sum-exp as they are given, those of all keys, and so its probabilities are the
+    right ones. What it subtracts from the gradient of each row's probabilities, <dO, O>, lacks the map's
+    ``map_sum`` [B, H, M]: channels that dO fills with ones and O with that sum bring it in. Queries, keys and
+    values are zero there, so that nothing else changes.
+    """
+    with_values = value is not None and d_out is not None
+    width = rows.shape[-1]
+    if value is None or d_out is None:
+        value, d_out, out = torch.zeros_like(key), torch.zeros_like(rows), torch.zeros_like(rows)
+    if map_sum is not None:
+        rows, key, value, out = (F.pad(tensor, (0, _FREE_CHANNELS)) for tensor in (rows, key, value, out))
+        d_out = F.pad(d_out, (0, _FREE_CHANNELS), value=1.0)
+        rest = map_sum.transpose(1, 2)  # [B, M, H]
+        for channel in range(width, width + _FREE_CHANNELS):  # half precision holds it in three numbers
+            out[..., channel] = rest
+            rest = rest - out[..., channel]
+    strided = (t if t.stride(3) == 1 else t.contiguous() for t in (d_out, rows, key, value, out))
+    d_o, q, k, v, o = (tensor.transpose(1, 2) for tensor in strided)
+    differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found = differentiate(d_o, q, k, v, o, lse.contiguous(), 0.0, False, scale=scale)
+    d_rows, d_key, d_value = (gradient.transpose(1, 2)[..., :width] for gradient in found)
+    return d_rows, d_key, d_value if with_values else None
+
+
+def _image_gradients_in_blocks(
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    map_sum: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same for devices without that operator, in blocks of rows."""
+    wide = wide_dtype(rows.dtype)
+    k = key.transpose(1, 2).to(wide)  # [B, H, N, D]
+    v = None if value is None or d_out is None else value.transpose(1, 2).to(wide)
+    d_key, d_value = torch.zeros_like(k), None if v is None else torch.zeros_like(v)
+    d_rows = []
+    count = _block_rows(rows.transpose(1, 2), key.shape[1])
+    for first in range(0, rows.shape[1], count):
+        block = slice(first, first + count)
+        q = rows[:, block].transpose(1, 2).to(wide)
+        probability = (scale * (q @ k.transpose(-1, -2)) - lse[:, :, block, None]).exp_()  # [B, H, rows, N]
+        delta = lse.new_zeros(()) if map_sum is None else map_sum[:, :, block, None]
+        if v is not None and d_value is not None and d_out is not None:
+            d_o = d_out[:, block].transpose(1, 2).to(wide)
+            delta = delta + (d_o * out[:, block].transpose(1, 2)).sum(dim=-1, keepdim=True)
+            d_value += probability.transpose(-1, -2) @ d_o
+            d_scores = probability.mul_((d_o @ v.transpose(-1, -2)).sub_(delta)).mul_(scale)
+        else:
+            d_scores = probability.mul_(-delta).mul_(scale)
+        d_rows.append(d_scores @ k)
+        d_key += d_scores.transpose(-1, -2) @ q
+    return (
+        torch.cat(d_rows, dim=2).transpose(1, 2),
+        d_key.transpose(1, 2),
+        None if d_value is None else d_value.transpose(1, 2),
+    )
 
 
 attend = register("aten", forward, backward, budget, value_norm)

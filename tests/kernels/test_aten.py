@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seg4diff.kernels import aten
 from seg4diff.kernels.api import JointAttention, MapRequest, attention_maps, joint_attention
 from seg4diff.kernels.testing import (
     assert_within_budget,
@@ -115,6 +116,21 @@ def test_gradients_are_the_reference_s(scores: Any, heads: Any, given: str) -> N
         true, found = exact[name], actual[name]
         assert found is not None
         torch.testing.assert_close(found, torch.zeros_like(found) if true is None else true, msg=name)
+
+
+@pytest.mark.parametrize("given", UPSTREAM)
+@pytest.mark.parametrize("scores", SCORES)
+def test_devices_without_these_operators(scores: Any, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch has no flash attention, blocks of rows take its place; several blocks, and a part."""
+
+    def in_blocks(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = aten._attention_in_blocks(query.transpose(1, 2), k, v, scale)
+        return out.transpose(1, 2), lse
+
+    monkeypatch.setattr(aten, "_BLOCK_ELEMENTS", 8 * 2 * 3 * 21)  # 8 of 21 rows
+    monkeypatch.setattr(aten, "_flash", in_blocks)
+    monkeypatch.setattr(aten, "_image_gradients", aten._image_gradients_in_blocks)
+    test_gradients_are_the_reference_s(scores, "mean", given)
 
 
 @pytest.mark.parametrize("given", ["both", "map", "outputs"])
