@@ -220,7 +220,7 @@ def measure(
     times = max(1, round(5e12 / operations)) if GPU else 1
     kept = possible(calls)
     runs = {name: repeated(call, times) for name, call in kept.items()}
-    medians = compare(benchmark, runs.pop("ours"), runs, rounds=15 if GPU else 7)
+    medians = compare(benchmark, runs.pop("ours"), runs, rounds=15 if GPU else 8)
     query, key, value = (tensor.detach() for tensor in concatenated(inputs))
     record = {
         "case": str(case),
