@@ -28,12 +28,8 @@ def make_optimizer(weights: list[nn.Parameter], settings: OptimizerSettings) -> 
         "weight_decay": settings.weight_decay,
     }
     if settings.name == "adamw8bit":
-        try:
-            import bitsandbytes.optim as quantised
-        except ImportError as error:
-            raise ImportError(
-                "optimizer.name='adamw8bit' needs bitsandbytes: pip install 'seg4diff[quant]'"
-            ) from error
+        import bitsandbytes.optim as quantised
+
         optimizer: torch.optim.Optimizer = quantised.AdamW8bit(weights, **arguments)
         return optimizer
     if settings.offload:

@@ -25,12 +25,8 @@ def quantise_nf4(transformer: Any, device: torch.device) -> int:
     Raises:
         ImportError: bitsandbytes is missing.
     """
-    try:
-        import bitsandbytes.nn as bitsandbytes_nn
-    except ImportError as error:
-        raise ImportError(
-            "memory.quantise='nf4' needs bitsandbytes: pip install 'seg4diff[quant]'"
-        ) from error
+    import bitsandbytes.nn as bitsandbytes_nn
+
     replaced = 0
     for block in find_backbone(transformer).blocks(transformer):
         for name, layer in list(block.named_modules()):

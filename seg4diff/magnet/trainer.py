@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import logging
 import math
 from collections import Counter
@@ -89,12 +90,30 @@ def train(
         FileNotFoundError, ValueError: a setting, a file or the data set is of no use; see
             :mod:`seg4diff.magnet.settings` and :mod:`seg4diff.magnet.sources`.
         FloatingPointError: losses stayed NaN or infinite; the latest checkpoint is untouched.
+        ImportError: ``report``, ``optimizer.name`` or ``memory.quantise`` needs a package that is missing.
         OSError: the adapters could not be written at the end. A checkpoint that cannot be written meanwhile
             is an error in the log, and training goes on.
     """
+    _check_packages(settings)
     accelerator = _accelerator(settings)
     run = _Run(settings, accelerator, pipe, progress and accelerator.is_local_main_process)
     return run.train(after_step or (lambda step: None))
+
+
+def _check_packages(settings: TrainSettings) -> None:
+    """Raise ImportError for what is not installed, before hours go into encoding a data set."""
+    wanted = {
+        f"report={settings.report!r}": (settings.report != "none", settings.report, settings.report),
+        "optimizer.name='adamw8bit'": (
+            settings.optimizer.name == "adamw8bit",
+            "bitsandbytes",
+            "seg4diff[quant]",
+        ),
+        "memory.quantise='nf4'": (settings.memory.quantise == "nf4", "bitsandbytes", "seg4diff[quant]"),
+    }
+    for setting, (asked, package, install) in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise ImportError(f"{setting} needs {package}: pip install '{install}'")
 
 
 class _Run:

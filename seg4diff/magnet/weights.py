@@ -171,10 +171,13 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except SafetensorError as error:
+        raise ValueError(f"LoRA {str(file)!r} is damaged ({error}); get a whole copy of it") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        # What PyTorch says here is advice to run whatever the file holds.
         raise ValueError(
-            f"LoRA {str(file)!r} is damaged, or holds more than weights ({reason}); get a whole copy of it"
+            f"LoRA {str(file)!r} is damaged, or holds more than weights, and reading that would run it; "
+            "get a whole copy, or one in safetensors"
         ) from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]

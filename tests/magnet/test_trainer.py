@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import itertools
 import logging
 import multiprocessing
@@ -277,6 +278,26 @@ def test_tensorboard_gets_losses_and_pictures(cache: Path, tmp_path: Path) -> No
 
 
 # What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report": "wandb"}, "report='wandb' needs wandb: pip install 'wandb'"),
+        (
+            {"memory": {"quantise": "nf4"}},
+            r"quantise='nf4' needs bitsandbytes: pip install 'seg4diff\[quant\]'",
+        ),
+        ({"optimizer": {"name": "adamw8bit"}}, "name='adamw8bit' needs bitsandbytes"),
+    ],
+)
+def test_missing_packages_are_named_before_anything_is_encoded(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=message):
+        train(runs.settings(tmp_path, tmp_path / "cache", **changes), pipe=runs.pipeline(), progress=False)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_nan_is_skipped_and_counted(

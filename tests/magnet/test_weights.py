@@ -88,6 +88,10 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds more than weights"):
         load_lora(tiny.pipeline(), path)
     assert not (tmp_path / "ran").exists()
+    path.write_text("no pickle at all")
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        load_lora(tiny.pipeline(), path)
+    assert "weights_only" not in str(caught.value)  # PyTorch advises to switch it off
 
 
 def test_text_encoders_of_a_training_script(tmp_path: Path) -> None:
