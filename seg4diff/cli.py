@@ -6,72 +6,23 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, cast
+from typing import Annotated, TypeAlias
 
 import tyro
 
 from seg4diff.commands.analyze import Analyze, run_analyze
 from seg4diff.commands.generate import Generate, run_generate
 from seg4diff.commands.regions import Regions, run_regions
+from seg4diff.commands.segment import Segment, run_segment
 from seg4diff.evaluation.commands import Evaluate, Prepare, run_evaluate, run_prepare
 from seg4diff.magnet.commands import Caption, Train, run_caption, run_train
-from seg4diff.saving import check_folder, distinct_stems, save_picture
+from seg4diff.saving import check_folder
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all went well; something failed; what was asked for makes no sense; Ctrl-C."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Find things by name in pictures.
-
-    For each picture NAME this writes NAME.png (the labels, with a palette), NAME-overlay.png (to look at) and
-    what --formats asks for. Put the pictures before --classes:
-
-        seg4diff segment kitchen.jpg --classes cat "wooden table" sofa
-    """
-
-    images: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
-    ]
-    """The pictures, in any format that Pillow reads."""
-    classes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
-    """What to look for. Every pixel gets the name that fits best, so name the background too."""
-    model: str = "stabilityai/stable-diffusion-3-medium-diffusers"
-    """A name on the Hugging Face hub, a folder in diffusers' format, or `demo` for the small bundled model,
-    which knows only its own drawn scenes."""
-    out: Path = Path("segmentation-output")
-    """Folder for what is written."""
-    formats: tuple[Literal["png", "npz", "json"], ...] = ("png",)
-    """Labels as palette PNG; labels and scores for numpy; COCO run-length masks as JSON."""
-    lora: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """A LoRA: a file or folder in diffusers' format, or a .pth file of Seg4Diff's authors."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
-    """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
-    ] = None
-    """By default bfloat16 on a GPU, float32 elsewhere."""
-    offload: bool = False
-    """Keep on the GPU only the part of the model that is running: slower, and fits small GPUs."""
-    preset: Literal["default", "paper", "reference"] = "default"
-    """`default` keeps the picture whole, `paper` crops it to a square, `reference` squashes it to one."""
-    layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = (
-        None
-    )
-    """Transformer layers whose attention is read; by default the model's expert layer."""
-    batch_size: int = 1
-    """Pictures in one pass through the model."""
-    seed: int = 0
-    """Seed of the noise; the same seed gives the same result."""
-    debug: bool = False
-    """Show where an error came from."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match command:
             case Segment():
-                _segment(command)
+                run_segment(command)
             case Regions():
                 run_regions(command)
             case Analyze():
@@ -178,50 +129,6 @@ def _report(error: Exception) -> int:
     return code
 
 
-def _segment(options: Segment) -> None:
-    if not options.images:
-        raise ValueError("no picture given; put at least one before --classes")
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
-    check_folder(options.out)
-
-    from seg4diff.images import as_rgb
-
-    paths = list(dict.fromkeys(options.images))
-    for path in paths:  # before anything large is loaded
-        as_rgb(path)
-
-    from tqdm import tqdm
-
-    import seg4diff
-    from seg4diff.loading import load_pipeline
-    from seg4diff.segmentation import Segmentation
-
-    pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
-    if options.lora is not None:
-        seg4diff.load_lora(pipe, options.lora)
-    seg4diff.patch(pipe)
-    targets = dict(zip(paths, distinct_stems(paths), strict=True))
-    with tqdm(total=len(targets), unit="picture", disable=None) as progress:
-        for batch in _batches(paths, options.batch_size):
-            results = seg4diff.segment(
-                pipe,
-                [as_rgb(path) for path in batch],
-                list(options.classes),
-                preset=options.preset,
-                layers=options.layers,
-                seed=options.seed,
-                batch_size=options.batch_size,
-                progress=False,
-            )
-            for path, result in zip(batch, cast(list[Segmentation], results), strict=True):
-                for suffix in options.formats:
-                    result.save(options.out / f"{targets[path]}.{suffix}")
-                save_picture(result.overlay(), options.out / f"{targets[path]}-overlay.png")
-                progress.write(f"{path}: {_shares(result)} -> {options.out / targets[path]}-overlay.png")
-                progress.update()
-
-
 def _demo(options: Demo) -> None:
     if options.scenes < 1:
         raise ValueError(f"--scenes {options.scenes} must be at least 1")
@@ -230,15 +137,6 @@ def _demo(options: Demo) -> None:
     from seg4diff.demo.showcase import show
 
     show(options.scenes, options.out, options.device)
-
-
-def _batches(paths: Sequence[str], size: int) -> Iterable[Sequence[str]]:
-    return (paths[start : start + size] for start in range(0, len(paths), size))
-
-
-def _shares(result: object) -> str:
-    text = repr(result)
-    return text[text.index(": ") + 2 : -1] if ": " in text else text
 
 
 if __name__ == "__main__":

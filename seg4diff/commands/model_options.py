@@ -31,12 +31,19 @@ class ModelOptions:
     """Show where an error came from."""
 
 
-def load_patched(options: ModelOptions) -> Any:
-    """The pipeline that the options name, with its LoRA, ready to be watched."""
+def load_model(options: ModelOptions) -> Any:
+    """The pipeline that the options name, with its LoRA."""
     import seg4diff
     from seg4diff.loading import load_pipeline
 
     pipe = load_pipeline(options.model, options.device, options.dtype, offload=options.offload)
     if options.lora is not None:
         seg4diff.load_lora(pipe, options.lora)
-    return seg4diff.patch(pipe)
+    return pipe
+
+
+def load_patched(options: ModelOptions) -> Any:
+    """The same, ready to be watched."""
+    import seg4diff
+
+    return seg4diff.patch(load_model(options))

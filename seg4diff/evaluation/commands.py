@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from seg4diff.commands.model_options import ModelOptions, load_model, load_patched
 
 if TYPE_CHECKING:
     from seg4diff.evaluation.datasets import Dataset
@@ -35,8 +37,8 @@ _Root = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint=
 _Number = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ModelOptions):
     """Measure a model: segmentation on a data set, or, with --generation, pictures from prompts.
 
         seg4diff evaluate --dataset voc20 ade150 --protocol oracle full --data-root data
@@ -58,10 +60,6 @@ class Evaluate:
     none. Several are answered in one pass."""
     data_root: _Root = None
     """Folder that holds VOCdevkit, coco, ADEChallengeData2016, cityscapes; of `folder` the folder itself."""
-    model: str = "stabilityai/stable-diffusion-3-medium-diffusers"
-    """A name on the Hugging Face hub, a folder in diffusers' format, or `demo`: the small bundled model."""
-    lora: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """A LoRA: a file or folder in diffusers' format, or a .pth file of Seg4Diff's authors."""
     out: Path = Path("evaluation-output")
     """Folder for what is written."""
     preset: Literal["paper", "reference", "default"] = "paper"
@@ -94,15 +92,6 @@ class Evaluate:
     """Forget earlier results in OUT."""
     threads: int = 4
     """Threads that read images."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")] = None
-    """cpu, cuda, cuda:1, ...; by default the GPU of this process if there is one."""
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
-    ] = None
-    """By default bfloat16 on a GPU, float32 elsewhere."""
-    offload: bool = False
-    """Keep on the GPU only the part of the model that is running."""
     generation: bool = False
     """Draw images from --prompts and report CLIPScore instead, with and without --lora."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
@@ -119,8 +108,6 @@ class Evaluate:
     """With --generation: CLIP models to score with, by their names on the hub."""
     layout: Literal["plain", "compbench"] = "plain"
     """With --generation: `compbench` names files as the tools of T2I-CompBench++ expect them."""
-    debug: bool = False
-    """Show where an error came from."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +208,7 @@ def _segment(options: Evaluate) -> None:
         background=options.background,
         background_threshold=options.background_threshold,
     )
-    pipe = _load(options)
+    pipe = load_patched(_on_own_device(options))
     about = {"model": options.model, "lora": _digest(options.lora)}
     reports = [_evaluate(pipe, dataset, options, settings, about) for dataset in datasets]
     if not process_state(pipe).is_main_process:
@@ -311,7 +298,7 @@ def _generate(options: Evaluate) -> None:
     from seg4diff.evaluation.runner import process_state, versions_of
     from seg4diff.saving import write_atomically
 
-    pipe = _load(options, patch=False, lora=False)
+    pipe = load_model(replace(_on_own_device(options), lora=None))
     state = process_state(pipe)
     arms: dict[str, Path | None] = {"base": None}
     if options.lora is not None:
@@ -365,23 +352,14 @@ def _check(options: Evaluate) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
-def _load(options: Evaluate, *, patch: bool = True, lora: bool = True) -> Any:
-    """The pipeline, on the device of this process."""
-    import seg4diff
-    from seg4diff.loading import load_pipeline
-
-    device = options.device
+def _on_own_device(options: Evaluate) -> Evaluate:
+    """The options with the device of this process among several, unless one is named."""
     rank = os.environ.get("LOCAL_RANK")
-    if device is None and rank is not None:
-        import torch
+    if options.device is not None or rank is None:
+        return options
+    import torch
 
-        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(options.model, device, options.dtype, offload=options.offload)
-    if lora and options.lora is not None:
-        seg4diff.load_lora(pipe, options.lora)
-    if patch:
-        seg4diff.patch(pipe)
-    return pipe
+    return replace(options, device=f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
 
 
 def _digest(lora: Path | None) -> dict[str, str] | None:

@@ -1,0 +1,84 @@
+"""What the commands share that take pictures and write segmentations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from seg4diff.commands.model_options import ModelOptions
+from seg4diff.saving import check_folder, distinct_stems, save_picture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from seg4diff.segmentation import Segmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions(ModelOptions):
+    """Options of a command that takes pictures."""
+
+    images: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
+    ]
+    """The pictures, in any format that Pillow reads."""
+    formats: tuple[Literal["png", "npz", "json"], ...] = ("png",)
+    """Labels as palette PNG; labels and scores for numpy; COCO run-length masks as JSON."""
+    layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = (
+        None
+    )
+    """Transformer layers whose attention is read; by default the model's expert layer."""
+    batch_size: int = 1
+    """Pictures in one pass through the model."""
+    seed: int = 0
+    """Seed of the noise; the same seed gives the same result."""
+
+
+def check_pictures(options: PictureOptions, out: Path) -> list[str]:
+    """The pictures to work on, each once and found readable before anything large is loaded.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none, one is missing or damaged, or the batch size is wrong.
+        OSError: nothing can be written to ``out``.
+    """
+    from seg4diff.images import as_rgb
+
+    if not options.images:
+        raise ValueError("no picture given; name at least one, before options that take several words")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
+    check_folder(out)
+    paths = list(dict.fromkeys(options.images))
+    for path in paths:
+        as_rgb(path)
+    return paths
+
+
+def write_segmentations(
+    options: PictureOptions,
+    paths: Sequence[str],
+    out: Path,
+    segment: Callable[[list[Image.Image]], list[Segmentation]],
+    describe: Callable[[Segmentation], str],
+) -> None:
+    """Segment the pictures batch by batch; write and tell each result as soon as it is there."""
+    from tqdm import tqdm
+
+    from seg4diff.images import as_rgb
+
+    stems = dict(zip(paths, distinct_stems(paths), strict=True))
+    with tqdm(total=len(paths), unit="picture", disable=None) as progress:
+        for first in range(0, len(paths), options.batch_size):
+            batch = paths[first : first + options.batch_size]
+            for path, result in zip(batch, segment([as_rgb(path) for path in batch]), strict=True):
+                for suffix in options.formats:
+                    result.save(out / f"{stems[path]}.{suffix}")
+                overlay = save_picture(result.overlay(), out / f"{stems[path]}-overlay.png")
+                progress.write(f"{path}: {describe(result)} -> {overlay}")
+                progress.update()
