@@ -166,7 +166,7 @@ def test_lora_before_and_after_the_patch(first: str, tmp_path: Path) -> None:
     untrained = cat_map(seg4diff.patch(tiny.pipeline()), [2])
     if first == "patch":
         seg4diff.patch(pipe)
-    pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     if first == "lora":
         seg4diff.patch(pipe)
     torch.testing.assert_close(draw(pipe), expected)

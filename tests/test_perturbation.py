@@ -309,15 +309,19 @@ def test_edits_equal_brute_force(
 
 
 @torch.no_grad()
-def test_edits_of_several_prompts_and_pictures(pipe: Any) -> None:
+@pytest.mark.parametrize("several", [1, 2])
+def test_edits_of_several_prompts_and_pictures(pipe: Any, several: int) -> None:
     prompts = ["a cat", "red, a cat on a tree", "a sofa, a dog, a cat"]
-    call = {**CALL, "prompt": prompts, "num_images_per_prompt": 2}
+    call = {**CALL, "prompt": prompts, "num_images_per_prompt": several}
     with edit(pipe, [1], drop=["cat"]):
         together = pipe(**call, generator=seeded()).images
     stock = pipe(**call, generator=seeded()).images
-    noise = torch.randn(6, 4, 8, 8, generator=seeded(), dtype=torch.float64)
-    for picture, prompt in enumerate(itertools.chain.from_iterable(zip(prompts, prompts, strict=True))):
+    noise = torch.randn(3 * several, 4, 8, 8, generator=seeded(), dtype=torch.float64)
+    for picture, prompt in enumerate(itertools.chain.from_iterable(zip(*[prompts] * several, strict=True))):
         single = {**CALL, "prompt": prompt, "latents": noise[picture : picture + 1]}
+        if not torch.allclose(pipe(**single).images, stock[picture : picture + 1]):
+            assert several > 1
+            pytest.skip("this diffusers gives several pictures of one prompt the pooled text of others")
         with edit(pipe, [1], drop="cat"):
             alone = pipe(**single).images
         assert_same(together[picture : picture + 1], alone, stock[picture : picture + 1])

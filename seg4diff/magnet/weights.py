@@ -76,11 +76,13 @@ def save_lora(
     layers = get_peft_model_state_dict(transformer, state_dict=state, adapter_name=adapter)
     layers = {name: tensor.detach().float().cpu().contiguous() for name, tensor in layers.items()}
     config = configurations[adapter]
-    # The few settings that every version of peft knows.
+    # The few settings that every version of peft knows, and those that every version of diffusers asks for.
     metadata = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "target_modules": sorted(config.target_modules),
+        "rank_pattern": {},
+        "alpha_pattern": {},
     }
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME

@@ -99,7 +99,6 @@ def test_maps_of_every_layer_equal_hooks(pipe: Any, scenes: list[Scene]) -> None
         for record in captured.records:
             conditional = {name: tensor[1:] for name, tensor in projections[record.layer].items()}
             assert record.maps is not None
-            assert record.maps.shape[-1] == 77 + length
             exact = image_to_text(conditional).mean(dim=1)
             baseline = image_to_text(conditional, torch.float32).mean(dim=1)
             assert_within_budget(record.maps, exact, baseline, name=f"layer {record.layer}")

@@ -11,6 +11,7 @@ from rich.console import Console
 from seg4diff.demo import HELD_OUT, load_pipeline, scene
 from seg4diff.magnet import demonstration
 from seg4diff.magnet.demonstration import Demonstration, show, zero_shot
+from seg4diff.magnet.weights import FILE_NAME
 
 SCENES = 12
 
@@ -54,7 +55,7 @@ def test_the_saved_adapters_give_the_same_in_a_fresh_pipeline(shown: tuple[Demon
     report, _, out = shown
     drawn = [scene(HELD_OUT + number) for number in range(SCENES)]
     pipe = load_pipeline()
-    pipe.load_lora_weights(str(out))  # stock diffusers
+    pipe.load_lora_weights(str(out), weight_name=FILE_NAME)  # stock diffusers
     assert zero_shot(pipe, drawn, [4]) == {4: report.after.zero_shot[4]}
 
 

@@ -260,7 +260,7 @@ def test_bitsandbytes(switch: str, cache: Path, tmp_path: Path) -> None:
         block = pipe.transformer.transformer_blocks[0]
         assert block.ff.net[2].weight.dtype == block.attn.to_q.base_layer.weight.dtype == torch.uint8
     fresh = runs.pipeline()
-    fresh.load_lora_weights(str(result.last.parent))
+    fresh.load_lora_weights(str(result.last.parent), weight_name=result.last.name)
 
 
 def test_tensorboard_gets_losses_and_pictures(cache: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_stock_diffusers_loads_what_was_saved(alpha: float, tmp_path: Path) -> N
     assert file == tmp_path / FILE_NAME
     fresh = tiny.pipeline()
     untouched = output(fresh)
-    fresh.load_lora_weights(str(tmp_path))
+    fresh.load_lora_weights(str(tmp_path), weight_name=FILE_NAME)
     torch.testing.assert_close(output(fresh), output(pipe), rtol=0, atol=0)
     assert not torch.allclose(output(fresh), untouched)
     torch.testing.assert_close(output(load_lora(tiny.pipeline(), file)), output(pipe), rtol=0, atol=0)
