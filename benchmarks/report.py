@@ -8,6 +8,7 @@ between the lines ``<!-- joint attention -->`` and ``<!-- end of joint attention
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -111,7 +112,10 @@ def main() -> None:
         )
     text = table(reports)
     print(text)
-    plot(reports, options.folder / "joint-attention.png")
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("no plot: matplotlib is missing (pip install matplotlib)")
+    else:
+        plot(reports, options.folder / "joint-attention.png")
     if options.readme is not None:
         insert(options.readme, text)
 
