@@ -14,7 +14,6 @@ import pytest
 import torch
 import triton
 
-
 if importlib.util.find_spec("pytest_benchmark") is None:  # as on many a GPU machine
 
     class Rounds:
