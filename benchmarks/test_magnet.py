@@ -105,7 +105,13 @@ class Step:
 
     def resident(self) -> list[torch.Tensor]:
         states = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-        return [*self.magnet.parameters(), *self.magnet.buffers(), *states]
+        scales = []  # of weights in 4 bits, and the scales' own
+        for weight in self.magnet.parameters():
+            quantised = getattr(weight, "quant_state", None)
+            while quantised is not None:
+                scales += [t for t in vars(quantised).values() if isinstance(t, torch.Tensor)]
+                quantised = quantised.state2
+        return [*self.magnet.parameters(), *self.magnet.buffers(), *states, *scales]
 
 
 @contextmanager
@@ -157,7 +163,7 @@ def test_memory_and_estimate(size: Size, training: dict[str, Any]) -> None:
         ),
         "MAGNET, map materialised": (size.settings(), "reference"),
     }
-    if GPU and importlib.util.find_spec("bitsandbytes") is not None:
+    if size.exact and importlib.util.find_spec("bitsandbytes") is not None:
         nf4 = size.settings(memory={"precision": "bfloat16", "quantise": "nf4"})
         variants["MAGNET, NF4"] = (nf4, "auto")
     print()
