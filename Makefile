@@ -37,13 +37,16 @@ bench: .venv/.installed  ## the benchmarks
 	@.venv/bin/python -m pytest benchmarks/
 
 gpu:  ## on a GPU, with the Python and packages already there: gpu tests, tuning sweep, benchmarks, into gpu-results/
-	@mkdir -p gpu-results
-	@$(PYTHON) -m pytest -m gpu tests/kernels 2>&1 | tee gpu-results/tests.log
-	@$(PYTHON) -m benchmarks.sweep_tuning --out gpu-results 2>&1 | tee gpu-results/tuning.log
-	@$(PYTHON) -m pytest -s benchmarks/test_joint_attention.py --results gpu-results 2>&1 | tee gpu-results/benchmarks.log
-	@if $(PYTHON) -c 'import diffusers, peft' 2>/dev/null; then \
-	    $(PYTHON) -m pytest -s benchmarks/test_magnet.py --results gpu-results 2>&1 | tee gpu-results/training.log; fi
-	@$(PYTHON) -m benchmarks.report gpu-results
+	@# What fails is told at the end: time on a GPU is dear, the other parts still run.
+	@mkdir -p gpu-results; status=0; \
+	run() { $(PYTHON) -m "$${@:2}" 2>&1 | tee "gpu-results/$$1.log" || status=1; }; \
+	run tests pytest -m gpu tests/kernels; \
+	run tuning benchmarks.sweep_tuning --out gpu-results; \
+	run benchmarks pytest -s benchmarks/test_joint_attention.py --results gpu-results; \
+	if $(PYTHON) -c 'import diffusers, peft' 2>/dev/null; then \
+	    run training pytest -s benchmarks/test_magnet.py --results gpu-results; fi; \
+	run report benchmarks.report gpu-results; \
+	exit $$status
 
 train-demo: .venv/.installed  ## train the bundled model again
 	@.venv/bin/python -m seg4diff.demo.train

@@ -78,7 +78,8 @@ class Step:
         torch.manual_seed(0)
         dtype = getattr(torch, size.precision)
         with torch.device(DEVICE), default_dtype(dtype):
-            transformer: Any = SD3Transformer2DModel.from_config(dict(size.config)).to(dtype)
+            model = SD3Transformer2DModel.from_config(dict(size.config))
+        transformer: Any = model.to(dtype)  # its position embedding is made in float32 all the same
         if chosen.memory.quantise == "nf4":
             from seg4diff.magnet.quantisation import quantise_nf4
 

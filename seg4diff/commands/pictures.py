@@ -28,6 +28,8 @@ class PictureOptions(ModelOptions):
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
     ]
     """The pictures, in any format that Pillow reads."""
+    out: Path
+    """Folder for what is written."""
     formats: tuple[Literal["png", "npz", "json"], ...] = ("png",)
     """Labels as palette PNG; labels and scores for numpy; COCO run-length masks as JSON."""
     layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = (
@@ -40,12 +42,12 @@ class PictureOptions(ModelOptions):
     """Seed of the noise; the same seed gives the same result."""
 
 
-def check_pictures(options: PictureOptions, out: Path) -> list[str]:
+def check_pictures(options: PictureOptions) -> list[str]:
     """The pictures to work on, each once and found readable before anything large is loaded.
 
     Raises:
         ValueError, FileNotFoundError: there is none, one is missing or damaged, or the batch size is wrong.
-        OSError: nothing can be written to ``out``.
+        OSError: nothing can be written to the folder.
     """
     from seg4diff.images import as_rgb
 
@@ -53,7 +55,7 @@ def check_pictures(options: PictureOptions, out: Path) -> list[str]:
         raise ValueError("no picture given; name at least one, before options that take several words")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
-    check_folder(out)
+    check_folder(options.out)
     paths = list(dict.fromkeys(options.images))
     for path in paths:
         as_rgb(path)
@@ -63,7 +65,6 @@ def check_pictures(options: PictureOptions, out: Path) -> list[str]:
 def write_segmentations(
     options: PictureOptions,
     paths: Sequence[str],
-    out: Path,
     segment: Callable[[list[Image.Image]], list[Segmentation]],
     describe: Callable[[Segmentation], str],
 ) -> None:
@@ -78,7 +79,7 @@ def write_segmentations(
             batch = paths[first : first + options.batch_size]
             for path, result in zip(batch, segment([as_rgb(path) for path in batch]), strict=True):
                 for suffix in options.formats:
-                    result.save(out / f"{stems[path]}.{suffix}")
-                overlay = save_picture(result.overlay(), out / f"{stems[path]}-overlay.png")
+                    result.save(options.out / f"{stems[path]}.{suffix}")
+                overlay = save_picture(result.overlay(), options.out / f"{stems[path]}-overlay.png")
                 progress.write(f"{path}: {describe(result)} -> {overlay}")
                 progress.update()

@@ -43,7 +43,7 @@ def run_regions(options: Regions) -> None:
     Raises:
         ValueError, FileNotFoundError: what is asked for makes no sense, or a picture is missing.
     """
-    paths = check_pictures(options, options.out)
+    paths = check_pictures(options)
 
     from seg4diff.segmentation.unsupervised import find_grouping, segment_unsupervised
 
@@ -63,7 +63,7 @@ def run_regions(options: Regions) -> None:
         )
         return cast("list[Segmentation]", found)
 
-    write_segmentations(options, paths, options.out, segment, _count)
+    write_segmentations(options, paths, segment, _count)
 
 
 def _count(result: Segmentation) -> str:

@@ -41,7 +41,7 @@ def run_segment(options: Segment) -> None:
     Raises:
         ValueError, FileNotFoundError: what is asked for makes no sense, or a picture is missing.
     """
-    paths = check_pictures(options, options.out)
+    paths = check_pictures(options)
 
     import seg4diff
 
@@ -60,7 +60,7 @@ def run_segment(options: Segment) -> None:
         )
         return cast("list[Segmentation]", found)
 
-    write_segmentations(options, paths, options.out, segment, _shares)
+    write_segmentations(options, paths, segment, _shares)
 
 
 def _shares(result: Segmentation) -> str:
