@@ -25,9 +25,11 @@ demo: .venv/.installed  ## segment scenes with the bundled model: pictures in de
 
 test: .venv/.installed  ## the whole test suite
 	@$(TEST_ENVIRONMENT) .venv/bin/python $(PYTEST)
+	@$(TEST_ENVIRONMENT) TRITON_INTERPRET=1 .venv/bin/python $(PYTEST) tests/kernels/interpreted
 
 test-oldest: .venv-oldest/.installed  ## the same suite with the oldest supported versions
 	@$(TEST_ENVIRONMENT) .venv-oldest/bin/python $(PYTEST) --deselect tests/test_packaging.py::test_mypy
+	@$(TEST_ENVIRONMENT) TRITON_INTERPRET=1 .venv-oldest/bin/python $(PYTEST) tests/kernels/interpreted
 
 lint: .venv/.installed  ## ruff and mypy
 	@.venv/bin/python -m ruff check .

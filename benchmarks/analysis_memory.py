@@ -36,7 +36,7 @@ def pipeline(heads: int) -> Any:
     import torch
     from diffusers import SD3Transformer2DModel
 
-    from tests import tiny
+    from tests.support import tiny
 
     pipe = tiny.pipeline()
     torch.manual_seed(0)

@@ -13,25 +13,12 @@ import seg4diff
 from seg4diff.capturing import Capture
 from seg4diff.kernels.api import MapRequest
 from seg4diff.kernels.testing import assert_within_budget, budget_used
-from tests import tiny
-from tests.hooked import hooked_projections, image_to_text
+from tests.support import tiny
+from tests.support.hooked import hooked_projections, image_to_text
+from tests.support.tiny import seeded
 
 MODELS = {"sd3": {}, "sd3.5": {"dual": (0, 1), "qk_norm": "rms_norm"}}
-CALL: dict[str, Any] = {
-    "num_inference_steps": 3,
-    "guidance_scale": 4.0,
-    "output_type": "latent",
-    "max_sequence_length": 77,
-}
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return seg4diff.patch(tiny.pipeline())
+CALL: dict[str, Any] = {**tiny.CALL, "num_inference_steps": 3}
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +15,8 @@ from PIL import Image
 import seg4diff
 from seg4diff.cli import main
 from seg4diff.segmentation.result import Segmentation
-from tests import tiny
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)).save(path)
-    return str(path)
+from tests.support import tiny
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -56,11 +47,11 @@ def calls(monkeypatch):
     return seen
 
 
-def test_segment_writes_labels_and_overlay(picture, tmp_path, calls, capsys):
+def test_segment_writes_labels_and_overlay(image_file, tmp_path, calls, capsys):
     out = tmp_path / "out"
-    assert main(["segment", picture, "--classes", "cat", "red sofa", "--out", str(out)]) == 0
-    assert sorted(os.listdir(out)) == ["picture-overlay.png", "picture.png"]
-    labels = np.asarray(Image.open(out / "picture.png"))
+    assert main(["segment", image_file, "--classes", "cat", "red sofa", "--out", str(out)]) == 0
+    assert sorted(os.listdir(out)) == ["image-overlay.png", "image.png"]
+    labels = np.asarray(Image.open(out / "image.png"))
     assert labels.shape == (48, 80)
     assert (labels[:, :40] == 0).all()
     assert (labels[:, 40:] == 1).all()
@@ -73,11 +64,11 @@ def test_segment_writes_labels_and_overlay(picture, tmp_path, calls, capsys):
     assert calls[1]["classes"] == ["cat", "red sofa"]
     assert calls[1]["preset"] == "default"
     assert calls[1]["layers"] is None
-    assert "picture.jpg: cat 50%, red sofa 50%" in capsys.readouterr().out
+    assert "image.png: cat 50%, red sofa 50%" in capsys.readouterr().out
 
 
-def test_every_option_arrives(picture, tmp_path, calls):
-    words = f"segment {picture} --classes cat sofa --model demo --lora {tmp_path}/a.b "
+def test_every_option_arrives(image_file, tmp_path, calls):
+    words = f"segment {image_file} --classes cat sofa --model demo --lora {tmp_path}/a.b "
     words += f"--out {tmp_path / 'out'} "
     words += "--device cpu --dtype bfloat16 --preset paper --layers 3 4 --seed 7 --batch-size 2 --offload "
     words += "--formats npz json"
@@ -94,8 +85,8 @@ def test_every_option_arrives(picture, tmp_path, calls):
         "batch_size": 2,
         "progress": False,
     }
-    assert Segmentation.load(tmp_path / "out" / "picture.npz").classes == ("cat", "sofa")
-    assert json.loads((tmp_path / "out" / "picture.json").read_text())["categories"][1]["name"] == "sofa"
+    assert Segmentation.load(tmp_path / "out" / "image.npz").classes == ("cat", "sofa")
+    assert json.loads((tmp_path / "out" / "image.json").read_text())["categories"][1]["name"] == "sofa"
 
 
 def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path, calls):
@@ -123,14 +114,14 @@ def failure(words, capsys):
     return code, captured.err
 
 
-def test_wrong_input_is_2_and_names_the_value(picture, tmp_path, calls, capsys):
+def test_wrong_input_is_2_and_names_the_value(image_file, tmp_path, calls, capsys):
     (tmp_path / "broken.png").write_text("text")
     for words, message in (
         (["segment", str(tmp_path / "gone.png"), "--classes", "cat"], "gone.png"),
-        (["segment", picture, str(tmp_path / "broken.png"), "--classes", "cat"], "broken.png"),
+        (["segment", image_file, str(tmp_path / "broken.png"), "--classes", "cat"], "broken.png"),
         (["segment", "--classes", "cat"], "no picture given"),
-        (["segment", picture, "--classes", "cat", "--batch-size", "0"], "--batch-size 0"),
-        (["segment", picture, "--classes", "cat", "--out", picture], "is a file; give a folder"),
+        (["segment", image_file, "--classes", "cat", "--batch-size", "0"], "--batch-size 0"),
+        (["segment", image_file, "--classes", "cat", "--out", image_file], "is a file; give a folder"),
         (["demo", "--scenes", "0"], "--scenes 0"),
     ):
         code, line = failure(words, capsys)
@@ -169,12 +160,12 @@ def test_wrong_words_are_2(words, capsys):
         (RuntimeError(), 1, "RuntimeError"),
     ],
 )
-def test_errors_of_the_model(picture, tmp_path, calls, capsys, monkeypatch, error, code, message):
+def test_errors_of_the_model(image_file, tmp_path, calls, capsys, monkeypatch, error, code, message):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(seg4diff, "segment", fail)
-    found, line = failure(["segment", picture, "--classes", "cat", "--out", str(tmp_path / "out")], capsys)
+    found, line = failure(["segment", image_file, "--classes", "cat", "--out", str(tmp_path / "out")], capsys)
     assert found == code
     assert message in line
     assert not (tmp_path / "out").exists()
@@ -185,20 +176,20 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_interrupt(picture, calls, monkeypatch, tmp_path):
+def test_interrupt(image_file, calls, monkeypatch, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(seg4diff, "segment", interrupt)
-    assert main(["segment", picture, "--classes", "cat", "--out", str(tmp_path / "out")]) == 130
+    assert main(["segment", image_file, "--classes", "cat", "--out", str(tmp_path / "out")]) == 130
 
 
-def test_end_to_end_with_a_model_folder(picture, tmp_path):
+def test_end_to_end_with_a_model_folder(image_file, tmp_path):
     pipe = tiny.pipeline(layers=2)
     pipe.save_pretrained(tmp_path / "model")
     words = [
         "segment",
-        picture,
+        image_file,
         "--classes",
         "cat",
         "sofa",
@@ -208,8 +199,8 @@ def test_end_to_end_with_a_model_folder(picture, tmp_path):
         "1",
     ]
     assert main([*words, "--out", str(tmp_path / "out"), "--formats", "npz", "--device", "cpu"]) == 0
-    written = Segmentation.load(tmp_path / "out" / "picture.npz")
-    direct = seg4diff.segment(seg4diff.patch(pipe), picture, ["cat", "sofa"], layers=[1], seed=0)
+    written = Segmentation.load(tmp_path / "out" / "image.npz")
+    direct = seg4diff.segment(seg4diff.patch(pipe), image_file, ["cat", "sofa"], layers=[1], seed=0)
     torch.testing.assert_close(written.scores, direct.scores)
     assert direct.scores.std() > 0
     assert written.metadata["layers"] == [1]

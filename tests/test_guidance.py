@@ -11,21 +11,13 @@ from torch import Tensor
 import seg4diff
 from seg4diff.guidance import guide
 from seg4diff.perturbation import Blur
-from tests import tiny
-from tests.materialised import materialised
+from tests.support import tiny
+from tests.support.materialised import materialised
+from tests.support.tiny import seeded
 
 PROMPT = "a red cat on a sofa"
-CALL: dict[str, Any] = {
-    "num_inference_steps": 3,
-    "guidance_scale": 4.0,
-    "output_type": "latent",
-    "max_sequence_length": 77,
-}
+CALL: dict[str, Any] = {**tiny.CALL, "num_inference_steps": 3}
 BLUR = Blur(sigma=9, kernel_size=15, padding="reflect")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 
 from seg4diff import loading
 from seg4diff.loading import is_out_of_memory, load_pipeline, out_of_memory_remedy
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

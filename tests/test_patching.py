@@ -12,14 +12,8 @@ import pytest
 import torch
 
 import seg4diff
-from tests import tiny
-
-CALL: dict[str, Any] = {
-    "num_inference_steps": 2,
-    "guidance_scale": 4.0,
-    "output_type": "latent",
-    "max_sequence_length": 77,
-}
+from tests.support import tiny
+from tests.support.tiny import CALL
 
 
 def draw(pipe: Any) -> torch.Tensor:

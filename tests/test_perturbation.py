@@ -14,17 +14,12 @@ from torch import Tensor
 
 import seg4diff
 from seg4diff.perturbation import Blur, edit, perturb
-from tests import tiny
-from tests.materialised import materialised
+from tests.support import tiny
+from tests.support.materialised import materialised
+from tests.support.tiny import seeded
 
 MODELS = {"sd3": {}, "sd3.5": {"dual": (0,), "qk_norm": "rms_norm"}}
-CALL: dict[str, Any] = {
-    "prompt": "a red cat, a dog on a sofa",
-    "num_inference_steps": 2,
-    "guidance_scale": 4.0,
-    "output_type": "latent",
-    "max_sequence_length": 77,
-}
+CALL: dict[str, Any] = {"prompt": "a red cat, a dog on a sofa", **tiny.CALL}
 # Columns of the words of that prompt in CLIP's 77 tokens: <start> a red cat , a dog on a sofa <end>
 # ("on" and "," are one or two tokens of the tiny tokenizer; see test_columns_are_as_counted)
 SCIPY_MODES = {"symmetric": "reflect", "reflect": "mirror"}
@@ -44,10 +39,6 @@ def blurred(sigma: float, size: int, padding: str, text: slice = slice(None)) ->
         return result
 
     return apply
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="module")

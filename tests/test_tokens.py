@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seg4diff.tokens import TextEncoding, find_words, token_count, words_of
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

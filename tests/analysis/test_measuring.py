@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,19 +13,11 @@ import seg4diff
 from seg4diff.analysis import Report, analyze
 from seg4diff.analysis.principal import principal_components
 from seg4diff.kernels.testing import assert_within_budget, budget_used
-from tests import tiny
-from tests.hooked import hooked_projections
+from tests.support import tiny
+from tests.support.hooked import hooked_projections
+from tests.support.images import random_image
 
 MODELS = {"sd3": {}, "sd3.5": {"dual": (0,), "qk_norm": "rms_norm"}}
-
-
-def picture(height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).random((height, width, 3))
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return seg4diff.patch(tiny.pipeline())
 
 
 def by_softmax(projections: dict[str, Tensor], rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -73,7 +64,7 @@ def check_measures(report: Report, level: int, layers: dict[int, dict[str, Tenso
 @pytest.mark.parametrize("model", MODELS)
 def test_given_images_equal_hooks_in_float64(model: str) -> None:
     pipe = seg4diff.patch(tiny.pipeline(**MODELS[model]))
-    pictures = [picture(seed=1), picture(seed=2)]
+    pictures = [random_image(seed=1), random_image(seed=2)]
     with hooked_projections(pipe.transformer) as projections:
         report = analyze(
             pipe,
@@ -149,7 +140,7 @@ def test_pictures_are_averaged_whatever_the_batches(pipe: Any) -> None:
 
 
 def test_pictures_of_several_sizes_and_no_prompt(pipe: Any) -> None:
-    report = analyze(pipe, images=[picture(64, 64), picture(32, 128)], noise_levels=[1, 2], steps=3)
+    report = analyze(pipe, images=[random_image(64, 64), random_image(32, 128)], noise_levels=[1, 2], steps=3)
     assert report.pictures == 2
     assert report.by_layer.prompt_value_norm.isnan().all()
     assert report.by_layer.value_norm_ratio.isfinite().all()
@@ -157,8 +148,9 @@ def test_pictures_of_several_sizes_and_no_prompt(pipe: Any) -> None:
 
 
 def test_projections_are_of_the_first_picture(pipe: Any) -> None:
+    options: dict[str, Any] = {"noise_levels": [2], "steps": 3, "projections": True}
     with hooked_projections(pipe.transformer) as projections:
-        report = analyze(pipe, "a cat", images=[picture(seed=4)], noise_levels=[2], steps=3, projections=True)
+        report = analyze(pipe, "a cat", images=[random_image(seed=4)], **options)
     expected = {
         (name, layer): principal_components(projections[layer][key][0].flatten(1))
         for name, key in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"))
@@ -173,8 +165,8 @@ def test_projections_are_of_the_first_picture(pipe: Any) -> None:
     assert shown.shape == (4, 4, 3)
     assert shown.amin() == 0
     assert shown.amax() == 1
-    two = analyze(pipe, "a cat", images=[picture(seed=4), picture(seed=5)], noise_levels=[2], steps=3,
-                  projections=True, batch_size=2)  # fmt: skip
+    images = [random_image(seed=4), random_image(seed=5)]
+    two = analyze(pipe, "a cat", images=images, batch_size=2, **options)
     torch.testing.assert_close(two.projections["key"], report.projections["key"], rtol=1e-3, atol=1e-5)
 
 
@@ -196,7 +188,7 @@ def test_nothing_is_left_behind(pipe: Any) -> None:
 
 
 def test_perturbation_around_an_analysis_is_felt(pipe: Any) -> None:
-    arguments: dict[str, Any] = {"images": [picture()], "noise_levels": [2], "steps": 3}
+    arguments: dict[str, Any] = {"images": [random_image()], "noise_levels": [2], "steps": 3}
     plain = analyze(pipe, "a cat", **arguments).by_layer
     with seg4diff.perturb(pipe, 0):
         perturbed = analyze(pipe, "a cat", **arguments).by_layer
@@ -208,7 +200,13 @@ def test_perturbation_around_an_analysis_is_felt(pipe: Any) -> None:
 @pytest.fixture(scope="module")
 def report(pipe: Any) -> Report:
     return analyze(
-        pipe, ["a cat"], images=[picture()], noise_levels=[1, 3], steps=3, per_head=True, projections=True
+        pipe,
+        ["a cat"],
+        images=[random_image()],
+        noise_levels=[1, 3],
+        steps=3,
+        per_head=True,
+        projections=True,
     )
 
 
@@ -298,15 +296,15 @@ def test_matplotlib_is_asked_for_when_it_is_missing(report: Report, monkeypatch:
         ({"prompts": "a cat", "noise_levels": [1, 1]}, "each once"),
         ({"prompts": "a cat", "steps": 0}, "steps=0"),
         ({"prompts": "a cat", "batch_size": 0}, "batch_size=0"),
-        ({"prompts": ["a", "b"], "images": [picture()] * 3}, "2 prompts for 3 pictures"),
-        ({"images": [picture()], "preset": "beast"}, "'beast'"),
-        ({"images": [picture()], "negative_prompt": "x"}, "'negative_prompt': only for drawing"),
+        ({"prompts": ["a", "b"], "images": [random_image()] * 3}, "2 prompts for 3 pictures"),
+        ({"images": [random_image()], "preset": "beast"}, "'beast'"),
+        ({"images": [random_image()], "negative_prompt": "x"}, "'negative_prompt': only for drawing"),
     ],
 )
 def test_bad_requests_are_named(pipe: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         analyze(pipe, **arguments)
-    assert analyze(pipe, images=[picture()], noise_levels=[1], steps=1).pictures == 1
+    assert analyze(pipe, images=[random_image()], noise_levels=[1], steps=1).pictures == 1
 
 
 def test_what_cannot_be_analysed(pipe: Any) -> None:

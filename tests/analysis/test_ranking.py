@@ -14,21 +14,12 @@ from PIL import Image
 import seg4diff
 from seg4diff.analysis import Ranking, analyze, expert_layers
 from seg4diff.evaluation.metrics import confusion_matrix, counts_of
-from tests import tiny
-
-
-def picture(height: int, width: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).random((height, width, 3))
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return seg4diff.patch(tiny.pipeline())
+from tests.support.images import random_image
 
 
 @pytest.fixture(scope="module")
 def scenes() -> dict[str, Any]:
-    images = [picture(64, 64, 1), picture(48, 80, 2), picture(64, 64, 3)]
+    images = [random_image(64, 64, 1), random_image(48, 80, 2), random_image(64, 64, 3)]
     rng = np.random.default_rng(0)
     labels = [rng.integers(0, 2, image.shape[:2]) for image in images]
     labels[0][:5] = 255

@@ -9,7 +9,7 @@ import torch
 
 from seg4diff.backbones import find_backbone, transformer_of
 from seg4diff.backbones.sd3 import METADATA_KEY
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 import seg4diff
 from seg4diff.analysis import Report
 from seg4diff.cli import main
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -28,28 +28,21 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pipe
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)).save(path)
-    return str(path)
-
-
 def test_regions_writes_labels_and_overlay(
-    pipe: Any, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipe: Any, image_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = ["regions", picture, "--out", str(out), "--threshold", "1e-4", "--formats", "png", "npz"]
+    words = ["regions", image_file, "--out", str(out), "--threshold", "1e-4", "--formats", "png", "npz"]
     assert main(words) == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        "picture-overlay.png",
-        "picture.npz",
-        "picture.png",
+        "image-overlay.png",
+        "image.npz",
+        "image.png",
     ]
-    expected = seg4diff.segment_unsupervised(pipe, Image.open(picture), threshold=1e-4)
+    expected = seg4diff.segment_unsupervised(pipe, Image.open(image_file), threshold=1e-4)
     assert isinstance(expected, seg4diff.Segmentation)
-    assert np.array_equal(np.asarray(Image.open(out / "picture.png")), expected.labels.numpy())
-    assert f"picture.png: {len(expected.classes)} region" in capsys.readouterr().out
+    assert np.array_equal(np.asarray(Image.open(out / "image.png")), expected.labels.numpy())
+    assert f"image.png: {len(expected.classes)} region" in capsys.readouterr().out
 
 
 def test_analyze_prompts_prints_and_writes(
@@ -72,8 +65,8 @@ def test_analyze_prompts_prints_and_writes(
     assert "2 pictures" in printed
 
 
-def test_analyze_images(picture: str, tmp_path: Path) -> None:
-    words = ["analyze", "--images", picture, "--prompts", "a cat", "--out", str(tmp_path / "out")]
+def test_analyze_images(image_file: str, tmp_path: Path) -> None:
+    words = ["analyze", "--images", image_file, "--prompts", "a cat", "--out", str(tmp_path / "out")]
     assert main([*words, "--noise-levels", "8", "--layers", "1"]) == 0
     report = Report.load(tmp_path / "out" / "report")
     assert (report.layers, report.noise_levels, report.grid) == ((1,), (8,), (3, 5))
@@ -180,9 +173,9 @@ def test_generate_saves_maps_of_words(tmp_path: Path, capsys: pytest.CaptureFixt
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_input_is_2_and_one_line(
-    words: list[str], message: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, image_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [picture if word == "PICTURE" else word for word in words]
+    words = [image_file if word == "PICTURE" else word for word in words]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seg4diff: error:")]
     assert len(lines) == 1

@@ -17,7 +17,7 @@ import seg4diff
 from seg4diff.demo import CLASSES, HELD_OUT, Scene, scene
 from seg4diff.demo.showcase import Score, compare, in_vocabulary, labels_of
 from seg4diff.kernels.testing import assert_within_budget
-from tests.hooked import hooked_projections, image_to_text
+from tests.support.hooked import hooked_projections, image_to_text
 
 SCENES = 24
 

@@ -16,9 +16,7 @@ from PIL import Image
 
 from seg4diff.cli import main
 from seg4diff.evaluation import generation
-from tests import tiny
-from tests.evaluation import miniature
-from tests.evaluation.test_generation import tiny_clip
+from tests.support import miniature, tiny
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,7 @@ def test_generation_with_and_without_a_lora(
     pytest.importorskip("torchmetrics")
     load = generation._tensor_clip
     asked: list[Any] = []
-    monkeypatch.setattr(generation, "_tensor_clip", lambda clip: asked.append(clip) or load(tiny_clip))
+    monkeypatch.setattr(generation, "_tensor_clip", lambda clip: asked.append(clip) or load(tiny.clip))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\na dog\n")
     options = [

@@ -16,7 +16,7 @@ from seg4diff.cli import main
 from seg4diff.demo.scenes import CLASSES
 from seg4diff.evaluation import generation
 from seg4diff.evaluation.datasets import open_dataset
-from tests.evaluation.test_generation import tiny_clip
+from tests.support import tiny
 
 SCENES = 40
 
@@ -74,7 +74,7 @@ def test_pictures_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The demo model draws what it is told: lava is red, water is not. Scored by a tiny random CLIP."""
     pytest.importorskip("torchmetrics")
     load = generation._tensor_clip
-    monkeypatch.setattr(generation, "_tensor_clip", lambda _: load(tiny_clip))
+    monkeypatch.setattr(generation, "_tensor_clip", lambda _: load(tiny.clip))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("lava\nwater\n")
     command = "evaluate --generation --model demo --device cpu --steps 8 --guidance-scale 3 --batch-size 2"

@@ -23,7 +23,7 @@ from seg4diff.evaluation.generation import (
     read_prompts,
     sample_path,
 )
-from tests import tiny
+from tests.support import tiny
 
 PROMPTS = ("a red cat", "a dog on a sofa", "a tree")
 SETTINGS = GenerationSettings(seeds=(0, 7), steps=2, batch_size=2)
@@ -39,22 +39,6 @@ def drawn(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn") / "base"
     generate(pipe, PROMPTS, folder, SETTINGS, progress=False)
     return folder
-
-
-def tiny_clip() -> tuple[Any, Any]:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    torch.manual_seed(0)
-    tokenizer = tiny.clip_tokenizer()
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = CLIPConfig(
-        text_config={**small, **special, "vocab_size": len(tokenizer), "projection_dim": 8},
-        vision_config={**small, "image_size": 32, "patch_size": 8, "projection_dim": 8},
-        projection_dim=8,
-    )
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    return CLIPModel(config).eval(), CLIPProcessor(CLIPImageProcessor(**size), tokenizer)
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -120,8 +104,8 @@ def test_the_progress_bar_of_the_pipeline_is_as_before(pipe: Any, drawn: Path) -
 def test_clip_score_is_the_mean_cosine(drawn: Path) -> None:
     """Against the cosines of the model's own features."""
     pytest.importorskip("torchmetrics")
-    score = clip_score(PROMPTS, drawn, SETTINGS, tiny_clip, progress=False)
-    model, processor = tiny_clip()
+    score = clip_score(PROMPTS, drawn, SETTINGS, tiny.clip, progress=False)
+    model, processor = tiny.clip()
     cosines = []
     for number, prompt in enumerate(PROMPTS):
         for seed in SETTINGS.seeds:
@@ -136,7 +120,7 @@ def test_clip_score_is_the_mean_cosine(drawn: Path) -> None:
                 )
             cosines.append(float(torch.nn.functional.cosine_similarity(*features)))
     assert score == pytest.approx(100 * float(np.mean(cosines)), abs=1e-3)
-    assert abs(score - clip_score(PROMPTS[::-1], drawn, SETTINGS, tiny_clip, progress=False)) > 1e-2
+    assert abs(score - clip_score(PROMPTS[::-1], drawn, SETTINGS, tiny.clip, progress=False)) > 1e-2
 
 
 def test_prompts_from_files(tmp_path: Path) -> None:

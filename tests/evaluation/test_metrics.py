@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,7 @@ from seg4diff.evaluation.metrics import (
     rates_of,
     rejecting_counts,
 )
-
-REFERENCE = Path(__file__).parents[1] / "data" / "reference.safetensors"
+from tests.support.paths import REFERENCE
 
 
 def test_matched_counts_are_the_reference_figures() -> None:

@@ -14,7 +14,7 @@ from seg4diff.evaluation.datasets import Dataset, class_names
 from seg4diff.evaluation.protocols import PROTOCOLS, Protocol, class_scores, predict
 from seg4diff.segmentation.recipe import find_preset
 from seg4diff.tokens import TextEncoding
-from tests import tiny
+from tests.support import tiny
 
 PAPER = find_preset("paper")
 

@@ -20,9 +20,8 @@ from seg4diff.evaluation.metrics import Counts, Rates
 from seg4diff.evaluation.report import choose, markdown, speed_line, write_contact_sheet, write_report
 from seg4diff.evaluation.results import Result, Tally
 from seg4diff.evaluation.runner import Report, Settings, Speed, evaluate, make_evaluator
-from tests import tiny
-from tests.evaluation import miniature
-from tests.evaluation.painted import CLASSES, LABELS, PerfectMaps
+from tests.support import miniature, tiny
+from tests.support.painted import CLASSES, LABELS, PerfectMaps
 
 RATES = Rates(0.8765, 0.7, 0.9, 0.85, 0.5, (0.8, math.nan))
 REPORT = Report(

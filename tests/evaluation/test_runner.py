@@ -24,16 +24,9 @@ from seg4diff.evaluation.protocols import PROTOCOLS
 from seg4diff.evaluation.results import add_up, read_results
 from seg4diff.evaluation.runner import Report, Settings, evaluate
 from seg4diff.evaluation.stages import StageClock
-from tests import tiny
-from tests.evaluation import miniature
-from tests.evaluation.painted import CLASSES, LABELS, PerfectMaps
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return seg4diff.patch(tiny.pipeline())
+from tests.support import miniature
+from tests.support.painted import CLASSES, LABELS, PerfectMaps
+from tests.support.paths import ROOT
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from seg4diff.kernels.operators import Inputs, Request
 from seg4diff.kernels.testing import STREAMS
 from seg4diff.kernels.triton import backward, forward, maps, registration, tiles, tuning
 from seg4diff.kernels.triton.launching import Launch
-from tests.kernels.ahead_of_time import SHARED_MEMORY_LIMITS, Usage, compile_launch, recorded
+from tests.support.ahead_of_time import SHARED_MEMORY_LIMITS, Usage, compile_launch, recorded
 
 TABLE_WIDTHS = (64, 128, 256)
 # One row of the table may serve several targets. It is compiled whole for the one with the least shared

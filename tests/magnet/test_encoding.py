@@ -18,8 +18,7 @@ from seg4diff.magnet.encoding import CUT_OFF, encode
 from seg4diff.magnet.sampling import HeldOutSamples, Positions, TrainingSamples, collate, split
 from seg4diff.magnet.settings import DataSettings, TrainSettings
 from seg4diff.magnet.sources import Example, UnusableExampleError
-from tests import tiny
-from tests.magnet import runs
+from tests.support import runs, tiny
 
 
 class Examples:

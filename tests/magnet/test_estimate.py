@@ -20,7 +20,7 @@ from seg4diff.magnet.estimate import (
 )
 from seg4diff.magnet.objective import Batch, Magnet
 from seg4diff.magnet.settings import TrainSettings, build_settings
-from tests import tiny
+from tests.support import tiny
 
 TEXT, MASKS = 20, 3
 

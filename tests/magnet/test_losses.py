@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from safetensors.torch import load_file
 
 from seg4diff.magnet.losses import dice_loss, flow_matching_loss, focal_loss
 from seg4diff.magnet.matching import mask_costs, match
-
-REFERENCE = Path(__file__).parents[1] / "data" / "reference.safetensors"
+from tests.support.paths import REFERENCE
 
 
 @pytest.fixture(scope="module")

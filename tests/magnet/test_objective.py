@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.objective import Batch, Magnet, gather_columns, normalise
 from seg4diff.magnet.settings import LoraSettings, MaskSettings
-from tests import tiny
+from tests.support import tiny
 
 TEXT = 9
 

@@ -25,9 +25,8 @@ from seg4diff.magnet import train
 from seg4diff.magnet.checkpoints import latest_checkpoint
 from seg4diff.magnet.optimizers import OffloadedAdamW, learning_rate
 from seg4diff.magnet.settings import OptimizerSettings
-from tests.magnet import runs
-
-ROOT = Path(__file__).parents[2]
+from tests.support import runs
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +60,7 @@ def forkserver() -> Any:
     """Processes that start in no time, because the server they are forked from has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.magnet.runs", "seg4diff.magnet.trainer", "diffusers", "transformers"]
+        ["tests.support.runs", "seg4diff.magnet.trainer", "diffusers", "transformers"]
     )
     return context
 

@@ -14,7 +14,7 @@ import seg4diff
 from seg4diff.magnet.adapters import ADAPTER, add_adapters
 from seg4diff.magnet.settings import LoraSettings
 from seg4diff.magnet.weights import FILE_NAME, load_lora, save_lora
-from tests import tiny
+from tests.support import tiny
 
 
 def tuned(**lora: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ from safetensors.torch import load_file
 
 import seg4diff
 from seg4diff.segmentation.unsupervised import group_attention, segment_unsupervised, winning_regions
-from tests import tiny
-
-REFERENCE = Path(__file__).parents[1] / "data" / "reference.safetensors"
+from tests.support import tiny
+from tests.support.images import random_image
+from tests.support.paths import REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +124,8 @@ def test_bad_input_is_named(
         group_attention(attention, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def pipe() -> object:
-    return seg4diff.patch(tiny.pipeline())
-
-
-def _picture(height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).random((height, width, 3))
-
-
 def test_regions_cover_the_picture(pipe: object) -> None:
-    result = segment_unsupervised(pipe, _picture(40, 72), layers=1, threshold=1e-4)
+    result = segment_unsupervised(pipe, random_image(40, 72), layers=1, threshold=1e-4)
     assert isinstance(result, seg4diff.Segmentation)
     assert result.labels.shape == (40, 72)
     assert len(result.classes) > 1
@@ -170,7 +160,7 @@ def same_partition(labels: torch.Tensor, groups: torch.Tensor) -> bool:
 def test_regions_are_those_of_the_empty_prompt(pipe: object) -> None:
     """The same maps as a hand-made forward with an empty prompt, and the first 77 of 154 columns."""
     captured: list[torch.Tensor] = []
-    picture = _picture()
+    picture = random_image()
     result = segment_unsupervised(pipe, picture, layers=[2], threshold=1e-4, seed=5, preset="paper")
     backbone = seg4diff.patching.patch_of(pipe).backbone
     with torch.no_grad():
@@ -192,7 +182,7 @@ def test_regions_are_those_of_the_empty_prompt(pipe: object) -> None:
 
 
 def test_default_preset_keeps_heads_and_layers_apart(pipe: object) -> None:
-    picture = np.rint(_picture() * 255).astype(np.uint8)
+    picture = np.rint(random_image() * 255).astype(np.uint8)
     result = segment_unsupervised(pipe, picture, layers=[0, 2], threshold=1e-2)
     assert isinstance(result, seg4diff.Segmentation)
     backbone = seg4diff.patching.patch_of(pipe).backbone
@@ -210,7 +200,7 @@ def test_default_preset_keeps_heads_and_layers_apart(pipe: object) -> None:
 
 
 def test_several_pictures_and_a_seed(pipe: object) -> None:
-    pictures = [_picture(seed=1), _picture(64, 96, seed=2), _picture(seed=3)]
+    pictures = [random_image(seed=1), random_image(64, 96, seed=2), random_image(seed=3)]
     together = segment_unsupervised(pipe, pictures, layers=1, threshold=1e-4, batch_size=2, progress=False)
     assert isinstance(together, list)
     for picture, result in zip(pictures, together, strict=True):
@@ -231,12 +221,12 @@ def test_refusals_leave_the_pipeline_usable(pipe: object) -> None:
         ({"layers": 1, "batch_size": 0}, "batch_size=0"),
     ):
         with pytest.raises(ValueError, match=message):
-            segment_unsupervised(pipe, _picture(), **arguments)  # type: ignore[arg-type]
+            segment_unsupervised(pipe, random_image(), **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="images is empty"):
         segment_unsupervised(pipe, [], layers=1)
     with pytest.raises(RuntimeError, match="not patched"):
-        segment_unsupervised(tiny.pipeline(), _picture())
-    assert segment_unsupervised(pipe, _picture(), layers=1)
+        segment_unsupervised(tiny.pipeline(), random_image())
+    assert segment_unsupervised(pipe, random_image(), layers=1)
 
 
 def test_regions_of_scenes_beat_a_single_one() -> None:

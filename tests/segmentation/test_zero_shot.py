@@ -16,8 +16,8 @@ import seg4diff
 from seg4diff.segmentation.recipe import find_preset, resize_scores
 from seg4diff.segmentation.zero_shot import plan_prompts
 from seg4diff.tokens import TextEncoding
-from tests import tiny
-from tests.hooked import hooked_projections, image_to_text
+from tests.support import tiny
+from tests.support.hooked import hooked_projections, image_to_text
 
 CLASSES = ["cat", "red sofa", "purple unicorn"]
 

@@ -18,7 +18,7 @@ from seg4diff.evaluation.datasets import (
     open_dataset,
     with_names,
 )
-from tests.evaluation import miniature
+from tests.support import miniature
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from seg4diff.evaluation.datasets import IncompleteDatasetError, open_dataset
 from seg4diff.evaluation.protocols import Protocol
 from seg4diff.segmentation.recipe import find_preset
 from seg4diff.tokens import TextEncoding
-from tests import tiny
-from tests.evaluation import miniature
+from tests.support import miniature, tiny
 
 h5py = pytest.importorskip("h5py")
 

@@ -12,7 +12,7 @@ import torch
 
 from seg4diff.evaluation.datasets import DATASETS, Dataset, class_names, open_dataset
 from seg4diff.evaluation.metrics import confusion_matrix
-from tests.evaluation import miniature
+from tests.support import miniature
 
 Names = list[list[str | None]]
 

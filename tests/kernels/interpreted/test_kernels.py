@@ -1,8 +1,4 @@
-"""The Triton kernels on the CPU, under Triton's interpreter.
-
-Run by ``test_triton_interpreter.py`` in a process of its own: the interpreter is chosen when the kernels are
-imported, and excludes ahead-of-time compilation.
-"""
+"""The Triton kernels on the CPU, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ from seg4diff.kernels.testing import (
 )
 from seg4diff.kernels.triton import backward, forward, maps, registration
 from seg4diff.kernels.triton.tuning import INTERPRETER, Config
-from tests.kernels.interpreter import repair_bfloat16
+from tests.support.interpreter import repair_bfloat16
 
 repair_bfloat16()
 

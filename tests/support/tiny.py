@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
+CALL: dict[str, Any] = {
+    "num_inference_steps": 2,
+    "guidance_scale": 4.0,
+    "output_type": "latent",
+    "max_sequence_length": 77,
+}
+"""Arguments of a call of a pipeline that give latents and cost little."""
+
 WORDS = ("cat", "sofa", "dog", "red", "tree")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @cache
@@ -150,3 +162,20 @@ def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> A
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def clip() -> tuple[Any, Any]:
+    """A random CLIP model and its processor, as the CLIP score takes them."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPConfig(
+        text_config={**small, **special, "vocab_size": len(tokenizer), "projection_dim": 8},
+        vision_config={**small, "image_size": 32, "patch_size": 8, "projection_dim": 8},
+        projection_dim=8,
+    )
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return CLIPModel(config).eval(), CLIPProcessor(CLIPImageProcessor(**size), tokenizer)

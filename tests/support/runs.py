@@ -11,7 +11,7 @@ import torch
 
 from seg4diff.magnet import TrainSettings, build_settings
 from seg4diff.magnet.settings import merged
-from tests import tiny
+from tests.support import tiny
 
 STEPS = 5
 
