@@ -112,11 +112,16 @@ def _by_head(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.device.type == "cpu" else tensor
 
 
+def _dense_channels(tensor: Tensor) -> Tensor:
+    """The tensor with its last axis dense: PyTorch's flash operators read it so, and the CPU's never checks."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _flash(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, M, H, D] and natural log-sum-exp [B, H, M] of the rows ``query`` [B, M, H, D] over the keys
     ``k`` and values ``v`` [B, H, N, D].
     """
-    q = query.transpose(1, 2)
+    q, k, v = (_dense_channels(t) for t in (query.transpose(1, 2), k, v))
     width = q.shape[-1]
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
@@ -360,8 +365,8 @@ def _image_gradients(
         for channel in range(width, width + _FREE_CHANNELS):  # half precision holds it in three numbers
             out[..., channel] = rest
             rest = rest - out[..., channel]
-    strided = (t if t.stride(3) == 1 else t.contiguous() for t in (d_out, rows, key, value, out))
-    d_o, q, k, v, o = (tensor.transpose(1, 2) for tensor in strided)
+    tensors = (d_out, rows, key, value, out)
+    d_o, q, k, v, o = (_dense_channels(tensor).transpose(1, 2) for tensor in tensors)
     differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     found = differentiate(d_o, q, k, v, o, lse.contiguous(), 0.0, False, scale=scale)
     d_rows, d_key, d_value = (gradient.transpose(1, 2)[..., :width] for gradient in found)

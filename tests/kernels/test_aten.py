@@ -94,7 +94,7 @@ def gradients(
     given: dict[str, Tensor],
     **options: Any,
 ) -> dict[str, Tensor | None]:
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     result = attend(**leaves, **options)
     outputs = [getattr(result, name) for name in given]
     upstreams = [gradient.to(output.dtype) for gradient, output in zip(given.values(), outputs, strict=True)]
@@ -191,6 +191,53 @@ def test_strided_views_give_the_same_numbers() -> None:
     results = [joint_attention(**given, maps=MapRequest(), backend="aten") for given in (inputs, views)]
     for part in ("image", "text", "maps", "lse"):
         torch.testing.assert_close(*(getattr(result, part) for result in results), rtol=1e-6, atol=1e-6)
+
+
+def stepped(tensor: Tensor) -> Tensor:
+    """Every second element of a tensor whose others are NaN."""
+    wide = torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-1)
+    return wide.flatten(-2)[..., ::2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "conv features": lambda t: t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "heads innermost": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch innermost": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
+    "every second channel": stepped,
+    "one channel for all": lambda t: t[..., :1].expand_as(t),
+    "one head for all": lambda t: t[:, :, :1].expand_as(t),
+    "one element for all": lambda t: t[:1, :1, :1, :1].expand_as(t),
+}
+ALL_STREAMS = ("query", "key", "value", "text_query", "text_key", "text_value", "text_value_for_image")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout: str, compiled: bool) -> None:
+    """Each of the seven tensors alone and all of them together, outputs and gradients."""
+    ours: Callable[..., JointAttention] = joint_attention
+    if compiled:
+        torch.compiler.reset()  # each set of strides is one more compilation
+        ours = torch.compile(joint_attention, backend="eager", fullgraph=True)
+    inputs = attention_inputs(2, 21, 9, 3, 16, torch.float32, edited=True)
+    options: dict[str, Any] = {"maps": MapRequest(text=slice(1, 8)), "statistics": True}
+    for strided in [ALL_STREAMS] if compiled else [(name,) for name in ALL_STREAMS] + [ALL_STREAMS]:
+        label = f"{layout}: {', '.join(strided)}"
+        views = {name: LAYOUTS[layout](t) if name in strided else t for name, t in inputs.items()}
+        copies = {name: t.contiguous() for name, t in views.items()}
+        assert not any(views[name].is_contiguous() for name in strided)
+        actual = ours(**views, **options, backend="aten")
+        exact, baseline = exact_attention(**copies, **options), pytorch_attention(**copies, **options)
+        compare(actual, exact, baseline, torch.float32, label)
+        assert_within_budget(actual.lse, exact.lse, baseline.lse, name=f"lse with {label}")
+        wanted = upstream(actual, ("image", "text", "maps"))
+        found = gradients(ours, views, wanted, **options, backend="aten")
+        expected = gradients(joint_attention, copies, wanted, **options, backend="aten")
+        for stream in ALL_STREAMS:
+            largest = float(expected[stream].abs().max())
+            torch.testing.assert_close(
+                found[stream], expected[stream], rtol=0, atol=1e-5 * largest, msg=f"d_{stream}, {label}"
+            )
 
 
 def test_compiles_as_one_graph() -> None:
