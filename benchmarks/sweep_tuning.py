@@ -25,11 +25,11 @@ import torch
 import triton
 from torch import Tensor
 
-from seg4diff.kernels.operators import Inputs, Request
 from seg4diff.kernels.testing import attention_inputs
 from seg4diff.kernels.triton import backward, forward, maps, registration
 from seg4diff.kernels.triton.launching import Launch
 from seg4diff.kernels.triton.tuning import Config, Tuning, target_of, tuning_of
+from seg4diff.kernels.types import Inputs, Request
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.measuring import compare
 from benchmarks.memory import peak_bytes
-from seg4diff.kernels.api import Backend
+from seg4diff.kernels.types import Backend
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.estimate import SD3_MEDIUM, estimate_memory
 from seg4diff.magnet.objective import Batch, Magnet

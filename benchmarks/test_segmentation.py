@@ -12,7 +12,7 @@ import torch
 
 import seg4diff
 from benchmarks.measuring import compare
-from seg4diff.kernels.api import MapRequest
+from seg4diff.kernels.types import MapRequest
 
 LAYERS, EXPERT = 24, 9
 

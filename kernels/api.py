@@ -15,123 +15,14 @@ Three backends compute the same function:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
-Scores = Literal["probability", "logit", "text_probability"]
-Heads = Literal["mean", "each", "max"]
-Backend = Literal["auto", "reference", "aten", "triton"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class MapRequest:
-    """Which I2T map to return: image rows, text columns, reduced over the H heads.
-
-    Attributes:
-        scores: what an entry is before the reduction. ``"probability"``: the softmax over all N + T keys;
-            ``"logit"``: ``scale * <q_n, k_t>``; ``"text_probability"``: the softmax over the T text
-            keys alone.
-        heads: ``"mean"`` -> [B, N, T'], ``"each"`` -> [B, H, N, T'], ``"max"`` -> [B, N, T'].
-        text: the T' text columns to return, a contiguous range within [0, T). Columns are chosen after the
-            softmax, so a slice of ``"text_probability"`` is still normalised over all T.
-
-    Raises:
-        ValueError: ``scores`` or ``heads`` is not one of the names above, or ``text`` has a step.
-        TypeError: ``text`` is not a slice of integers.
-    """
-
-    scores: Scores = "probability"
-    heads: Heads = "mean"
-    text: slice = field(default_factory=lambda: slice(None))
-
-    def __post_init__(self) -> None:
-        if self.scores not in get_args(Scores):
-            raise ValueError(f"scores={self.scores!r} is unknown; accepted: {', '.join(get_args(Scores))}")
-        if self.heads not in get_args(Heads):
-            raise ValueError(f"heads={self.heads!r} is unknown; accepted: {', '.join(get_args(Heads))}")
-        if not isinstance(self.text, slice):
-            raise TypeError(f"text={self.text!r} must be a slice of text columns, such as slice(0, 77)")
-        for bound in (self.text.start, self.text.stop):
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
-                raise TypeError(f"text={self.text!r} must have integer bounds")
-        if self.text.step not in (None, 1):
-            raise ValueError(f"text={self.text!r} has a step; text columns are a contiguous range")
-
-    def columns(self, text_length: int) -> tuple[int, int]:
-        """First and one-past-last text column for T = ``text_length``.
-
-        Raises:
-            ValueError: the range is empty or leaves [0, ``text_length``).
-        """
-        start = 0 if self.text.start is None else self.text.start
-        stop = text_length if self.text.stop is None else self.text.stop
-        if not 0 <= start < stop <= text_length:
-            raise ValueError(
-                f"text={self.text!r} is not a non-empty range inside the {text_length} text tokens; "
-                f"use bounds with 0 <= start < stop <= {text_length}"
-            )
-        return start, stop
-
-
-@dataclass(frozen=True)
-class AttentionStatistics:
-    """Statistics of the whole attention matrix, float32 (float64 for float64 inputs), not differentiable.
-
-    Attributes:
-        image_to_text: probability mass that image rows give to text columns, [B, H, N]; the mass they give to
-            image columns is one minus this.
-        text_to_text: mass that text rows give to text columns, [B, H, T]; text-to-image is one minus this.
-        image_value_norm: Euclidean norm of every image value vector, [B, H, N]; None without values.
-        text_value_norm: the same for the (unedited) text values, [B, H, T]; None without values.
-    """
-
-    image_to_text: Tensor
-    text_to_text: Tensor
-    image_value_norm: Tensor | None
-    text_value_norm: Tensor | None
-
-
-@dataclass(frozen=True)
-class JointAttention:
-    """Result of :func:`joint_attention` and :func:`attention_maps`.
-
-    Attributes:
-        image: attention output of the image rows, [B, N, H, D], dtype of the inputs; None without values.
-        text: attention output of the text rows, [B, T, H, D]; None without values.
-        maps: the requested I2T map, float32 (float64 for float64 inputs), or None.
-        statistics: the requested statistics, or None.
-        lse: natural log-sum-exp of every row's scaled scores, [B, H, N + T], image rows first, not
-            differentiable. :func:`attention_maps` leaves out what it did not need: see there.
-    """
-
-    image: Tensor | None
-    text: Tensor | None
-    maps: Tensor | None
-    statistics: AttentionStatistics | None
-    lse: Tensor | None
-
-
-class BackendModule(Protocol):
-    """What a file of this folder offers to be a backend; the arguments arrive validated."""
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None,
-        text_query: Tensor | None,
-        text_key: Tensor,
-        text_value: Tensor | None,
-        text_value_for_image: Tensor | None,
-        scale: float,
-        maps: MapRequest | None,
-        statistics: bool,
-    ) -> JointAttention: ...
+from . import aten, reference
+from .operators import Attend
+from .types import DTYPES, AttentionMaps, Backend, Inputs, JointAttention, MapRequest
 
 
 def joint_attention(
@@ -157,7 +48,7 @@ def joint_attention(
         text_query, text_key, text_value: text tokens, [B, T, H, D], same dtype and device.
         scale: factor of the scores; 1 / sqrt(D) when None.
         maps: the I2T map to return; None for no map.
-        statistics: also return the attention budget and the value norms.
+        statistics: also return attention mass and value norms, see :class:`AttentionStatistics`.
         text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
             A linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value``
             here.
@@ -181,18 +72,7 @@ def joint_attention(
         tensors["text_value_for_image"] = text_value_for_image
     tensors = _autocast(tensors)
     _validate(tensors, maps, scale)
-    return _backend(backend, tensors["query"]).attend(
-        tensors["query"],
-        tensors["key"],
-        tensors["value"],
-        tensors["text_query"],
-        tensors["text_key"],
-        tensors["text_value"],
-        tensors.get("text_value_for_image"),
-        _scale(scale, query),
-        maps,
-        statistics,
-    )
+    return cast(JointAttention, _attend(tensors, backend, scale, maps, statistics))
 
 
 def attention_maps(
@@ -202,45 +82,44 @@ def attention_maps(
     text_key: Tensor,
     *,
     scale: float | None = None,
-    maps: MapRequest = MapRequest(),
+    maps: MapRequest = MapRequest(),  # noqa: B008 (frozen)
     statistics: bool = False,
     backend: Backend = "auto",
-) -> JointAttention:
+) -> AttentionMaps:
     """The I2T map alone: no values, no attention output.
 
-    Costs one pass over the scores for ``"probability"`` and only the text columns for the other scores.
+    Costs one pass over the scores for ``"probability"`` and only the text columns for the other kinds.
     Differentiable through ``maps``. Arguments and errors are those of :func:`joint_attention`; ``text_query``
-    is needed by the attention budget only and may be None without ``statistics``.
-
-    Returns:
-        A result whose ``image`` and ``text`` are None. ``lse`` holds the rows that were needed: [B, H, N + T]
-        with ``statistics``, [B, H, N] for ``"probability"``, else None. ``statistics`` has no value norms.
+    is needed by the statistics only and may be None without them.
     """
     tensors = {"query": query, "key": key, "text_key": text_key}
     if text_query is not None:
         tensors["text_query"] = text_query
     elif statistics:
-        raise ValueError("text_query=None, but statistics=True needs it: the budget counts text rows too")
+        raise ValueError("text_query=None, but statistics=True needs it: text rows count too")
     if not isinstance(maps, MapRequest):
         raise TypeError(f"maps={maps!r} must be a MapRequest")
     tensors = _autocast(tensors)
     _validate(tensors, maps, scale)
-    return _backend(backend, tensors["query"]).attend(
-        tensors["query"],
-        tensors["key"],
-        None,
-        tensors["text_query"] if statistics else None,
-        tensors["text_key"],
-        None,
-        None,
-        _scale(scale, query),
-        maps,
-        statistics,
+    if not statistics:
+        tensors.pop("text_query", None)
+    return cast(AttentionMaps, _attend(tensors, backend, scale, maps, statistics))
+
+
+def _attend(
+    tensors: dict[str, Tensor], backend: str, scale: float | None, maps: MapRequest | None, statistics: bool
+) -> JointAttention | AttentionMaps:
+    inputs = Inputs(
+        query=tensors["query"],
+        key=tensors["key"],
+        value=tensors.get("value"),
+        text_query=tensors.get("text_query"),
+        text_key=tensors["text_key"],
+        text_value=tensors.get("text_value"),
+        text_value_for_image=tensors.get("text_value_for_image"),
     )
-
-
-def _scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = inputs.query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _backend(backend, inputs.query)(inputs, factor, maps, statistics)
 
 
 def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,7 +176,7 @@ def _validate(tensors: dict[str, Tensor], maps: MapRequest | None, scale: float 
         raise TypeError(f"scale={scale!r} must be a number or None")
 
 
-def _backend(name: str, query: Tensor) -> BackendModule:
+def _backend(name: str, query: Tensor) -> Attend:
     if name not in get_args(Backend):
         raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(get_args(Backend))}")
     if name == "auto":
@@ -308,14 +187,8 @@ def _backend(name: str, query: Tensor) -> BackendModule:
             raise ValueError(f"backend='triton' cannot run this: {refusal}; backend='aten' can")
         from .triton import registration
 
-        return cast(BackendModule, registration)
-    if name == "aten":
-        from . import aten
-
-        return cast(BackendModule, aten)
-    from . import reference
-
-    return cast(BackendModule, reference)
+        return registration.attend
+    return aten.attend if name == "aten" else reference.attend
 
 
 def _triton_refusal(query: Tensor) -> str | None:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import Inputs, Request, empty_gradients, empty_outputs, register, wide_dtype
+from .operators import empty_gradients, empty_outputs, register
 from .reference import value_norm
+from .types import STREAMS, Inputs, Request, wide_dtype
 
 _BLOCK_ELEMENTS = 8 * 2**20  # entries of one block of scores, all batch rows and heads together
 
@@ -63,7 +64,7 @@ def _attend_to_text(
     wide = wide_dtype(rows.dtype)
     heads, start, stop = rows.shape[2], request.start, request.stop
     normalised = lse.shape[-1] > 0
-    shown = request.scores
+    shown = request.kind
     if shown == "logit" and request.heads == "mean":  # linear: one product of the un-split projections
         columns = text_key[:, start:stop].flatten(2).to(wide) * (request.scale / heads)
         torch.bmm(rows.flatten(2).to(wide), columns.transpose(1, 2), out=maps)
@@ -97,10 +98,8 @@ def _reduce(maps: Tensor, head: int, heads: int, entries: Tensor, request: Reque
         maps[:, head] = entries
     elif head == 0:
         maps.copy_(entries)
-    elif request.heads == "mean":
-        maps.add_(entries)
     else:
-        torch.maximum(maps, entries, out=maps)
+        maps.add_(entries)
     if request.heads == "mean" and head == heads - 1:
         maps.div_(heads)
 
@@ -113,7 +112,7 @@ def _by_head(tensor: Tensor) -> Tensor:
 
 
 def _dense_channels(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis dense: PyTorch's flash operators read it so, and the CPU's never checks."""
+    """The tensor with its last axis dense, as PyTorch's flash operators want it: the CPU's does not check."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -196,7 +195,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None."""
     tokens = inputs.query.shape[1]
-    gradients = dict(zip(Inputs.__dataclass_fields__, empty_gradients(inputs), strict=True))
+    gradients = dict(zip(STREAMS, empty_gradients(inputs), strict=True))
     edited = inputs.text_value_for_image is not None
     read = inputs.text_value_for_image if edited else inputs.text_value
     found = _stream_gradients(inputs.query, read, d_image, image, lse[:, :, :tokens], d_maps, inputs, request)
@@ -266,20 +265,17 @@ def _text_gradients(
     wide = wide_dtype(rows.dtype)
     batch, count, heads, _ = rows.shape
     start, stop, scale = request.start, request.stop, request.scale
-    shown = None if d_maps is None else request.scores
+    shown = None if d_maps is None else request.kind
     d_rows = torch.empty_like(rows, dtype=wide, memory_format=torch.contiguous_format)
     d_text_key = torch.empty_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
     d_text_value = None if d_out is None else torch.empty_like(d_text_key)
     map_sum = rows.new_empty((batch, heads, count), dtype=wide) if shown == "probability" else None
-    winner = None
-    if d_maps is not None and request.heads == "max":
-        winner = _winning_head(rows, text_key, lse, request)
-    elif d_maps is not None and request.heads == "mean":
-        d_maps = d_maps / heads
+    if d_maps is not None and request.heads == "mean":
+        d_maps = (d_maps / heads)[:, None].expand(-1, heads, -1, -1)  # [B, H, M, T']
     for head in range(heads):
         scores = _products(rows[:, :, head], text_key[:, :, head]).mul_(scale)  # [B, M, T]
         d_scores = torch.zeros_like(scores)
-        d_entries = scores.new_zeros(()) if d_maps is None else _head_gradient(d_maps, winner, head, request)
+        d_entries = scores.new_zeros(()) if d_maps is None else d_maps[:, head]
         if d_out is not None or shown == "probability":
             probability = (scores - lse[:, head, :, None]).exp_()
             delta = scores.new_zeros((batch, count))
@@ -304,34 +300,6 @@ def _text_gradients(
         d_rows[:, :, head] = torch.bmm(d_scores, text_key[:, :, head].to(wide))
         d_text_key[:, :, head] = torch.bmm(d_scores.transpose(1, 2), rows[:, :, head].to(wide))
     return d_rows, d_text_key, d_text_value, map_sum
-
-
-def _winning_head(rows: Tensor, text_key: Tensor, lse: Tensor, request: Request) -> Tensor:
-    """The head that holds the maximum of a map entry, the first of equals: int64 [B, M, T']."""
-    best = winner = None
-    for head in range(rows.shape[2]):
-        entries = _products(rows[:, :, head], text_key[:, :, head]).mul_(request.scale)
-        if request.scores == "probability":
-            entries = entries.sub_(lse[:, head, :, None]).exp_()
-        elif request.scores == "text_probability":
-            entries = entries.softmax(dim=-1)
-        entries = entries[..., request.start : request.stop]
-        if best is None or winner is None:
-            best, winner = entries, torch.zeros_like(entries, dtype=torch.int64)
-        else:
-            winner = torch.where(entries > best, head, winner)
-            best = torch.maximum(best, entries)
-    assert winner is not None
-    return winner
-
-
-def _head_gradient(d_maps: Tensor, winner: Tensor | None, head: int, request: Request) -> Tensor:
-    """Gradient of one head's entries [B, M, T'] from that of the map, a mean's divided by their number."""
-    if request.heads == "each":
-        return d_maps[:, head]
-    if winner is not None:
-        return torch.where(winner == head, d_maps, 0.0)
-    return d_maps
 
 
 _FREE_CHANNELS = 4

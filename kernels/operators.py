@@ -1,6 +1,6 @@
 """Registers a backend's forward, backward and statistics functions as PyTorch operators.
 
-Backends bring three functions; this file makes them operators with fake (shape-only) implementations and one
+A backend brings four functions; this file makes them operators with fake (shape-only) implementations and one
 autograd formula, so that ``torch.compile(fullgraph=True)``, autocast and ``opcheck`` work for every backend
 alike. Operators have a fixed number of outputs: what was not asked for is a tensor with an empty axis.
 """
@@ -8,19 +8,26 @@ alike. Operators have a fixed number of outputs: what was not asked for is a ten
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .api import AttentionStatistics, JointAttention, MapRequest
+from .types import (
+    AttentionMaps,
+    AttentionStatistics,
+    Inputs,
+    JointAttention,
+    MapRequest,
+    Request,
+    wide_dtype,
+)
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor? value, Tensor? text_query, Tensor text_key, Tensor? text_value, "
     "Tensor? text_value_for_image"
 )
-_REQUEST = "float scale, str? scores, str heads, SymInt start, SymInt stop"
+_REQUEST = "float scale, str? kind, str heads, SymInt start, SymInt stop"
 _FORWARD_SCHEMA = f"({_INPUTS}, {_REQUEST}) -> (Tensor image, Tensor text, Tensor lse, Tensor maps)"
 _BACKWARD_SCHEMA = (
     f"(Tensor? d_image, Tensor? d_text, Tensor? d_maps, {_INPUTS}, Tensor image, Tensor text, Tensor lse, "
@@ -33,42 +40,13 @@ _BUDGET_SCHEMA = (
 )
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one call, [B, tokens, H, D]; values are None for maps alone, ``text_query`` may be."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor | None
-    text_query: Tensor | None
-    text_key: Tensor
-    text_value: Tensor | None
-    text_value_for_image: Tensor | None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to compute: the scale of the scores and the map, if any (``scores`` is None without a map)."""
-
-    scale: float
-    scores: str | None
-    heads: str
-    start: int
-    stop: int
-
-
 Forward = Callable[[Inputs, Request], tuple[Tensor, Tensor, Tensor, Tensor]]
 Backward = Callable[
     [Tensor | None, Tensor | None, Tensor | None, Inputs, Tensor, Tensor, Tensor, Request], tuple[Tensor, ...]
 ]
 Budget = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 ValueNorm = Callable[[Tensor], Tensor]
-Attend = Callable[..., JointAttention]
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of maps, log-sum-exps and statistics for inputs of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+Attend = Callable[[Inputs, float, MapRequest | None, bool], JointAttention | AttentionMaps]
 
 
 def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,11 +58,11 @@ def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Ten
     with_values = inputs.value is not None
     image = query.new_empty((batch, tokens if with_values else 0, heads, width))
     text = query.new_empty((batch, text_tokens if with_values else 0, heads, width))
-    image_rows = with_values or inputs.text_query is not None or request.scores == "probability"
+    image_rows = with_values or inputs.text_query is not None or request.kind == "probability"
     rows = (tokens if image_rows else 0) + (text_tokens if inputs.text_query is not None else 0)
     lse = query.new_empty((batch, heads, rows), dtype=wide)
     columns = request.stop - request.start
-    if request.scores is None:
+    if request.kind is None:
         maps = query.new_empty((0,), dtype=wide)
     elif request.heads == "each":
         maps = query.new_empty((batch, heads, tokens, columns), dtype=wide)
@@ -95,16 +73,7 @@ def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Ten
 
 def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
     """Uninitialised, contiguous gradients of the seven inputs, with zero elements for absent ones."""
-    tensors = (
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.text_query,
-        inputs.text_key,
-        inputs.text_value,
-        inputs.text_value_for_image,
-    )
-    return tuple(inputs.query.new_empty((0,) if t is None else tuple(t.shape)) for t in tensors)
+    return tuple(inputs.query.new_empty((0,) if t is None else tuple(t.shape)) for t in inputs.tensors())
 
 
 def register(
@@ -178,39 +147,29 @@ def register(
     call_value_norm = getattr(torch.ops.seg4diff, f"{name}_value_norm").default
 
     def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None,
-        text_query: Tensor | None,
-        text_key: Tensor,
-        text_value: Tensor | None,
-        text_value_for_image: Tensor | None,
-        scale: float,
-        maps: MapRequest | None,
-        statistics: bool,
-    ) -> JointAttention:
-        tensors = (query, key, value, text_query, text_key, text_value, text_value_for_image)
+        inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool
+    ) -> JointAttention | AttentionMaps:
+        query, text_query, text_key = inputs.query, inputs.text_query, inputs.text_key
         if maps is None:
             request: tuple[Any, ...] = (scale, None, "mean", 0, 0)
         else:
-            request = (scale, maps.scores, maps.heads, *maps.columns(text_key.shape[1]))
-        image, text, lse, result_maps = call_forward(*tensors, *request)
-        result_statistics = None
+            request = (scale, maps.kind, maps.heads, *maps.columns(text_key.shape[1]))
+        image, text, lse, entries = call_forward(*inputs.tensors(), *request)
+        shown = None
         if statistics and text_query is not None:
+            value, text_value = inputs.value, inputs.text_value
             with torch.no_grad():
                 image_to_text, text_to_text = call_budget(query, text_query, text_key, lse, scale)
-                result_statistics = AttentionStatistics(
+                shown = AttentionStatistics(
                     image_to_text=image_to_text,
                     text_to_text=text_to_text,
                     image_value_norm=None if value is None else call_value_norm(value),
                     text_value_norm=None if text_value is None else call_value_norm(text_value),
                 )
+        if inputs.value is None:
+            return AttentionMaps(maps=entries, statistics=shown, lse=lse if lse.shape[-1] > 0 else None)
         return JointAttention(
-            image=None if value is None else image,
-            text=None if value is None else text,
-            maps=None if maps is None else result_maps,
-            statistics=result_statistics,
-            lse=lse if lse.shape[-1] > 0 else None,
+            image=image, text=text, lse=lse, maps=None if maps is None else entries, statistics=shown
         )
 
     return attend

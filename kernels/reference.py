@@ -9,24 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .api import AttentionStatistics, JointAttention, MapRequest
+from .types import AttentionMaps, AttentionStatistics, Inputs, JointAttention, MapRequest, wide_dtype
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    text_query: Tensor | None,
-    text_key: Tensor,
-    text_value: Tensor | None,
-    text_value_for_image: Tensor | None,
-    scale: float,
-    maps: MapRequest | None,
-    statistics: bool,
-) -> JointAttention:
-    """See :func:`seg4diff.kernels.api.joint_attention`; ``value`` is None for maps alone."""
+    inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool
+) -> JointAttention | AttentionMaps:
+    """See :func:`seg4diff.kernels.api.joint_attention`; without values, ``attention_maps`` there."""
+    query, value, text_query, text_value = inputs.query, inputs.value, inputs.text_query, inputs.text_value
     tokens = query.shape[1]
-    keys = torch.cat([_wide(key), _wide(text_key)], dim=1)  # [B, S, H, D]
+    keys = torch.cat([_wide(inputs.key), _wide(inputs.text_key)], dim=1)  # [B, S, H, D]
     image_scores = scale * torch.einsum("bqhd,bkhd->bhqk", _wide(query), keys)  # [B, H, N, S]
     image_probability = image_scores.softmax(dim=-1)
     text_scores = text_probability = None
@@ -34,36 +26,18 @@ def attend(
         text_scores = scale * torch.einsum("bqhd,bkhd->bhqk", _wide(text_query), keys)  # [B, H, T, S]
         text_probability = text_scores.softmax(dim=-1)
 
-    image = text = None
-    if value is not None and text_value is not None and text_probability is not None:
-        read_by_image = text_value if text_value_for_image is None else text_value_for_image
-        image_values = torch.cat([_wide(value), _wide(read_by_image)], dim=1)
-        text_values = torch.cat([_wide(value), _wide(text_value)], dim=1)
-        image = torch.einsum("bhqk,bkhd->bqhd", image_probability, image_values).to(query.dtype)
-        text = torch.einsum("bhqk,bkhd->bqhd", text_probability, text_values).to(query.dtype)
-
-    result_maps = None
+    entries = None
     if maps is not None:
-        if maps.scores == "probability":
+        if maps.kind == "probability":
             entries = image_probability[..., tokens:]
-        elif maps.scores == "logit":
+        elif maps.kind == "logit":
             entries = image_scores[..., tokens:]
         else:
             entries = image_scores[..., tokens:].softmax(dim=-1)
-        start, stop = maps.columns(text_key.shape[1])
+        start, stop = maps.columns(inputs.text_key.shape[1])
         entries = entries[..., start:stop]  # [B, H, N, T']
         if maps.heads == "mean":
-            result_maps = entries.mean(dim=1)
-        elif maps.heads == "max":
-            result_maps = entries.max(dim=1).values
-        else:
-            result_maps = entries
-
-    lse = None
-    if text_scores is not None:
-        lse = torch.cat([image_scores, text_scores], dim=2).detach().logsumexp(dim=-1)
-    elif maps is not None and maps.scores == "probability":
-        lse = image_scores.detach().logsumexp(dim=-1)
+            entries = entries.mean(dim=1)
 
     result_statistics = None
     if statistics and text_probability is not None:
@@ -73,7 +47,26 @@ def attend(
             image_value_norm=None if value is None else value_norm(value),
             text_value_norm=None if text_value is None else value_norm(text_value),
         )
-    return JointAttention(image=image, text=text, maps=result_maps, statistics=result_statistics, lse=lse)
+
+    lse = None
+    if text_scores is not None:
+        lse = torch.cat([image_scores, text_scores], dim=2).detach().logsumexp(dim=-1)
+    elif maps is not None and maps.kind == "probability":
+        lse = image_scores.detach().logsumexp(dim=-1)
+    if value is None or text_value is None or text_probability is None or lse is None:
+        assert entries is not None
+        return AttentionMaps(maps=entries, statistics=result_statistics, lse=lse)
+
+    read_by_image = text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
+    image_values = torch.cat([_wide(value), _wide(read_by_image)], dim=1)
+    text_values = torch.cat([_wide(value), _wide(text_value)], dim=1)
+    return JointAttention(
+        image=torch.einsum("bhqk,bkhd->bqhd", image_probability, image_values).to(query.dtype),
+        text=torch.einsum("bhqk,bkhd->bqhd", text_probability, text_values).to(query.dtype),
+        lse=lse,
+        maps=entries,
+        statistics=result_statistics,
+    )
 
 
 def value_norm(value: Tensor) -> Tensor:
@@ -82,4 +75,4 @@ def value_norm(value: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(wide_dtype(tensor.dtype))

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .api import JointAttention, MapRequest, attention_maps, joint_attention
+from .api import attention_maps, joint_attention
 from .reference import attend
-
-STREAMS = ("query", "key", "value", "text_query", "text_key", "text_value", "text_value_for_image")
+from .types import STREAMS, AttentionMaps, AttentionStatistics, Inputs, JointAttention, MapRequest
 
 
 def budget_used(actual: Tensor, exact: Tensor, baseline: Tensor) -> float:
@@ -89,80 +88,92 @@ def attention_inputs(
     return inputs
 
 
-def exact_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    text_query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor | None,
-    *,
-    text_value_for_image: Tensor | None = None,
-    **options: Any,
-) -> JointAttention:
-    """:func:`joint_attention` in float64 by the reference backend; without values :func:`attention_maps`.
+def exact_attention(**arguments: Any) -> JointAttention:
+    """:func:`joint_attention` in float64 by the reference backend.
 
     Differentiable: pass float64 leaves to read exact gradients from them.
     """
-    query, key, text_query, text_key = query.double(), key.double(), text_query.double(), text_key.double()
-    if value is None or text_value is None:
-        return attention_maps(query, key, text_query, text_key, backend="reference", **options)
-    if text_value_for_image is not None:
-        options["text_value_for_image"] = text_value_for_image.double()
-    value, text_value = value.double(), text_value.double()
-    return joint_attention(
-        query, key, value, text_query, text_key, text_value, backend="reference", **options
-    )
+    return joint_attention(**_doubled(arguments), backend="reference")
+
+
+def exact_maps(**arguments: Any) -> AttentionMaps:
+    """:func:`attention_maps` in float64 by the reference backend; see :func:`exact_attention`."""
+    return attention_maps(**_doubled(arguments), backend="reference")
+
+
+def _doubled(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
 def pytorch_attention(
     query: Tensor,
     key: Tensor,
-    value: Tensor | None,
-    text_query: Tensor | None,
+    value: Tensor,
+    text_query: Tensor,
     text_key: Tensor,
-    text_value: Tensor | None,
+    text_value: Tensor,
     *,
     text_value_for_image: Tensor | None = None,
     scale: float | None = None,
     maps: MapRequest | None = None,
     statistics: bool = False,
 ) -> JointAttention:
-    """The baseline: outputs by ``scaled_dot_product_attention``, maps by a float32 softmax of the inputs.
+    """The baseline: outputs by ``scaled_dot_product_attention``, the rest by a float32 softmax of the inputs.
 
-    Differentiable by PyTorch's autograd, in the precision of the inputs. Materialises the scores if asked for
-    a map or statistics.
+    Differentiable by PyTorch's autograd, in the precision of the inputs. Materialises the scores.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    image = text = None
-    if value is not None and text_query is not None and text_value is not None:
-        keys = torch.cat([key, text_key], dim=1)
-        read_by_image = text_value if text_value_for_image is None else text_value_for_image
-        image = _flash(query, keys, torch.cat([value, read_by_image], dim=1), factor)
-        text = _flash(text_query, keys, torch.cat([value, text_value], dim=1), factor)
-    if maps is None and not statistics:
-        return JointAttention(image=image, text=text, maps=None, statistics=None, lse=None)
-    counted = text_query if statistics else None
-    shown = attend(query, key, value, counted, text_key, text_value, None, factor, maps, statistics)
-    budgets = shown.statistics
-    if text_query is not None and budgets is not None and shown.lse is not None:
-        budgets = replace(budgets, **_budgets(query, text_query, text_key, shown.lse, factor))
-    return JointAttention(image=image, text=text, maps=shown.maps, statistics=budgets, lse=shown.lse)
-
-
-def _budgets(
-    query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float
-) -> dict[str, Tensor]:
-    """Attention budgets as PyTorch computes them from a log-sum-exp, all that flash attention keeps."""
-    norms = lse.split([query.shape[1], text_query.shape[1]], dim=2)
-    names = ("image_to_text", "text_to_text")
-    scores = (
-        scale * torch.einsum("bqhd,bkhd->bhqk", r.float(), text_key.float()) for r in (query, text_query)
+    keys = torch.cat([key, text_key], dim=1)
+    read_by_image = text_value if text_value_for_image is None else text_value_for_image
+    inputs = Inputs(query, key, value, text_query, text_key, text_value, text_value_for_image)
+    shown = attend(inputs, factor, maps, statistics)
+    assert isinstance(shown, JointAttention)
+    return JointAttention(
+        image=_flash(query, keys, torch.cat([value, read_by_image], dim=1), factor),
+        text=_flash(text_query, keys, torch.cat([value, text_value], dim=1), factor),
+        lse=shown.lse,
+        maps=shown.maps,
+        statistics=_with_usual_mass(shown.statistics, query, text_query, text_key, shown.lse, factor),
     )
-    return {
-        name: (s - norm[..., None]).exp().sum(dim=-1)
-        for name, s, norm in zip(names, scores, norms, strict=True)
-    }
+
+
+def pytorch_maps(
+    query: Tensor,
+    key: Tensor,
+    text_query: Tensor | None,
+    text_key: Tensor,
+    *,
+    scale: float | None = None,
+    maps: MapRequest = MapRequest(),  # noqa: B008 (frozen)
+    statistics: bool = False,
+) -> AttentionMaps:
+    """The baseline of maps alone, see :func:`pytorch_attention`."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    inputs = Inputs(query, key, None, text_query if statistics else None, text_key, None, None)
+    shown = attend(inputs, factor, maps, statistics)
+    assert isinstance(shown, AttentionMaps)
+    mass = _with_usual_mass(shown.statistics, query, text_query, text_key, shown.lse, factor)
+    return replace(shown, statistics=mass)
+
+
+def _with_usual_mass(
+    statistics: AttentionStatistics | None,
+    query: Tensor,
+    text_query: Tensor | None,
+    text_key: Tensor,
+    lse: Tensor | None,
+    scale: float,
+) -> AttentionStatistics | None:
+    """The statistics with attention mass as PyTorch computes it from a log-sum-exp, all that flash keeps."""
+    if statistics is None or text_query is None or lse is None:
+        return None
+    masses = []
+    for rows, norm in zip(
+        (query, text_query), lse.split([query.shape[1], text_query.shape[1]], dim=2), strict=True
+    ):
+        scores = scale * torch.einsum("bqhd,bkhd->bhqk", rows.float(), text_key.float())
+        masses.append((scores - norm[..., None]).exp().sum(dim=-1))
+    return replace(statistics, image_to_text=masses[0], text_to_text=masses[1])
 
 
 def attention_rows(inputs: Mapping[str, Tensor], rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

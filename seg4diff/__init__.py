@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from seg4diff.analysis import analyze, expert_layers
     from seg4diff.capturing import Capture, Record, capture
     from seg4diff.guidance import guide
-    from seg4diff.kernels.api import MapRequest
+    from seg4diff.kernels.types import MapRequest
     from seg4diff.magnet.weights import load_lora
     from seg4diff.patching import is_patched, patch, unpatch
     from seg4diff.perturbation import edit, perturb
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
     "Capture": "seg4diff.capturing",
-    "MapRequest": "seg4diff.kernels.api",
+    "MapRequest": "seg4diff.kernels.types",
     "Record": "seg4diff.capturing",
     "Segmentation": "seg4diff.segmentation",
     "analyze": "seg4diff.analysis",

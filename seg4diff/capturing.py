@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seg4diff.backbones import CallInputs
-from seg4diff.kernels.api import AttentionStatistics, Backend, MapRequest
+from seg4diff.kernels.types import AttentionStatistics, Backend, MapRequest
 from seg4diff.patching import Patch, patch_of
 from seg4diff.processors import RESULT_ATTRIBUTE, LayerRequest, LayerResult
 from seg4diff.tokens import find_words

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.backbones import Backbone, CallInputs
-from seg4diff.kernels.api import Backend
+from seg4diff.kernels.types import Backend
 from seg4diff.patching import patch_of
 from seg4diff.perturbation import Blur
 from seg4diff.processors import LayerRequest

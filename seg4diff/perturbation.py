@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.backbones import Backbone
-from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.kernels.types import Backend, MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.processors import LayerRequest
 from seg4diff.tokens import TextEncoding, find_words

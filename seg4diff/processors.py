@@ -14,13 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from seg4diff.kernels.api import (
-    AttentionStatistics,
-    Backend,
-    MapRequest,
-    attention_maps,
-    joint_attention,
-)
+from seg4diff.kernels.api import attention_maps, joint_attention
+from seg4diff.kernels.types import AttentionStatistics, Backend, MapRequest
 
 RESULT_ATTRIBUTE = "seg4diff_attention"
 
@@ -130,8 +125,6 @@ class JointAttentionProcessor:
             results.append(LayerResult(maps, statistics, seen))
         setattr(attn, RESULT_ATTRIBUTE, tuple(results))
 
-        assert attention.image is not None
-        assert attention.text is not None
         image = attention.image.flatten(2).to(query.dtype)
         text = attention.text.flatten(2).to(query.dtype)
         if not attn.context_pre_only:

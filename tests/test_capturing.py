@@ -11,8 +11,8 @@ import torch
 
 import seg4diff
 from seg4diff.capturing import Capture
-from seg4diff.kernels.api import MapRequest
 from seg4diff.kernels.testing import assert_within_budget, budget_used
+from seg4diff.kernels.types import MapRequest
 from tests.support import tiny
 from tests.support.hooked import hooked_projections, image_to_text
 from tests.support.tiny import seeded
@@ -71,12 +71,12 @@ def test_wrong_maps_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "heads"), [("probability", "each"), ("logit", "max"), ("text_probability", "mean")]
+    ("kind", "heads"), [("probability", "each"), ("logit", "each"), ("text_probability", "mean")]
 )
 @torch.no_grad()
-def test_requests_reach_the_kernel(scores: Any, heads: Any) -> None:
+def test_requests_reach_the_kernel(kind: Any, heads: Any) -> None:
     transformer = seg4diff.patch(tiny.transformer())
-    request = MapRequest(scores=scores, heads=heads, text=slice(2, 7))
+    request = MapRequest(kind=kind, heads=heads, text=slice(2, 7))
     with (
         hooked_projections(transformer) as projections,
         seg4diff.capture(transformer, 1, maps=request) as captured,
@@ -88,8 +88,8 @@ def test_requests_reach_the_kernel(scores: Any, heads: Any) -> None:
         "probability": image_to_text(projections[1]),
         "logit": logits,
         "text_probability": logits.softmax(dim=-1),
-    }[scores][..., 2:7]
-    exact = {"each": exact, "max": exact.amax(dim=1), "mean": exact.mean(dim=1)}[heads]
+    }[kind][..., 2:7]
+    exact = {"each": exact, "mean": exact.mean(dim=1)}[heads]
     torch.testing.assert_close(captured.records[0].maps.double(), exact, rtol=1e-4, atol=1e-7)
 
 
@@ -254,7 +254,7 @@ def test_nested_captures_are_independent() -> None:
     transformer = seg4diff.patch(tiny.transformer())
     inputs = tiny.transformer_inputs()
     with seg4diff.capture(transformer, [0, 1]) as outer:
-        with seg4diff.capture(transformer, [1, 2], maps=MapRequest(scores="logit", heads="each")) as inner:
+        with seg4diff.capture(transformer, [1, 2], maps=MapRequest(kind="logit", heads="each")) as inner:
             transformer(**inputs)
         transformer(**inputs)
     assert [(r.layer, r.call) for r in outer.records] == [(0, 0), (1, 0), (0, 1), (1, 1)]
@@ -272,7 +272,7 @@ def test_gradients_reach_the_model_through_maps(model: str) -> None:
         transformer = seg4diff.patch(tiny.transformer(**MODELS[model])).train()
         if checkpointing:
             transformer.enable_gradient_checkpointing()
-        with seg4diff.capture(transformer, [0, 1], maps=MapRequest(scores="logit")) as captured:
+        with seg4diff.capture(transformer, [0, 1], maps=MapRequest(kind="logit")) as captured:
             output = transformer(**tiny.transformer_inputs()).sample
             records = captured.records
             loss = output.square().mean() + sum(r.maps.square().mean() for r in records if r.maps is not None)

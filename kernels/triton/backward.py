@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import Inputs, Request, empty_gradients
+from ..operators import empty_gradients
+from ..types import Inputs, Request
 from .launching import Launch, readable, readable_inputs, strides
 from .maps import text_log_sum_exp, winning_head
 from .tiles import (
@@ -666,7 +667,7 @@ def backward(
     text_tokens = text_key.shape[1]
     gradients = empty_gradients(inputs)
     d_query, d_key, d_value, d_text_query, d_text_key, d_text_value, d_edited = gradients
-    scores = "" if d_maps is None else str(request.scores)
+    scores = "" if d_maps is None else str(request.kind)
     if d_image is None and d_text is not None and scores:
         d_image = torch.zeros_like(image)  # rows of both streams share a launch: both have an output gradient
     softmax = d_image is not None or d_text is not None or scores == "probability"

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import Inputs
+from ..types import Inputs
 from .launching import Launch, strides
 from .tiles import (
     float32,

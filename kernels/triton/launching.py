@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import Inputs
+from ..types import Inputs
 from .tuning import Config
 
 # Token offsets within a tile are 32-bit and a tile has at most 256 tokens.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import Request
+from ..types import Request
 from .forward import log_sum_exp
 from .launching import Launch, readable, strides
 from .tiles import LOG2_E, head_parts, inner_products, load_tile
@@ -268,7 +268,7 @@ def _launch_map(
         "WIDTH": width,
         "REST": rest,
         "D": head_dim,
-        "LOGIT": request.scores == "logit",
+        "LOGIT": request.kind == "logit",
         "HEADS": reduction,
     }
     tiles = triton.cdiv(tokens, config.rows) * triton.cdiv(request.stop - request.start, config.columns)

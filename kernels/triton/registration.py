@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import Inputs, Request, empty_outputs, register
+from ..operators import empty_outputs, register
+from ..types import Inputs, Request
 from .backward import backward
 from .forward import attention, log_sum_exp
 from .launching import readable_inputs
@@ -41,16 +42,16 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     inputs = readable_inputs(inputs)
     image, text, lse, maps = empty_outputs(inputs, request)
     query, text_query, text_key = inputs.query, inputs.text_query, inputs.text_key
-    rest = torch.empty_like(lse) if request.scores == "probability" else None
+    rest = torch.empty_like(lse) if request.kind == "probability" else None
     if inputs.value is not None:
         attention(inputs, request.scale, image, text, lse, rest)
     elif lse.shape[-1] > 0:
         log_sum_exp(query, inputs.key, text_key, request.scale, lse, rest)
         if text_query is not None:
             log_sum_exp(text_query, inputs.key, text_key, request.scale, lse[:, :, query.shape[1] :], None)
-    if request.scores is not None:
+    if request.kind is not None:
         norm = lse
-        if request.scores == "text_probability":
+        if request.kind == "text_probability":
             norm, rest = text_log_sum_exp(query, text_key, request.scale)
         write_maps(maps, query, text_key, norm, rest, request)
     return image, text, lse, maps

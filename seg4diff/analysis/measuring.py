@@ -18,7 +18,7 @@ from seg4diff.analysis.principal import principal_components
 from seg4diff.analysis.report import Measures, Report
 from seg4diff.backbones import CallInputs
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.api import AttentionStatistics, Backend
+from seg4diff.kernels.types import AttentionStatistics, Backend
 from seg4diff.patching import Patch, patch_of
 from seg4diff.processors import RESULT_ATTRIBUTE, LayerRequest, Projections
 from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of

@@ -18,7 +18,7 @@ from seg4diff.analysis.report import _figure
 from seg4diff.capturing import capture
 from seg4diff.evaluation.metrics import confusion_matrix, counts_of
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.kernels.types import Backend, MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.saving import write_atomically
 from seg4diff.segmentation.recipe import Resize, find_preset, model_inputs, resize_scores, views_of

@@ -54,7 +54,7 @@ from seg4diff.evaluation.results import (
     remove_results,
 )
 from seg4diff.evaluation.stages import StageClock, timed_parts
-from seg4diff.kernels.api import MapRequest
+from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.saving import write_atomically
 from seg4diff.segmentation.recipe import Preset, View, find_preset, run_maps, views_of

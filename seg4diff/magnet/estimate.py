@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from seg4diff.backbones import find_backbone
 from seg4diff.kernels import aten
-from seg4diff.kernels.operators import Inputs, Request
+from seg4diff.kernels.types import Inputs, Request
 from seg4diff.magnet import objective
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.matching import mask_costs

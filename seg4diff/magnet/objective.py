@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seg4diff.backbones import find_backbone
 from seg4diff.capturing import Capture, capture
-from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.kernels.types import Backend, MapRequest
 from seg4diff.magnet.losses import dice_loss, flow_matching_loss, focal_loss
 from seg4diff.magnet.matching import match
 from seg4diff.magnet.settings import MaskSettings
@@ -155,7 +155,7 @@ class Magnet(nn.Module):
         """Capture the layers that are trained, up to the last text column that some mask needs."""
         last = max((column for row in batch.columns for group in row for column in group), default=0)
         request = MapRequest(
-            scores=self.mask.scores,
+            kind=self.mask.scores,
             heads="each" if self.mask.pairing == "head" else "mean",
             text=slice(0, last + 1),
         )

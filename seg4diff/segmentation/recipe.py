@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seg4diff.backbones import Backbone
 from seg4diff.capturing import capture
-from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.kernels.types import Backend, MapRequest
 from seg4diff.patching import patch_of
 
 Geometry = Literal["aspect", "crop", "squash"]

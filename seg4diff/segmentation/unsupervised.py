@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.kernels.types import Backend, MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import ImageMaps, View, find_preset, run_maps, views_of
 from seg4diff.segmentation.result import Segmentation

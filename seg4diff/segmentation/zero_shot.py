@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.api import Backend, MapRequest
+from seg4diff.kernels.types import Backend, MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import (
     ImageMaps,

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from seg4diff.kernels import aten
-from seg4diff.kernels.api import JointAttention, MapRequest, attention_maps, joint_attention
+from seg4diff.kernels.api import attention_maps, joint_attention
 from seg4diff.kernels.testing import (
     assert_within_budget,
     attention_inputs,
     exact_attention,
     pytorch_attention,
 )
+from seg4diff.kernels.types import AttentionMaps, JointAttention, MapRequest
 
-SCORES = ["probability", "logit", "text_probability"]
-HEADS = ["mean", "each", "max"]
+KINDS = ["probability", "logit", "text_probability"]
+HEADS = ["mean", "each"]
 SHAPES = [(1, 1, 5, 1, 16), (3, 63, 77, 2, 64), (1, 255, 33, 3, 40)]  # batch, N, T, H, D
 UPSTREAM = {
     "both": ("image", "text", "maps"),
@@ -36,15 +37,15 @@ UPSTREAM = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_forward(shape: tuple[int, ...], dtype: torch.dtype, edited: bool) -> None:
     inputs = attention_inputs(*shape, dtype, edited=edited)
-    for scores in SCORES:
+    for kind in KINDS:
         for heads in HEADS:
-            request = MapRequest(scores, heads, slice(1, 4))  # type: ignore[arg-type]
+            request = MapRequest(kind, heads, slice(1, 4))  # type: ignore[arg-type]
             options: dict[str, Any] = {"maps": request, "statistics": True}
             actual = joint_attention(**inputs, **options, backend="aten")
             exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
-            if scores == "probability" and dtype in (torch.bfloat16, torch.float16):
+            if kind == "probability" and dtype in (torch.bfloat16, torch.float16):
                 baseline = replace(baseline, maps=materialised(inputs, request))
-            compare(actual, exact, baseline, dtype, f"{scores} {heads}")
+            compare(actual, exact, baseline, dtype, f"{kind} {heads}")
 
 
 def materialised(inputs: dict[str, Tensor], request: MapRequest) -> Tensor:
@@ -57,8 +58,7 @@ def materialised(inputs: dict[str, Tensor], request: MapRequest) -> Tensor:
     scores = query.shape[-1] ** -0.5 * (query.transpose(1, 2) @ keys.permute(0, 2, 3, 1))  # [B, H, N, S]
     entries = scores.float().softmax(dim=-1)[..., query.shape[1] :]
     entries = entries[..., request.text]
-    reduced = {"mean": entries.mean(dim=1), "each": entries, "max": entries.amax(dim=1)}
-    return reduced[request.heads]
+    return entries.mean(dim=1) if request.heads == "mean" else entries
 
 
 def compare(
@@ -104,11 +104,11 @@ def gradients(
 
 @pytest.mark.parametrize("given", UPSTREAM)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("scores", SCORES)
-def test_gradients_are_the_reference_s(scores: Any, heads: Any, given: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_reference_s(kind: Any, heads: Any, given: str) -> None:
     """In float64, where a missing term cannot hide: every upstream gradient, alone and together."""
     inputs = attention_inputs(2, 21, 9, 3, 16, torch.float64, edited=True)
-    options: dict[str, Any] = {"maps": MapRequest(scores, heads, slice(2, 7))}
+    options: dict[str, Any] = {"maps": MapRequest(kind, heads, slice(2, 7))}
     wanted = upstream(joint_attention(**inputs, **options), UPSTREAM[given])
     actual = gradients(joint_attention, inputs, wanted, **options, backend="aten")
     exact = gradients(exact_attention, inputs, wanted, **options)
@@ -119,8 +119,8 @@ def test_gradients_are_the_reference_s(scores: Any, heads: Any, given: str) -> N
 
 
 @pytest.mark.parametrize("given", UPSTREAM)
-@pytest.mark.parametrize("scores", SCORES)
-def test_devices_without_these_operators(scores: Any, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_without_these_operators(kind: Any, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where PyTorch has no flash attention, blocks of rows take its place; several blocks, and a part."""
 
     def in_blocks(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def test_devices_without_these_operators(scores: Any, given: str, monkeypatch: p
     monkeypatch.setattr(aten, "_BLOCK_ELEMENTS", 8 * 2 * 3 * 21)  # 8 of 21 rows
     monkeypatch.setattr(aten, "_flash", in_blocks)
     monkeypatch.setattr(aten, "_image_gradients", aten._image_gradients_in_blocks)
-    test_gradients_are_the_reference_s(scores, "mean", given)
+    test_gradients_are_the_reference_s(kind, "mean", given)
 
 
 @pytest.mark.parametrize("given", ["both", "map", "outputs"])
@@ -148,27 +148,24 @@ def test_gradients_keep_the_budget(dtype: torch.dtype, given: str) -> None:
         if true is None or not true.any():
             assert not found.any()
         else:
-            assert usual is not None
             assert_within_budget(found, true, usual, name=f"d_{name}")
 
 
-@pytest.mark.parametrize("scores", SCORES)
-def test_maps_alone(scores: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_alone(kind: Any) -> None:
     """The same map and gradients as with values, and only the log-sum-exp that was needed."""
     inputs = attention_inputs(2, 50, 20, 3, 32, torch.float64)
     streams = {name: t for name, t in inputs.items() if not name.endswith("value")}
-    request = MapRequest(scores, "mean", slice(3, 17))
+    request = MapRequest(kind, "mean", slice(3, 17))
     whole = joint_attention(**inputs, maps=request, statistics=True, backend="aten")
     for statistics in (False, True):
         alone = attention_maps(**streams, maps=request, statistics=statistics, backend="aten")
-        assert alone.image is None
+        assert isinstance(alone, AttentionMaps)
         torch.testing.assert_close(alone.maps, whole.maps)
-    assert alone.statistics is not None
-    assert whole.statistics is not None
     torch.testing.assert_close(alone.statistics.text_to_text, whole.statistics.text_to_text)
     query, key, text_key = (streams[name] for name in ("query", "key", "text_key"))
     bare = attention_maps(query, key, None, text_key, maps=request, backend="aten")
-    assert (bare.lse is None) == (scores != "probability")
+    assert (bare.lse is None) == (kind != "probability")
     wanted = upstream(whole, ("maps",))
     expected = gradients(joint_attention, inputs, wanted, maps=request, backend="aten")
     found = gradients(attention_maps, streams, wanted, maps=request, backend="aten")
@@ -246,9 +243,6 @@ def test_compiles_as_one_graph() -> None:
     def model(scale: Tensor, **streams: Tensor) -> Tensor:
         streams["query"] = streams["query"] * scale
         result = joint_attention(**streams, maps=MapRequest(), statistics=True, backend="aten")
-        assert result.image is not None
-        assert result.maps is not None
-        assert result.statistics is not None
         return result.image.sum() + result.maps.square().sum() + result.statistics.image_to_text.sum()
 
     losses, found = [], []
@@ -260,11 +254,11 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("scores", [None, "probability", "logit"])
-def test_operators_keep_the_rules_of_torch_library(scores: str | None) -> None:
+@pytest.mark.parametrize("kind", [None, "probability", "logit"])
+def test_operators_keep_the_rules_of_torch_library(kind: str | None) -> None:
     inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32, edited=True)
     tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
-    request = (0.25, scores, "mean", 0, 0 if scores is None else 5)
+    request = (0.25, kind, "mean", 0, 0 if kind is None else 5)
     torch.library.opcheck(torch.ops.seg4diff.aten_forward.default, (*tensors, *request))
     lse = torch.zeros(1, 2, 14)
     budget = (tensors[0], tensors[3], tensors[4], lse, 0.25)
@@ -280,8 +274,6 @@ def test_autocast_casts_as_pytorch_s_attention_does() -> None:
         result = joint_attention(**inputs, maps=MapRequest(), backend="aten")
     rounded = {name: tensor.bfloat16() for name, tensor in inputs.items()}
     expected = joint_attention(**rounded, maps=MapRequest(), backend="aten")
-    assert result.image is not None
-    assert expected.image is not None
     assert result.image.dtype == torch.bfloat16
     assert torch.equal(result.image, expected.image)
 
@@ -295,9 +287,7 @@ def test_without_gradients(mode: Callable[[], Any]) -> None:
     for part in ("image", "text", "maps", "lse"):
         assert not getattr(result, part).requires_grad
         assert torch.equal(getattr(result, part), getattr(expected, part))
-    assert expected.maps is not None
     assert expected.maps.requires_grad
-    assert expected.lse is not None
     assert not expected.lse.requires_grad
 
 
@@ -319,8 +309,6 @@ def test_no_matrix_of_all_tokens_exists() -> None:
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     with Watch():
         result = joint_attention(**leaves, maps=MapRequest(), backend="aten")
-        assert result.image is not None
-        assert result.maps is not None
         (result.image.sum() + result.maps.square().sum()).backward()
     assert leaves["text_key"].grad is not None
     assert 0 < largest < 4 * (tokens + text) ** 2

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from seg4diff.kernels.operators import Inputs, Request
-from seg4diff.kernels.testing import STREAMS
 from seg4diff.kernels.triton import backward, forward, maps, registration, tiles, tuning
 from seg4diff.kernels.triton.launching import Launch
+from seg4diff.kernels.types import STREAMS, Inputs, Request
 from tests.support.ahead_of_time import SHARED_MEMORY_LIMITS, Usage, compile_launch, recorded
 
 TABLE_WIDTHS = (64, 128, 256)
@@ -52,8 +51,8 @@ def launches(
     }
     inputs = Inputs(**streams)
     with recorded(monkeypatch) as made:
-        for scores, reduction in (("probability", "mean"), ("text_probability", "max")):
-            request = Request(0.125, scores, reduction, 0, text_tokens)
+        for kind, reduction in (("probability", "mean"), ("text_probability", "each")):
+            request = Request(0.125, kind, reduction, 0, text_tokens)
             image, text, lse, entries = registration.forward(inputs, request)
             backward.backward(image, text, entries, inputs, image, text, lse, request)
         maps.budget(streams["query"], streams["text_query"], streams["text_key"], lse, 0.125)

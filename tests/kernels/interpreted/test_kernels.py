@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from seg4diff.kernels.api import JointAttention, MapRequest, attention_maps, joint_attention
+from seg4diff.kernels.api import attention_maps, joint_attention
 from seg4diff.kernels.testing import (
     assert_within_budget,
     attention_inputs,
     exact_attention,
+    exact_maps,
     pytorch_attention,
+    pytorch_maps,
 )
 from seg4diff.kernels.triton import backward, forward, maps, registration
 from seg4diff.kernels.triton.tuning import INTERPRETER, Config
+from seg4diff.kernels.types import AttentionMaps, JointAttention, MapRequest
 from tests.support.interpreter import repair_bfloat16
 
 repair_bfloat16()
@@ -97,20 +100,20 @@ class Case:
 FORWARD = [
     Case(1, 77, 2, 64, "bf16", "probability", "mean"),
     Case(63, 154, 3, 32, "fp16", "logit", "each"),
-    Case(64, 1, 2, 96, "fp32", "probability", "max", batch=3),
-    Case(111, 77, 2, 64, "fp16", "text_probability", "max", edited=True, text=(3, 50)),
+    Case(64, 1, 2, 96, "fp32", "probability", "each", batch=3),
+    Case(111, 77, 2, 64, "fp16", "text_probability", "mean", edited=True, text=(3, 50)),
     Case(255, 154, 1, 16, "bf16", "text_probability", "mean"),
-    Case(255, 77, 2, 40, "fp32", "logit", "max", text=(60, 77)),
+    Case(255, 77, 2, 40, "fp32", "logit", "each", text=(60, 77)),
     Case(64, 154, 2, 128, "bf16", "logit", "mean", batch=3),
     Case(63, 77, 2, 256, "fp32", "text_probability", "each"),
     Case(111, 154, 3, 96, "bf16", "probability", "each", text=(1, 2)),
     Case(111, 1, 2, 32, "fp32", "logit", "mean", edited=True),
-    Case(1, 154, 3, 128, "fp32", "probability", "max", scale=-0.1),
+    Case(1, 154, 3, 128, "fp32", "probability", "mean", scale=-0.1),
     Case(255, 1, 1, 64, "fp16", "probability", "each", batch=3, edited=True),
     Case(64, 77, 2, 16, "fp16", "probability", "mean", scale=0.3),
-    Case(64, 333, 1, 48, "fp16", "text_probability", "max"),
-    Case(63, 1, 2, 128, "bf16", "logit", "max", scale=-0.05),
-    Case(255, 77, 2, 72, "bf16", "probability", "max", edited=True),
+    Case(64, 333, 1, 48, "fp16", "text_probability", "each"),
+    Case(63, 1, 2, 128, "bf16", "logit", "mean", scale=-0.05),
+    Case(255, 77, 2, 72, "bf16", "probability", "each", edited=True),
 ]
 
 
@@ -130,8 +133,7 @@ def test_forward(case: Case) -> None:
     for name in ("image_to_text", "text_to_text", "image_value_norm", "text_value_norm"):
         results = [getattr(result.statistics, name) for result in (actual, exact, baseline)]
         assert_within_budget(*results, name=f"{name} of {case}")
-    if baseline.lse is not None and actual.lse is not None and exact.lse is not None:
-        assert_within_budget(actual.lse, exact.lse, baseline.lse, name=f"lse of {case}")
+    assert_within_budget(actual.lse, exact.lse, baseline.lse, name=f"lse of {case}")
 
 
 @pytest.mark.parametrize(
@@ -142,17 +144,12 @@ def test_maps_alone(scores: str, statistics: bool) -> None:
     case = Case(111, 77, 3, 64, "bf16", scores, "mean", batch=2, text=(5, 70))
     inputs = {name: tensor for name, tensor in case.inputs().items() if not name.endswith("value")}
     actual = attention_maps(**inputs, maps=case.maps, statistics=statistics, backend="triton")
-    exact = exact_attention(**inputs, value=None, text_value=None, maps=case.maps, statistics=statistics)
-    baseline = pytorch_attention(**inputs, value=None, text_value=None, maps=case.maps, statistics=statistics)
-    assert actual.image is None
-    assert actual.maps is not None
-    assert exact.maps is not None
-    assert baseline.maps is not None
+    exact = exact_maps(**inputs, maps=case.maps, statistics=statistics)
+    baseline = pytorch_maps(**inputs, maps=case.maps, statistics=statistics)
     assert_within_budget(actual.maps, exact.maps, baseline.maps)
     rows = {"probability": 111, "logit": 111 + 77, "text_probability": 0}[scores]
     assert (0 if actual.lse is None else actual.lse.shape[-1]) == rows
     if statistics:
-        assert actual.statistics is not None
         assert actual.statistics.image_value_norm is None
         for name in ("image_to_text", "text_to_text"):
             assert_within_budget(*(getattr(r.statistics, name) for r in (actual, exact, baseline)), name=name)
@@ -165,8 +162,6 @@ def test_rows_of_the_whole_matrix_sum_to_one() -> None:
     swapped = {names[name]: tensor for name, tensor in inputs.items()}
     one = joint_attention(**inputs, statistics=True, backend="triton").statistics
     other = joint_attention(**swapped, statistics=True, backend="triton").statistics
-    assert one is not None
-    assert other is not None
     # By rows of the images and of the text; sums of a few hundred float32 terms.
     for here, there in ((one.image_to_text, other.text_to_text), (one.text_to_text, other.image_to_text)):
         assert float(here.min()) > 0
@@ -205,9 +200,6 @@ def test_strides(layout: str) -> None:
     for tensors in (inputs, views):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
         result = joint_attention(**leaves, maps=MapRequest(), backend="triton")
-        assert result.image is not None
-        assert result.text is not None
-        assert result.maps is not None
         # A broadcast upstream gradient, as sum() gives, and a transposed one.
         wanted = result.image.sum() + (result.text.transpose(1, 2) * result.text.transpose(1, 2)).sum()
         gradients = torch.autograd.grad(wanted + 1000 * (result.maps**2).sum(), list(leaves.values()))
@@ -218,13 +210,13 @@ def test_strides(layout: str) -> None:
 
 GRADIENT = [
     Case(63, 77, 2, 64, "bf16", "probability", "mean", edited=True, batch=2),
-    Case(111, 33, 2, 32, "fp16", "probability", "max", text=(2, 30)),
+    Case(111, 33, 2, 32, "fp16", "probability", "mean", text=(2, 30)),
     Case(64, 77, 3, 16, "fp32", "probability", "each", text=(0, 50)),
     Case(255, 17, 1, 64, "fp16", "logit", "mean", edited=True),
-    Case(63, 33, 3, 96, "bf16", "logit", "max"),
+    Case(63, 33, 3, 96, "bf16", "logit", "each"),
     Case(1, 77, 2, 128, "fp32", "logit", "each", text=(20, 40)),
     Case(111, 77, 2, 40, "bf16", "text_probability", "mean", text=(0, 50)),
-    Case(64, 33, 3, 64, "fp32", "text_probability", "max", edited=True),
+    Case(64, 33, 3, 64, "fp32", "text_probability", "mean", edited=True),
     Case(63, 154, 2, 128, "fp16", "text_probability", "each"),
     Case(1, 33, 2, 256, "bf16", "probability", "mean", scale=-0.1),
 ]
@@ -253,7 +245,7 @@ def upstream(case: Case, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def gradients(
-    attend: Callable[..., JointAttention],
+    attend: Callable[..., JointAttention | AttentionMaps],
     inputs: dict[str, Tensor],
     given: dict[str, Tensor],
     **options: Any,
@@ -303,24 +295,17 @@ def test_gradients_of_maps_alone(scores: str) -> None:
     case = Case(63, 77, 2, 64, "fp16", scores, "mean", batch=2, text=(0, 60))
     inputs = {name: t for name, t in case.inputs().items() if name in ("query", "key", "text_key")}
 
-    def reference(**given: Any) -> JointAttention:
-        # Text queries have no part in the map; any will do.
-        return exact_attention(value=None, text_value=None, text_query=given["text_key"].detach(), **given)
-
-    def usual(**given: Any) -> JointAttention:
-        return pytorch_attention(value=None, text_value=None, text_query=None, **given)
-
     wanted = upstream(case, ("maps",))
-    actual = gradients(attention_maps, {**inputs}, wanted, maps=case.maps, text_query=None, backend="triton")
-    exact = gradients(reference, {n: t.double() for n, t in inputs.items()}, wanted, maps=case.maps)
-    baseline = gradients(usual, inputs, wanted, maps=case.maps)
+    options: dict[str, Any] = {"maps": case.maps, "text_query": None}
+    actual = gradients(attention_maps, inputs, wanted, **options, backend="triton")
+    exact = gradients(exact_maps, {n: t.double() for n, t in inputs.items()}, wanted, **options)
+    baseline = gradients(pytorch_maps, inputs, wanted, **options)
     for name in inputs:
         true, found, expected = exact[name], actual[name], baseline[name]
         assert found is not None
         if true is None or not true.any():
             assert not found.any(), name
         else:
-            assert expected is not None
             assert_within_budget(found, true, expected, name=f"d_{name}")
 
 
@@ -333,8 +318,6 @@ def test_two_runs_are_bitwise_equal() -> None:
         found = gradients(joint_attention, case.inputs(), given, maps=case.maps, backend="triton")
         runs.append([result.image, result.text, result.maps, result.lse, *found.values()])
     for one, other in zip(*runs, strict=True):
-        assert one is not None
-        assert other is not None
         assert torch.equal(one, other)
 
 
@@ -387,9 +370,6 @@ def test_compiles_as_one_graph() -> None:
     def model(scale: Tensor, **streams: Tensor) -> Tensor:
         streams["query"] = streams["query"] * scale
         result = joint_attention(**streams, maps=MapRequest(), statistics=True, backend="triton")
-        assert result.image is not None
-        assert result.maps is not None
-        assert result.statistics is not None
         return result.image.sum() + result.maps.square().sum() + result.statistics.image_to_text.sum()
 
     losses, found = [], []
