@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measuring import compare
 from benchmarks.memory import peak_bytes
-from seg4diff.kernels.api import joint_attention
+from seg4diff.kernels.api import backend, joint_attention
 from seg4diff.kernels.testing import assert_within_budget, attention_inputs, attention_rows
 from seg4diff.kernels.types import Backend, MapRequest
 
@@ -105,11 +105,12 @@ def materialising(inputs: Inputs) -> tuple[Tensor, ...]:
     return *sdpa(inputs), maps
 
 
-def with_map(backend: Backend) -> Attend:
+def with_map(name: Backend) -> Attend:
     """Image and text output, [B, tokens, H D], and the map."""
 
     def attend(inputs: Inputs) -> tuple[Tensor, ...]:
-        result = joint_attention(**inputs, maps=MAP, backend=backend)
+        with backend(name):
+            result = joint_attention(**inputs, maps=MAP)
         assert result.maps is not None
         return result.image.flatten(2), result.text.flatten(2), result.maps
 
@@ -163,11 +164,11 @@ def gradients(attend: Attend, inputs: Inputs) -> Inputs:
     return dict(zip(leaves, found, strict=True))
 
 
-def limited(attend: Attend, backend: SDPBackend) -> Attend:
+def limited(attend: Attend, kernel: SDPBackend) -> Attend:
     """``attend`` with one of SDPA's backends."""
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        with sdpa_kernel([backend]):
+        with sdpa_kernel([kernel]):
             return attend(inputs)
 
     return run

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.measuring import compare
 from benchmarks.memory import peak_bytes
+from seg4diff.kernels.api import backend
 from seg4diff.kernels.types import Backend
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.estimate import SD3_MEDIUM, estimate_memory
@@ -72,7 +73,7 @@ def size(request: pytest.FixtureRequest) -> Size:
 class Step:
     """A training step and everything that it keeps alive."""
 
-    def __init__(self, size: Size, chosen: TrainSettings, backend: Backend) -> None:
+    def __init__(self, size: Size, chosen: TrainSettings) -> None:
         from diffusers import SD3Transformer2DModel
 
         torch.manual_seed(0)
@@ -87,7 +88,7 @@ class Step:
         stop_after = size.layer if chosen.fm_weight == 0 else None
         weights = add_adapters(transformer, chosen.lora, stop_after=stop_after)
         transformer.enable_gradient_checkpointing()
-        self.magnet = Magnet(transformer, chosen.mask, fm_weight=chosen.fm_weight, backend=backend)
+        self.magnet = Magnet(transformer, chosen.mask, fm_weight=chosen.fm_weight)
         self.optimizer = make_optimizer(weights, chosen.optimizer)
         self.batch = batch(size, 1024).to(DEVICE)
         self.small = batch(size, 256).to(DEVICE)
@@ -145,9 +146,9 @@ def batch(size: Size, pixels: int) -> Batch:
     )
 
 
-def peak_of(size: Size, chosen: TrainSettings, backend: Backend) -> tuple[int, float]:
+def peak_of(size: Size, chosen: TrainSettings) -> tuple[int, float]:
     """Peak and seconds of a step, with nothing else of this module alive."""
-    step = Step(size, chosen, backend)
+    step = Step(size, chosen)
     step.warm_up()
     started = time.perf_counter()
     peak = peak_bytes(step, step.resident())
@@ -170,17 +171,18 @@ def test_memory_and_estimate(size: Size, training: dict[str, Any]) -> None:
     print()
     training["size"] = {"model": "SD3-medium" if size.exact else "reduced", "precision": size.precision}
     peaks: dict[str, int] = {}
-    for name, (chosen, backend) in variants.items():
-        peaks[name], seconds = peak_of(size, chosen, backend)
+    for name, (chosen, attention) in variants.items():
+        with backend(attention):
+            peaks[name], seconds = peak_of(size, chosen)
         found = {"measured_bytes": peaks[name]}
-        if backend == "auto":
+        if attention == "auto":
             found["estimated_bytes"] = estimate_memory(
                 size.config, chosen, device=DEVICE, text_tokens=TEXT, masks=MASKS
             ).peak
         shown = ", ".join(f"{what[:-6]} {number / GIB:.3f} GiB" for what, number in found.items())
         print(f"{name}: {shown}; {seconds:.1f} s", flush=True)
         training.setdefault("steps", {})[name] = {**found, "seconds": round(seconds, 1)}
-        if backend == "auto":
+        if attention == "auto":
             assert found["estimated_bytes"] == pytest.approx(peaks[name], rel=0.1), name
     assert peaks["MAGNET"] < peaks["MAGNET, map materialised"]
     if size.exact:

@@ -11,10 +11,14 @@ Three backends compute the same function:
 * ``"reference"``: the specification. Materialises the matrix; any device and dtype; slow and large.
 * ``"aten"``: PyTorch's flash attention and log-sum-exp, then a pass over the text columns; any device.
 * ``"triton"``: our own kernels; NVIDIA and AMD GPUs (and Triton's interpreter).
+
+Triton runs on a GPU that it supports and ATen elsewhere; :func:`backend` chooses another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast, get_args
 
 import torch
@@ -23,6 +27,32 @@ from torch import Tensor
 from . import aten, reference
 from .operators import Attend
 from .types import DTYPES, AttentionMaps, Backend, Inputs, JointAttention, MapRequest
+
+_chosen: Backend = "auto"  # torch.compile guards on it: a graph is traced again under another choice
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Let one backend compute every joint attention inside the context; contexts nest.
+
+    The choice is the process's, not a thread's: contexts that several threads hold at once overwrite each
+    other. It is made when an attention runs forward, and its gradient stays with it; a block under gradient
+    checkpointing runs forward again in the backward, which then belongs inside the context too.
+
+    Args:
+        name: ``"reference"``, ``"aten"`` or ``"triton"``; ``"auto"`` chooses by the device again.
+
+    Raises:
+        ValueError: no backend of that name. A backend that cannot take the tensors of a call raises there.
+    """
+    global _chosen
+    if name not in get_args(Backend):
+        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(get_args(Backend))}")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def joint_attention(
@@ -37,7 +67,6 @@ def joint_attention(
     maps: MapRequest | None = None,
     statistics: bool = False,
     text_value_for_image: Tensor | None = None,
-    backend: Backend = "auto",
 ) -> JointAttention:
     """Softmax attention over image and text tokens together, with I2T maps and statistics.
 
@@ -52,7 +81,6 @@ def joint_attention(
         text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
             A linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value``
             here.
-        backend: ``"auto"`` takes Triton on a GPU it supports and ATen elsewhere.
 
     Under autocast, tensors are cast to the autocast dtype, as PyTorch's own attention does.
 
@@ -72,7 +100,7 @@ def joint_attention(
         tensors["text_value_for_image"] = text_value_for_image
     tensors = _autocast(tensors)
     _validate(tensors, maps, scale)
-    return cast(JointAttention, _attend(tensors, backend, scale, maps, statistics))
+    return cast(JointAttention, _attend(tensors, scale, maps, statistics))
 
 
 def attention_maps(
@@ -84,7 +112,6 @@ def attention_maps(
     scale: float | None = None,
     maps: MapRequest = MapRequest(),  # noqa: B008 (frozen)
     statistics: bool = False,
-    backend: Backend = "auto",
 ) -> AttentionMaps:
     """The I2T map alone: no values, no attention output.
 
@@ -103,11 +130,11 @@ def attention_maps(
     _validate(tensors, maps, scale)
     if not statistics:
         tensors.pop("text_query", None)
-    return cast(AttentionMaps, _attend(tensors, backend, scale, maps, statistics))
+    return cast(AttentionMaps, _attend(tensors, scale, maps, statistics))
 
 
 def _attend(
-    tensors: dict[str, Tensor], backend: str, scale: float | None, maps: MapRequest | None, statistics: bool
+    tensors: dict[str, Tensor], scale: float | None, maps: MapRequest | None, statistics: bool
 ) -> JointAttention | AttentionMaps:
     inputs = Inputs(
         query=tensors["query"],
@@ -119,7 +146,7 @@ def _attend(
         text_value_for_image=tensors.get("text_value_for_image"),
     )
     factor = inputs.query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _backend(backend, inputs.query)(inputs, factor, maps, statistics)
+    return _attend_of(_chosen, inputs.query)(inputs, factor, maps, statistics)
 
 
 def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,15 +203,14 @@ def _validate(tensors: dict[str, Tensor], maps: MapRequest | None, scale: float 
         raise TypeError(f"scale={scale!r} must be a number or None")
 
 
-def _backend(name: str, query: Tensor) -> Attend:
-    if name not in get_args(Backend):
-        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(get_args(Backend))}")
+def _attend_of(name: Backend, query: Tensor) -> Attend:
+    """The function of the backend ``name`` for tensors like ``query``."""
     if name == "auto":
         name = "triton" if query.device.type == "cuda" and _triton_refusal(query) is None else "aten"
     if name == "triton":
         refusal = _triton_refusal(query)
         if refusal is not None:
-            raise ValueError(f"backend='triton' cannot run this: {refusal}; backend='aten' can")
+            raise ValueError(f'backend("triton") cannot run this: {refusal}; backend("aten") can')
         from .triton import registration
 
         return registration.attend

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .api import attention_maps, joint_attention
+from .api import attention_maps, backend, joint_attention
 from .reference import attend
 from .types import STREAMS, AttentionMaps, AttentionStatistics, Inputs, JointAttention, MapRequest
 
@@ -93,12 +93,14 @@ def exact_attention(**arguments: Any) -> JointAttention:
 
     Differentiable: pass float64 leaves to read exact gradients from them.
     """
-    return joint_attention(**_doubled(arguments), backend="reference")
+    with backend("reference"):
+        return joint_attention(**_doubled(arguments))
 
 
 def exact_maps(**arguments: Any) -> AttentionMaps:
     """:func:`attention_maps` in float64 by the reference backend; see :func:`exact_attention`."""
-    return attention_maps(**_doubled(arguments), backend="reference")
+    with backend("reference"):
+        return attention_maps(**_doubled(arguments))
 
 
 def _doubled(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seg4diff.backbones import CallInputs
-from seg4diff.kernels.types import AttentionStatistics, Backend, MapRequest
+from seg4diff.kernels.types import AttentionStatistics, MapRequest
 from seg4diff.patching import Patch, patch_of
 from seg4diff.processors import RESULT_ATTRIBUTE, LayerRequest, LayerResult
 from seg4diff.tokens import find_words
@@ -223,7 +223,6 @@ def capture(
     branch: Branch = "conditional",
     prompt: str | Sequence[str] | None = None,
     stop_early: bool = False,
-    backend: Backend = "auto",
 ) -> Iterator[Capture]:
     """Record the image-to-text attention of some layers while a pipeline or a transformer runs.
 
@@ -242,7 +241,6 @@ def capture(
         prompt: the text (one for each picture) where the pipeline is called with embeddings instead of text.
         stop_early: leave out everything that the last of ``layers`` does not need for its map: its values,
             its feed-forward and all later blocks. What the model returns is then meaningless.
-        backend: see :func:`seg4diff.kernels.api.joint_attention`.
 
     Yields:
         A :class:`Capture`, filled as the model runs.
@@ -263,7 +261,7 @@ def capture(
             raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(map(repr, accepted))}")
     pipe = target if hasattr(target, "transformer") else None
     chosen = state.layers(layers)
-    request = LayerRequest(maps=maps, statistics=statistics, backend=backend)
+    request = LayerRequest(maps=maps, statistics=statistics)
     captured = Capture(
         state,
         pipe,

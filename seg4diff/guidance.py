@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from seg4diff.backbones import Backbone, CallInputs
-from seg4diff.kernels.types import Backend
 from seg4diff.patching import patch_of
 from seg4diff.perturbation import Blur
 from seg4diff.processors import LayerRequest
@@ -25,7 +24,6 @@ def guide(
     scale: float = 3.0,
     layers: Sequence[int] | int | None = None,
     blur: Blur = Blur(),  # noqa: B008
-    backend: Backend = "auto",
     **call: Any,
 ) -> Any:
     """Call a pipeline with perturbed image-to-text guidance.
@@ -51,7 +49,6 @@ def guide(
             of perturbed-attention guidance for Stable Diffusion 3.
         layers: the layers that read blurred text in the perturbed rows; the model's expert layers when None.
         blur: the perturbation, see :class:`seg4diff.perturbation.Blur`.
-        backend: see :func:`seg4diff.kernels.api.joint_attention`.
         call: everything else that the pipeline's call accepts: ``guidance_scale``, ``negative_prompt``,
             ``generator``, ``callback_on_step_end``, ...
 
@@ -77,7 +74,7 @@ def guide(
         return pipe(prompt, **call)
     guidance = _Guidance(pipe, state.backbone, float(scale), blur)
     with ExitStack() as stack:
-        request = LayerRequest(edit_text_value=guidance.edit_text_value, backend=backend)
+        request = LayerRequest(edit_text_value=guidance.edit_text_value)
         stack.enter_context(state.asking(chosen, request))
         stack.enter_context(watching_forwards(pipe, guidance.before_forward, guidance.after_forward))
         stack.enter_context(watching_pipeline(pipe, guidance.begin, guidance.end))

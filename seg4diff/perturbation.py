@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.backbones import Backbone
-from seg4diff.kernels.types import Backend, MapRequest
+from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.processors import LayerRequest
 from seg4diff.tokens import TextEncoding, find_words
@@ -116,7 +116,6 @@ def perturb(
     kernel_size: int = 5,
     padding: Padding = "symmetric",
     text: slice = slice(None),
-    backend: Backend = "auto",
 ) -> Iterator[None]:
     """Blur the image-to-text attention of some layers while a pipeline or a transformer runs.
 
@@ -130,7 +129,6 @@ def perturb(
         layers: the layers to blur; the paper takes one at a time. None for all.
         sigma, kernel_size, padding, text: see :class:`Blur`; by default the paper's values on all text
             columns, with a padding that preserves the mass, as its text says.
-        backend: see :func:`seg4diff.kernels.api.joint_attention`.
 
     Raises:
         RuntimeError: ``target`` is not patched.
@@ -139,7 +137,7 @@ def perturb(
     """
     blur = Blur(sigma, kernel_size, padding, text)
     state = patch_of(target)
-    with state.asking(state.layers(layers), LayerRequest(edit_text_value=blur, backend=backend)):
+    with state.asking(state.layers(layers), LayerRequest(edit_text_value=blur)):
         yield
 
 
@@ -225,7 +223,6 @@ def edit(
     swap: Mapping[str, str] | None = None,
     weights: Mapping[str, float] | None = None,
     prompt: str | Sequence[str] | None = None,
-    backend: Backend = "auto",
 ) -> Iterator[None]:
     """Drop, swap or re-weight words of the prompt in what image tokens read, while a pipeline runs.
 
@@ -243,7 +240,6 @@ def edit(
             equally many, else each token reads the mean of the other word's.
         weights: ``{"red": 2.0}`` multiplies what is read of a word.
         prompt: the text (one for each prompt) where the pipeline is called with embeddings instead of text.
-        backend: see :func:`seg4diff.kernels.api.joint_attention`.
 
     Raises:
         RuntimeError: ``pipe`` is not patched; when it runs, no prompt is known.
@@ -262,7 +258,7 @@ def edit(
     given = (prompt,) if isinstance(prompt, str) else None if prompt is None else tuple(prompt)
     editor = _Editor(pipe, state.backbone, edits, given)
     with ExitStack() as stack:
-        request = LayerRequest(edit_text_value=editor.edit_text_value, backend=backend)
+        request = LayerRequest(edit_text_value=editor.edit_text_value)
         stack.enter_context(state.asking(state.layers(layers), request))
         stack.enter_context(watching_forwards(pipe, editor.before_forward, editor.after_forward))
         stack.enter_context(watching_pipeline(pipe, editor.begin, editor.end))

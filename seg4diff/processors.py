@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from seg4diff.kernels.api import attention_maps, joint_attention
-from seg4diff.kernels.types import AttentionStatistics, Backend, MapRequest
+from seg4diff.kernels.types import AttentionStatistics, MapRequest
 
 RESULT_ATTRIBUTE = "seg4diff_attention"
 
@@ -48,14 +48,12 @@ class LayerRequest:
             them.
         observe: called with the projections before the attention runs; what it returns is kept as it is. Not
             called where a forward stops early.
-        backend: see :func:`seg4diff.kernels.api.joint_attention`.
     """
 
     maps: MapRequest | None = None
     statistics: bool = False
     edit_text_value: Callable[[Tensor], Tensor] | None = None
     observe: Callable[[Projections], Any] | None = None
-    backend: Backend = "auto"
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,6 @@ class JointAttentionProcessor:
             maps=first.maps,
             statistics=any(request.statistics for request in self.requests),
             text_value_for_image=edited,
-            backend=next((r.backend for r in self.requests), "auto"),
         )
         results = []
         for request, seen in zip(self.requests, observed, strict=True):
@@ -118,9 +115,7 @@ class JointAttentionProcessor:
             if request.maps is None:
                 maps = None
             elif request is not first:
-                maps = attention_maps(
-                    query, key, None, text_key, maps=request.maps, backend=request.backend
-                ).maps
+                maps = attention_maps(query, key, None, text_key, maps=request.maps).maps
             statistics = attention.statistics if request.statistics else None
             results.append(LayerResult(maps, statistics, seen))
         setattr(attn, RESULT_ATTRIBUTE, tuple(results))
@@ -170,7 +165,6 @@ class MapsOnlyProcessor:
                 text_key,
                 maps=request.maps,
                 statistics=request.statistics,
-                backend=request.backend,
             )
             results.append(LayerResult(attention.maps, attention.statistics))
         setattr(attn, RESULT_ATTRIBUTE, tuple(results))

@@ -13,6 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import seg4diff
+from seg4diff.kernels.api import backend
 from seg4diff.perturbation import Blur, edit, perturb
 from tests.support import tiny
 from tests.support.materialised import materialised
@@ -91,14 +92,14 @@ def test_kernel_wider_than_the_text() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("backend", ["reference", "aten"])
+@pytest.mark.parametrize("attention", ["reference", "aten"])
 @pytest.mark.parametrize("padding", ["symmetric", "reflect"])
 @torch.no_grad()
-def test_perturbed_model_equals_brute_force(model: str, backend: Any, padding: Any) -> None:
+def test_perturbed_model_equals_brute_force(model: str, attention: Any, padding: Any) -> None:
     transformer = seg4diff.patch(tiny.transformer(**MODELS[model]).double())
     inputs = {name: tensor.double() for name, tensor in tiny.transformer_inputs().items()}
     stock = transformer(**inputs).sample
-    with perturb(transformer, [0, 1], sigma=1.5, kernel_size=3, padding=padding, backend=backend):
+    with backend(attention), perturb(transformer, [0, 1], sigma=1.5, kernel_size=3, padding=padding):
         output = transformer(**inputs).sample
     brute = blurred(1.5, 3, padding)
     with materialised(transformer, {0: brute, 1: brute}):

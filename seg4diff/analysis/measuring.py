@@ -18,7 +18,7 @@ from seg4diff.analysis.principal import principal_components
 from seg4diff.analysis.report import Measures, Report
 from seg4diff.backbones import CallInputs
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.types import AttentionStatistics, Backend
+from seg4diff.kernels.types import AttentionStatistics
 from seg4diff.patching import Patch, patch_of
 from seg4diff.processors import RESULT_ATTRIBUTE, LayerRequest, Projections
 from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
@@ -43,7 +43,6 @@ def analyze(
     seed: int = 0,
     batch_size: int = 1,
     progress: bool | None = None,
-    backend: Backend = "auto",
     **call: Any,
 ) -> Report:
     """Where the attention of each layer goes and how large its values are, at some noise levels.
@@ -67,7 +66,6 @@ def analyze(
         seed: of the noise. Picture number i is drawn from noise of seed + i; given images are all noised
         alike. batch_size: pictures that run together.
         progress: whether to show the pipeline's progress bar; when None, for more than one picture.
-        backend: see :func:`seg4diff.kernels.api.joint_attention`.
         call: more arguments of the pipeline's call, while drawing.
 
     Raises:
@@ -87,9 +85,7 @@ def analyze(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
     measurement = _Measurement(state, pipe, chosen, len(noise_levels), projections)
-    request = LayerRequest(
-        statistics=True, observe=measurement.observe if projections else None, backend=backend
-    )
+    request = LayerRequest(statistics=True, observe=measurement.observe if projections else None)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(state.asking(chosen, request))

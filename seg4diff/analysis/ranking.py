@@ -18,7 +18,7 @@ from seg4diff.analysis.report import _figure
 from seg4diff.capturing import capture
 from seg4diff.evaluation.metrics import confusion_matrix, counts_of
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.types import Backend, MapRequest
+from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.saving import write_atomically
 from seg4diff.segmentation.recipe import Resize, find_preset, model_inputs, resize_scores, views_of
@@ -125,7 +125,6 @@ def expert_layers(
     seed: int = 0,
     batch_size: int = 1,
     progress: bool | None = None,
-    backend: Backend = "auto",
 ) -> Ranking:
     """Rank layers by how well their image-to-text attention should segment, or does.
 
@@ -141,7 +140,7 @@ def expert_layers(
         labels: for each picture integers [height, width], an index into its classes; 255 does not count.
         classes: for each picture the names of its classes, which make up its prompt.
         layers: the layers to compare; all when None.
-        noise_levels, steps, preset, seed, batch_size, progress, backend: as in :func:`seg4diff.analyze`.
+        noise_levels, steps, preset, seed, batch_size, progress: as in :func:`seg4diff.analyze`.
 
     Raises:
         RuntimeError: ``pipe`` is not patched.
@@ -153,7 +152,7 @@ def expert_layers(
             raise ValueError("classes are given without labels; give both to measure, or prompts to guess")
         report = analyze(
             pipe, prompts, images=images, layers=layers, noise_levels=noise_levels, steps=steps,
-            preset=preset, seed=seed, batch_size=batch_size, progress=progress, backend=backend,
+            preset=preset, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
         return Ranking(
             criterion="value_norm_ratio",
@@ -170,7 +169,7 @@ def expert_layers(
     return _measure(
         pipe, images, labels, classes,
         layers=layers, noise_levels=noise_levels, steps=steps, preset=preset, seed=seed,
-        batch_size=batch_size, progress=progress, backend=backend,
+        batch_size=batch_size, progress=progress,
     )  # fmt: skip
 
 
@@ -188,7 +187,6 @@ def _measure(
     seed: int,
     batch_size: int,
     progress: bool | None,
-    backend: Backend,
 ) -> Ranking:
     """mIoU over all pictures of every layer at every noise level."""
     state = patch_of(pipe)
@@ -240,7 +238,6 @@ def _measure(
                     chosen,
                     maps=MapRequest(text=slice(0, encoding.length)),
                     stop_early=True,
-                    backend=backend,
                 ) as captured:
                     pipe.transformer(**inputs.arguments)
                 grid = captured.records[0].grid

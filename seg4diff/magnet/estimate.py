@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from seg4diff.backbones import find_backbone
 from seg4diff.kernels import aten
+from seg4diff.kernels.api import backend
 from seg4diff.kernels.types import Inputs, Request
 from seg4diff.magnet import objective
 from seg4diff.magnet.adapters import add_adapters
@@ -123,7 +124,7 @@ def estimate_memory(
         quantised = _nf4_savings(transformer, dtype) if settings.memory.quantise == "nf4" else 0
         add_adapters(transformer, settings.lora, stop_after=stop_after)
     tracker = _Tracker(counts_workspace=device == "cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
+    with backend("aten"), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         for patched in _without_data():
             stack.enter_context(patched)
         trained = _made_fake(transformer)
@@ -373,7 +374,7 @@ class _Observed(Magnet):
 
     def __init__(self, transformer: nn.Module, settings: TrainSettings, tracker: _Tracker) -> None:
         layers = settings.mask
-        super().__init__(transformer, layers, fm_weight=settings.fm_weight, backend="aten")
+        super().__init__(transformer, layers, fm_weight=settings.fm_weight)
         self._tracker = tracker
 
     def _mask_losses(self, maps: Tensor, grid: tuple[int, int], batch: Batch) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seg4diff.backbones import find_backbone
 from seg4diff.capturing import Capture, capture
-from seg4diff.kernels.types import Backend, MapRequest
+from seg4diff.kernels.types import MapRequest
 from seg4diff.magnet.losses import dice_loss, flow_matching_loss, focal_loss
 from seg4diff.magnet.matching import match
 from seg4diff.magnet.settings import MaskSettings
@@ -81,7 +81,6 @@ class Magnet(nn.Module):
         mask: MaskSettings,
         *,
         fm_weight: float = 1.0,
-        backend: Backend = "auto",
     ) -> None:
         """Patches ``transformer``.
 
@@ -89,7 +88,6 @@ class Magnet(nn.Module):
             transformer: a transformer of a supported family.
             mask: the mask loss; its empty ``layers`` mean the expert layers.
             fm_weight: weight of the flow-matching loss; with 0 the model stops after the last layer trained.
-            backend: see :func:`seg4diff.kernels.api.joint_attention`.
 
         Raises:
             ValueError: a layer out of range, or none is known.
@@ -99,7 +97,6 @@ class Magnet(nn.Module):
         self.mask = mask
         self.fm_weight = fm_weight
         self.layers = mask_layers(transformer, mask)
-        self.backend: Backend = backend
         self.head = ConvolutionalHead() if mask.convolutional_head else None
 
     @property
@@ -159,9 +156,7 @@ class Magnet(nn.Module):
             heads="each" if self.mask.pairing == "head" else "mean",
             text=slice(0, last + 1),
         )
-        return capture(
-            self.transformer, self.layers, maps=request, stop_early=stop_early, backend=self.backend
-        )
+        return capture(self.transformer, self.layers, maps=request, stop_early=stop_early)
 
     def _mask_losses(self, maps: Tensor, grid: tuple[int, int], batch: Batch) -> tuple[Tensor, Tensor]:
         """Focal and dice loss of one layer's maps [B, (H,) N, T'], mean over rows; no masks, no loss."""

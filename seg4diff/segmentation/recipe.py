@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seg4diff.backbones import Backbone
 from seg4diff.capturing import capture
-from seg4diff.kernels.types import Backend, MapRequest
+from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 
 Geometry = Literal["aspect", "crop", "squash"]
@@ -168,7 +168,6 @@ def run_maps(
     generator: torch.Generator | None = None,
     batch_size: int = 1,
     progress: bool | None = None,
-    backend: Backend = "auto",
     known_text: Mapping[str, dict[str, Tensor]] | None = None,
     average_layers: bool = True,
 ) -> Iterator[ImageMaps]:
@@ -215,9 +214,7 @@ def run_maps(
                 batch_size=batch_size,
                 known_text=known_text,
             ):
-                with capture(
-                    state.transformer, chosen, maps=maps, stop_early=True, backend=backend
-                ) as captured:
+                with capture(state.transformer, chosen, maps=maps, stop_early=True) as captured:
                     pipe.transformer(**inputs.arguments)
                 records = captured.records
                 layer_maps = torch.stack([r.maps for r in records if r.maps is not None])  # [L, rows, ...]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.types import Backend, MapRequest
+from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import ImageMaps, View, find_preset, run_maps, views_of
 from seg4diff.segmentation.result import Segmentation
@@ -187,7 +187,6 @@ def segment_unsupervised(
     generator: torch.Generator | None = None,
     batch_size: int = 1,
     progress: bool | None = None,
-    backend: Backend = "auto",
 ) -> Segmentation | list[Segmentation]:
     """Divide pictures into regions without naming any.
 
@@ -203,7 +202,7 @@ def segment_unsupervised(
         layers: transformer blocks whose maps are averaged (``"best"`` keeps them apart); the model's expert
             layers when None.
         threshold: when maps are merged; that of the preset when None. Smaller means more regions.
-        seed, generator, batch_size, progress, backend: as in :func:`seg4diff.segment`.
+        seed, generator, batch_size, progress: as in :func:`seg4diff.segment`.
 
     Returns:
         A :class:`Segmentation` on the CPU, or a list of them if several pictures were given. Its classes are
@@ -238,7 +237,6 @@ def segment_unsupervised(
         generator=generator,
         batch_size=batch_size,
         progress=progress,
-        backend=backend,
         average_layers=grouping.heads == "mean",
     ):
         metadata = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.types import Backend, MapRequest
+from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import (
     ImageMaps,
@@ -35,7 +35,6 @@ def segment(
     generator: torch.Generator | None = None,
     batch_size: int = 1,
     progress: bool | None = None,
-    backend: Backend = "auto",
 ) -> Segmentation | list[Segmentation]:
     """Segment pictures by the names of the things in them, without training.
 
@@ -57,7 +56,6 @@ def segment(
         generator: draws the noise instead, for one picture after the other.
         batch_size: pictures (and prompts) that run together.
         progress: whether to show a progress bar; when None, for more than one picture.
-        backend: see :func:`seg4diff.kernels.api.joint_attention`.
 
     Returns:
         A :class:`Segmentation` on the CPU, or a list of them if several pictures were given. ``scores`` are
@@ -89,7 +87,6 @@ def segment(
         generator=generator,
         batch_size=batch_size,
         progress=progress,
-        backend=backend,
     ):
         per_image = names[found.index]
         results[found.index] = _segmentation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.kernels import api
-from seg4diff.kernels.api import attention_maps, joint_attention
+from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import attention_inputs
 from seg4diff.kernels.types import MapRequest
 
@@ -94,11 +95,6 @@ def test_text_ranges_outside_the_text(inputs: dict[str, Tensor], text: slice) ->
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"backend": "cuda"},
-            ValueError,
-            "backend='cuda' is unknown; accepted: auto, reference, aten, triton",
-        ),
         ({"maps": "mean"}, TypeError, "maps='mean' must be a MapRequest"),
         ({"scale": "big"}, TypeError, "scale='big' must be a number"),
     ],
@@ -111,15 +107,107 @@ def test_options_that_do_not_exist(
 
 
 def test_triton_refuses_a_cpu_and_names_what_can(inputs: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="backend='triton' cannot run this: .*; backend='aten' can"):
-        joint_attention(**{n: t.repeat(1, 1, 1, 4) for n, t in inputs.items()}, backend="triton")
+    wide = {name: tensor.repeat(1, 1, 1, 4) for name, tensor in inputs.items()}
+    with backend("triton"):
+        with pytest.raises(
+            ValueError, match=r'backend\("triton"\) cannot run this: .*; backend\("aten"\) can'
+        ):
+            joint_attention(**wide)
+        with backend("aten"):
+            assert joint_attention(**wide).image.shape == wide["query"].shape
+
+
+def ran(inputs: dict[str, Tensor]) -> str:
+    """The backend that a call takes: operators have a gradient formula, the reference has autograd's."""
+    query = inputs["query"].clone().requires_grad_()
+    formula = type(joint_attention(**{**inputs, "query": query}).image.grad_fn).__name__
+    return "aten" if "aten_forward" in formula else "reference"
+
+
+def test_the_innermost_backend_runs(inputs: dict[str, Tensor]) -> None:
+    order = [ran(inputs)]
+    with backend("reference"):
+        order.append(ran(inputs))
+        with pytest.raises(ValueError, match="tokens"), backend("aten"):
+            joint_attention(**changed(inputs, key=lambda t: t[:, :0]))
+        order.append(ran(inputs))
+        with backend("auto"):
+            order.append(ran(inputs))
+        order.append(ran(inputs))
+    order.append(ran(inputs))
+    assert order == ["aten", "reference", "reference", "aten", "reference", "aten"]
+
+
+def test_backends_that_do_not_exist(inputs: dict[str, Tensor]) -> None:
+    with backend("reference"):
+        with (
+            pytest.raises(
+                ValueError, match="backend='cuda' is unknown; accepted: auto, reference, aten, triton"
+            ),
+            backend("cuda"),  # type: ignore[arg-type]
+        ):
+            pass
+        assert ran(inputs) == "reference"
+
+
+class Graphs:
+    """A compiler for torch.compile that notes the backends in each graph and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.traced: list[list[str]] = []
+        self.latest: list[str] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        names = {"softmax": "reference", "seg4diff.aten_forward.default": "aten"}
+        backends = [names[str(node.target)] for node in graph.graph.nodes if str(node.target) in names]
+        self.traced.append(backends)
+
+        def run(*tensors: Tensor) -> Any:
+            self.latest = backends
+            return graph(*tensors)
+
+        return run
+
+
+def test_a_backend_around_a_compiled_function(inputs: dict[str, Tensor]) -> None:
+    torch.compiler.reset()
+    graphs = Graphs()
+    compiled = torch.compile(joint_attention, fullgraph=True, backend=graphs)
+    for _ in range(2):
+        compiled(**inputs)
+        assert graphs.latest == ["aten"]
+        with backend("reference"):
+            compiled(**inputs)
+        assert graphs.latest == ["reference"] * 2  # a softmax for each stream
+    assert len(graphs.traced) == 2  # one graph for each
+
+
+def test_a_backend_inside_a_compiled_function(inputs: dict[str, Tensor]) -> None:
+    def model(query: Tensor) -> list[Tensor]:
+        given = {**inputs, "query": query}
+        images = [joint_attention(**given).image]
+        with backend("reference"):
+            images.append(joint_attention(**given).image)
+            with backend("aten"):
+                images.append(joint_attention(**given).image)
+            images.append(joint_attention(**given).image)
+        return [*images, joint_attention(**given).image]
+
+    torch.compiler.reset()
+    graphs = Graphs()
+    expected = model(inputs["query"])
+    found = torch.compile(model, fullgraph=True, backend=graphs)(inputs["query"])
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+    assert graphs.traced == [["aten", *["reference"] * 2, "aten", *["reference"] * 2, "aten"]]
+    assert ran(inputs) == "aten"
 
 
 def test_nothing_runs_before_the_checks(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(name: str, query: Tensor) -> Any:
         raise AssertionError("a backend was asked for")
 
-    monkeypatch.setattr(api, "_backend", chosen)
+    monkeypatch.setattr(api, "_attend_of", chosen)
     with pytest.raises(ValueError, match="tokens"):
         joint_attention(**changed(inputs, text_value=lambda t: t[:, :3]))
     with pytest.raises(ValueError, match="inside the 4 text tokens"):

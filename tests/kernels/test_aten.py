@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.kernels import aten
-from seg4diff.kernels.api import attention_maps, joint_attention
+from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import (
     assert_within_budget,
     attention_inputs,
@@ -32,6 +32,12 @@ UPSTREAM = {
 }
 
 
+@pytest.fixture(autouse=True)
+def chosen() -> Iterator[None]:
+    with backend("aten"):
+        yield
+
+
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -41,7 +47,7 @@ def test_forward(shape: tuple[int, ...], dtype: torch.dtype, edited: bool) -> No
         for heads in HEADS:
             request = MapRequest(kind, heads, slice(1, 4))  # type: ignore[arg-type]
             options: dict[str, Any] = {"maps": request, "statistics": True}
-            actual = joint_attention(**inputs, **options, backend="aten")
+            actual = joint_attention(**inputs, **options)
             exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
             if kind == "probability" and dtype in (torch.bfloat16, torch.float16):
                 baseline = replace(baseline, maps=materialised(inputs, request))
@@ -110,7 +116,7 @@ def test_gradients_are_the_reference_s(kind: Any, heads: Any, given: str) -> Non
     inputs = attention_inputs(2, 21, 9, 3, 16, torch.float64, edited=True)
     options: dict[str, Any] = {"maps": MapRequest(kind, heads, slice(2, 7))}
     wanted = upstream(joint_attention(**inputs, **options), UPSTREAM[given])
-    actual = gradients(joint_attention, inputs, wanted, **options, backend="aten")
+    actual = gradients(joint_attention, inputs, wanted, **options)
     exact = gradients(exact_attention, inputs, wanted, **options)
     for name in inputs:
         true, found = exact[name], actual[name]
@@ -139,7 +145,7 @@ def test_gradients_keep_the_budget(dtype: torch.dtype, given: str) -> None:
     inputs = attention_inputs(2, 100, 33, 3, 64, dtype)
     options: dict[str, Any] = {"maps": MapRequest()}
     wanted = upstream(joint_attention(**inputs, **options), UPSTREAM[given])
-    actual = gradients(joint_attention, inputs, wanted, **options, backend="aten")
+    actual = gradients(joint_attention, inputs, wanted, **options)
     exact = gradients(exact_attention, {n: t.double() for n, t in inputs.items()}, wanted, **options)
     baseline = gradients(pytorch_attention, inputs, wanted, **options)
     for name in inputs:
@@ -157,18 +163,18 @@ def test_maps_alone(kind: Any) -> None:
     inputs = attention_inputs(2, 50, 20, 3, 32, torch.float64)
     streams = {name: t for name, t in inputs.items() if not name.endswith("value")}
     request = MapRequest(kind, "mean", slice(3, 17))
-    whole = joint_attention(**inputs, maps=request, statistics=True, backend="aten")
+    whole = joint_attention(**inputs, maps=request, statistics=True)
     for statistics in (False, True):
-        alone = attention_maps(**streams, maps=request, statistics=statistics, backend="aten")
+        alone = attention_maps(**streams, maps=request, statistics=statistics)
         assert isinstance(alone, AttentionMaps)
         torch.testing.assert_close(alone.maps, whole.maps)
     torch.testing.assert_close(alone.statistics.text_to_text, whole.statistics.text_to_text)
     query, key, text_key = (streams[name] for name in ("query", "key", "text_key"))
-    bare = attention_maps(query, key, None, text_key, maps=request, backend="aten")
+    bare = attention_maps(query, key, None, text_key, maps=request)
     assert (bare.lse is None) == (kind != "probability")
     wanted = upstream(whole, ("maps",))
-    expected = gradients(joint_attention, inputs, wanted, maps=request, backend="aten")
-    found = gradients(attention_maps, streams, wanted, maps=request, backend="aten")
+    expected = gradients(joint_attention, inputs, wanted, maps=request)
+    found = gradients(attention_maps, streams, wanted, maps=request)
     for name, gradient in found.items():
         reference = expected[name]
         if gradient is None:
@@ -185,7 +191,7 @@ def test_strided_views_give_the_same_numbers() -> None:
         fused = torch.stack([inputs[name] for name in names], dim=2)  # [B, tokens, 3, H, D]
         views.update({name: fused[:, :, index] for index, name in enumerate(names)})
     assert not any(view.is_contiguous() for view in views.values())
-    results = [joint_attention(**given, maps=MapRequest(), backend="aten") for given in (inputs, views)]
+    results = [joint_attention(**given, maps=MapRequest()) for given in (inputs, views)]
     for part in ("image", "text", "maps", "lse"):
         torch.testing.assert_close(*(getattr(result, part) for result in results), rtol=1e-6, atol=1e-6)
 
@@ -223,13 +229,13 @@ def test_any_strides(layout: str, compiled: bool) -> None:
         views = {name: LAYOUTS[layout](t) if name in strided else t for name, t in inputs.items()}
         copies = {name: t.contiguous() for name, t in views.items()}
         assert not any(views[name].is_contiguous() for name in strided)
-        actual = ours(**views, **options, backend="aten")
+        actual = ours(**views, **options)
         exact, baseline = exact_attention(**copies, **options), pytorch_attention(**copies, **options)
         compare(actual, exact, baseline, torch.float32, label)
         assert_within_budget(actual.lse, exact.lse, baseline.lse, name=f"lse with {label}")
         wanted = upstream(actual, ("image", "text", "maps"))
-        found = gradients(ours, views, wanted, **options, backend="aten")
-        expected = gradients(joint_attention, copies, wanted, **options, backend="aten")
+        found = gradients(ours, views, wanted, **options)
+        expected = gradients(joint_attention, copies, wanted, **options)
         for stream in ALL_STREAMS:
             largest = float(expected[stream].abs().max())
             torch.testing.assert_close(
@@ -242,7 +248,7 @@ def test_compiles_as_one_graph() -> None:
 
     def model(scale: Tensor, **streams: Tensor) -> Tensor:
         streams["query"] = streams["query"] * scale
-        result = joint_attention(**streams, maps=MapRequest(), statistics=True, backend="aten")
+        result = joint_attention(**streams, maps=MapRequest(), statistics=True)
         return result.image.sum() + result.maps.square().sum() + result.statistics.image_to_text.sum()
 
     losses, found = [], []
@@ -271,9 +277,9 @@ def test_autocast_casts_as_pytorch_s_attention_does() -> None:
     inputs = attention_inputs(1, 20, 9, 2, 16, torch.float32)
     inputs["value"] = inputs["value"].bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        result = joint_attention(**inputs, maps=MapRequest(), backend="aten")
+        result = joint_attention(**inputs, maps=MapRequest())
     rounded = {name: tensor.bfloat16() for name, tensor in inputs.items()}
-    expected = joint_attention(**rounded, maps=MapRequest(), backend="aten")
+    expected = joint_attention(**rounded, maps=MapRequest())
     assert result.image.dtype == torch.bfloat16
     assert torch.equal(result.image, expected.image)
 
@@ -281,9 +287,9 @@ def test_autocast_casts_as_pytorch_s_attention_does() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode: Callable[[], Any]) -> None:
     inputs = {n: t.requires_grad_() for n, t in attention_inputs(1, 20, 9, 2, 16, torch.float32).items()}
-    expected = joint_attention(**inputs, maps=MapRequest(), statistics=True, backend="aten")
+    expected = joint_attention(**inputs, maps=MapRequest(), statistics=True)
     with mode():
-        result = joint_attention(**inputs, maps=MapRequest(), statistics=True, backend="aten")
+        result = joint_attention(**inputs, maps=MapRequest(), statistics=True)
     for part in ("image", "text", "maps", "lse"):
         assert not getattr(result, part).requires_grad
         assert torch.equal(getattr(result, part), getattr(expected, part))
@@ -308,7 +314,7 @@ def test_no_matrix_of_all_tokens_exists() -> None:
 
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     with Watch():
-        result = joint_attention(**leaves, maps=MapRequest(), backend="aten")
+        result = joint_attention(**leaves, maps=MapRequest())
         (result.image.sum() + result.maps.square().sum()).backward()
     assert leaves["text_key"].grad is not None
     assert 0 < largest < 4 * (tokens + text) ** 2

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from seg4diff.kernels.api import attention_maps, joint_attention
+from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import attention_inputs
 from seg4diff.kernels.types import AttentionMaps, MapRequest
 
 KINDS = ["probability", "logit", "text_probability"]
 HEADS = ["mean", "each"]
+
+
+@pytest.fixture(autouse=True)
+def chosen() -> Iterator[None]:
+    with backend("reference"):
+        yield
 
 
 def by_hand(inputs: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -75,9 +81,7 @@ def test_against_loops(edited: bool, scale: float | None) -> None:
     for kind in KINDS:
         for heads in HEADS:
             request = MapRequest(kind, heads, slice(1, 3))  # type: ignore[arg-type]
-            result = joint_attention(
-                **inputs, scale=scale, maps=request, statistics=True, backend="reference"
-            )
+            result = joint_attention(**inputs, scale=scale, maps=request, statistics=True)
             torch.testing.assert_close(result.maps, REDUCTIONS[heads](expected[kind])[..., 1:3])
     for name in ("image", "text", "lse"):
         torch.testing.assert_close(getattr(result, name), expected[name])
@@ -89,7 +93,7 @@ def test_budgets_of_a_row_sum_to_one() -> None:
     """The mass on image columns, counted by values of one there and zero on the text."""
     inputs = attention_inputs(1, 7, 5, 2, 8, torch.float64)
     counting = {**inputs, "value": torch.ones_like(inputs["value"]), "text_value": 0 * inputs["text_value"]}
-    result = joint_attention(**counting, statistics=True, backend="reference")
+    result = joint_attention(**counting, statistics=True)
     on_image = result.image[..., 0].transpose(1, 2), result.text[..., 0].transpose(1, 2)
     for mass, on_text in zip(
         on_image, (result.statistics.image_to_text, result.statistics.text_to_text), strict=True
@@ -108,7 +112,6 @@ def test_gradcheck(kind: Any, heads: Any) -> None:
             *tensors[:6],
             text_value_for_image=tensors[6],
             maps=MapRequest(kind, heads, slice(0, 2)),
-            backend="reference",
         )
         return result.image, result.text, result.maps
 
@@ -120,13 +123,13 @@ def test_maps_alone_are_the_maps(kind: Any) -> None:
     inputs = attention_inputs(1, 5, 3, 2, 8, torch.float64)
     streams = [inputs[name] for name in ("query", "key", "text_query", "text_key")]
     request = MapRequest(kind)
-    alone = attention_maps(*streams, maps=request, backend="reference")
+    alone = attention_maps(*streams, maps=request)
     assert isinstance(alone, AttentionMaps)
-    assert torch.equal(alone.maps, joint_attention(**inputs, maps=request, backend="reference").maps)
+    assert torch.equal(alone.maps, joint_attention(**inputs, maps=request).maps)
 
 
 def test_half_precision_is_rounded_once() -> None:
     inputs = attention_inputs(1, 9, 4, 2, 16, torch.bfloat16)
-    exact = joint_attention(**{n: t.double() for n, t in inputs.items()}, backend="reference")
-    result = joint_attention(**inputs, backend="reference")
+    exact = joint_attention(**{n: t.double() for n, t in inputs.items()})
+    result = joint_attention(**inputs)
     assert torch.equal(result.image, exact.image.bfloat16())

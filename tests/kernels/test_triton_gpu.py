@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from seg4diff.kernels.api import attention_maps, joint_attention
+from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import (
     assert_within_budget,
     attention_inputs,
@@ -47,6 +47,12 @@ WIDTHS += [(width, torch.float32) for width in (40, 128, 256)]
 
 
 @pytest.fixture(autouse=True)
+def chosen() -> Iterator[None]:
+    with backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 baselines multiply in float32."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
@@ -56,7 +62,7 @@ def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forward(tokens: int, text_tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Image rows across the sequence, tails included, and every row's budget through its log-sum-exp."""
     inputs = attention_inputs(1, tokens, text_tokens, heads, head_dim, dtype, device="cuda")
-    result = joint_attention(**inputs, maps=MapRequest(), statistics=True, backend="triton")
+    result = joint_attention(**inputs, maps=MapRequest(), statistics=True)
     rows = torch.cat([torch.arange(0, tokens, 61), torch.arange(tokens - 20, tokens)]).cuda()
     for part in rows.split(64):
         exact, exact_maps = attention_rows(inputs, part, torch.float64)
@@ -102,7 +108,7 @@ def test_gradients(
         )
         for name in given
     }
-    actual = gradients(joint_attention, inputs, wanted, maps=MapRequest(), backend="triton")
+    actual = gradients(joint_attention, inputs, wanted, maps=MapRequest())
     for head in {0, heads // 2, heads - 1}:
         one = {name: tensor[:, :, head : head + 1] for name, tensor in inputs.items()}
         of_head = {
@@ -127,9 +133,9 @@ def test_every_map(kind: Any, heads: Any, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(1)
     exact = exact_attention(**inputs, **options)
     baseline = pytorch_attention(**inputs, **options)
-    actual = joint_attention(**inputs, **options, backend="triton")
+    actual = joint_attention(**inputs, **options)
     streams = {name: tensor for name, tensor in inputs.items() if not name.endswith("value")}
-    alone = attention_maps(**streams, **options, backend="triton")
+    alone = attention_maps(**streams, **options)
     for result in (actual, alone):
         assert_within_budget(result.maps, exact.maps, baseline.maps)
     shape = exact.maps.shape
@@ -138,7 +144,7 @@ def test_every_map(kind: Any, heads: Any, dtype: torch.dtype) -> None:
         "maps": 100 * torch.randn(shape, generator=generator, device="cuda"),
     }
     wide = {name: tensor.double() for name, tensor in inputs.items()}
-    found = gradients(joint_attention, inputs, wanted, **options, backend="triton")
+    found = gradients(joint_attention, inputs, wanted, **options)
     true = gradients(exact_attention, wide, wanted, **options)
     usual = gradients(pytorch_attention, inputs, wanted, **options)
     for name in ("query", "key", "value", "text_key", "text_value"):
@@ -150,10 +156,10 @@ def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     inputs = attention_inputs(1, 255, 77, 2, head_dim, dtype, device="cuda")
     options: dict[str, Any] = {"maps": MapRequest()}
     exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
-    actual = joint_attention(**inputs, **options, backend="triton")
+    actual = joint_attention(**inputs, **options)
     wanted = {name: torch.randn_like(getattr(exact, name)).to(dtype) for name in ("image", "text")}
     wide = {name: tensor.double() for name, tensor in inputs.items()}
-    found = gradients(joint_attention, inputs, wanted, **options, backend="triton")
+    found = gradients(joint_attention, inputs, wanted, **options)
     true = gradients(exact_attention, wide, wanted, **options)
     usual = gradients(pytorch_attention, inputs, wanted, **options)
     for name in ("image", "text", "maps"):
@@ -165,7 +171,7 @@ def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
 def test_two_runs_are_bitwise_equal() -> None:
     inputs = attention_inputs(2, 4096, 154, 24, 64, torch.bfloat16, device="cuda")
     wanted = {"image": torch.randn_like(inputs["query"]), "maps": torch.randn(2, 4096, 154, device="cuda")}
-    runs = [gradients(joint_attention, inputs, wanted, maps=MapRequest(), backend="triton") for _ in range(3)]
+    runs = [gradients(joint_attention, inputs, wanted, maps=MapRequest()) for _ in range(3)]
     for other in runs[1:]:
         for name, gradient in runs[0].items():
             assert torch.equal(gradient, other[name]), name
@@ -175,7 +181,7 @@ def test_replay_of_a_cuda_graph() -> None:
     inputs = attention_inputs(1, 1024, 154, 8, 64, torch.bfloat16, device="cuda")
 
     def run() -> JointAttention:
-        return joint_attention(**inputs, maps=MapRequest(), statistics=True, backend="triton")
+        return joint_attention(**inputs, maps=MapRequest(), statistics=True)
 
     run()
     graph = torch.cuda.CUDAGraph()
@@ -197,8 +203,8 @@ def test_more_than_two_billion_elements() -> None:
     memory = torch.zeros(apart + 130 * 2 * 64, dtype=torch.bfloat16, device="cuda")
     far = torch.as_strided(memory, (2, 130, 2, 64), (apart, 128, 64, 1))
     far.copy_(small["query"])
-    expected = joint_attention(**small, maps=MapRequest(), backend="triton")
-    found = joint_attention(**{**small, "query": far}, maps=MapRequest(), backend="triton")
+    expected = joint_attention(**small, maps=MapRequest())
+    found = joint_attention(**{**small, "query": far}, maps=MapRequest())
     for name in ("image", "maps"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
@@ -208,7 +214,7 @@ def test_a_gpu_that_is_not_the_current_one() -> None:
         pytest.skip("needs two GPUs")
     inputs = attention_inputs(1, 130, 77, 2, 64, torch.bfloat16, device="cuda:1")
     assert torch.cuda.current_device() == 0
-    result = joint_attention(**inputs, maps=MapRequest(), backend="triton")
+    result = joint_attention(**inputs, maps=MapRequest())
     exact = exact_attention(**inputs, maps=MapRequest())
     baseline = pytorch_attention(**inputs, maps=MapRequest())
     for name in ("image", "maps"):
@@ -220,7 +226,7 @@ def test_compiles_as_one_graph() -> None:
 
     def model(scale: Tensor, **streams: Tensor) -> Tensor:
         streams["query"] = streams["query"] * scale
-        result = joint_attention(**streams, maps=MapRequest(), statistics=True, backend="triton")
+        result = joint_attention(**streams, maps=MapRequest(), statistics=True)
         return (
             result.image.float().sum() + result.maps.square().sum() + result.statistics.image_value_norm.sum()
         )
@@ -236,18 +242,21 @@ def test_compiles_as_one_graph() -> None:
 
 def test_auto_takes_triton_here() -> None:
     inputs = attention_inputs(1, 64, 16, 2, 64, torch.bfloat16, device="cuda")
-    chosen, named = (joint_attention(**inputs, backend=name) for name in ("auto", "triton"))  # type: ignore[arg-type]
-    assert torch.equal(chosen.image, named.image)
+    named = joint_attention(**inputs)
+    with backend("auto"):
+        assert torch.equal(joint_attention(**inputs).image, named.image)
+    with backend("aten"):
+        assert not torch.equal(joint_attention(**inputs).image, named.image)
 
 
 def test_nothing_larger_than_the_outputs_is_kept() -> None:
     """Peak memory over the outputs stays under 5 % of one S x S matrix of one head."""
     inputs = attention_inputs(1, 4096, 154, 24, 64, torch.bfloat16, device="cuda")
-    joint_attention(**inputs, maps=MapRequest(), backend="triton")
+    joint_attention(**inputs, maps=MapRequest())
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = joint_attention(**inputs, maps=MapRequest(), backend="triton")
+    result = joint_attention(**inputs, maps=MapRequest())
     kept = sum(
         tensor.untyped_storage().nbytes() for tensor in (result.image, result.text, result.maps, result.lse)
     )

@@ -38,7 +38,7 @@ def measured(transformer: Any, chosen: TrainSettings) -> int:
     weights = add_adapters(transformer, chosen.lora, stop_after=stop)
     if chosen.memory.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    magnet = Magnet(transformer, chosen.mask, fm_weight=chosen.fm_weight, backend="aten")
+    magnet = Magnet(transformer, chosen.mask, fm_weight=chosen.fm_weight)
     side = chosen.data.resolution // 8
     batch = Batch(
         latents=torch.randn(chosen.batch, 4, side, side),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from seg4diff.kernels.api import attention_maps, joint_attention
+from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import (
     assert_within_budget,
     attention_inputs,
@@ -27,6 +27,12 @@ from tests.support.interpreter import repair_bfloat16
 repair_bfloat16()
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def chosen() -> Iterator[None]:
+    with backend("triton"):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +133,7 @@ def judge(case: Case, actual: JointAttention, exact: JointAttention, baseline: J
 def test_forward(case: Case) -> None:
     inputs = case.inputs()
     options: dict[str, Any] = {"maps": case.maps, "scale": case.scale, "statistics": True}
-    actual = joint_attention(**inputs, **options, backend="triton")
+    actual = joint_attention(**inputs, **options)
     exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
     judge(case, actual, exact, baseline)
     for name in ("image_to_text", "text_to_text", "image_value_norm", "text_value_norm"):
@@ -143,7 +149,7 @@ def test_maps_alone(scores: str, statistics: bool) -> None:
     """Without values there is no output, and only the log-sum-exp that is needed."""
     case = Case(111, 77, 3, 64, "bf16", scores, "mean", batch=2, text=(5, 70))
     inputs = {name: tensor for name, tensor in case.inputs().items() if not name.endswith("value")}
-    actual = attention_maps(**inputs, maps=case.maps, statistics=statistics, backend="triton")
+    actual = attention_maps(**inputs, maps=case.maps, statistics=statistics)
     exact = exact_maps(**inputs, maps=case.maps, statistics=statistics)
     baseline = pytorch_maps(**inputs, maps=case.maps, statistics=statistics)
     assert_within_budget(actual.maps, exact.maps, baseline.maps)
@@ -160,8 +166,8 @@ def test_rows_of_the_whole_matrix_sum_to_one() -> None:
     inputs = attention_inputs(1, 111, 77, 2, 64, torch.bfloat16)
     names = {name: name[5:] if name.startswith("text_") else f"text_{name}" for name in inputs}
     swapped = {names[name]: tensor for name, tensor in inputs.items()}
-    one = joint_attention(**inputs, statistics=True, backend="triton").statistics
-    other = joint_attention(**swapped, statistics=True, backend="triton").statistics
+    one = joint_attention(**inputs, statistics=True).statistics
+    other = joint_attention(**swapped, statistics=True).statistics
     # By rows of the images and of the text; sums of a few hundred float32 terms.
     for here, there in ((one.image_to_text, other.text_to_text), (one.text_to_text, other.image_to_text)):
         assert float(here.min()) > 0
@@ -199,7 +205,7 @@ def test_strides(layout: str) -> None:
     results = []
     for tensors in (inputs, views):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-        result = joint_attention(**leaves, maps=MapRequest(), backend="triton")
+        result = joint_attention(**leaves, maps=MapRequest())
         # A broadcast upstream gradient, as sum() gives, and a transposed one.
         wanted = result.image.sum() + (result.text.transpose(1, 2) * result.text.transpose(1, 2)).sum()
         gradients = torch.autograd.grad(wanted + 1000 * (result.maps**2).sum(), list(leaves.values()))
@@ -274,7 +280,7 @@ def test_gradients(case: Case, given: str) -> None:
 
 
 def judge_gradients(case: Case, wanted: dict[str, Tensor], inputs: dict[str, Tensor], **options: Any) -> None:
-    actual = gradients(joint_attention, inputs, wanted, **options, backend="triton")
+    actual = gradients(joint_attention, inputs, wanted, **options)
     wide = {name: tensor.double() for name, tensor in inputs.items()}
     # The upstream gradients that the kernels see are rounded to the dtype of the outputs; so are these.
     rounded = {n: g if n == "maps" else g.to(DTYPES[case.dtype]) for n, g in wanted.items()}
@@ -297,7 +303,7 @@ def test_gradients_of_maps_alone(scores: str) -> None:
 
     wanted = upstream(case, ("maps",))
     options: dict[str, Any] = {"maps": case.maps, "text_query": None}
-    actual = gradients(attention_maps, inputs, wanted, **options, backend="triton")
+    actual = gradients(attention_maps, inputs, wanted, **options)
     exact = gradients(exact_maps, {n: t.double() for n, t in inputs.items()}, wanted, **options)
     baseline = gradients(pytorch_maps, inputs, wanted, **options)
     for name in inputs:
@@ -313,9 +319,9 @@ def test_two_runs_are_bitwise_equal() -> None:
     case = Case(63, 33, 2, 64, "bf16", "probability", "mean", edited=True)
     runs = []
     for _ in range(2):
-        result = joint_attention(**case.inputs(), maps=case.maps, statistics=True, backend="triton")
+        result = joint_attention(**case.inputs(), maps=case.maps, statistics=True)
         given = upstream(case, UPSTREAM["both"])
-        found = gradients(joint_attention, case.inputs(), given, maps=case.maps, backend="triton")
+        found = gradients(joint_attention, case.inputs(), given, maps=case.maps)
         runs.append([result.image, result.text, result.maps, result.lse, *found.values()])
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
@@ -335,7 +341,7 @@ def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
     options: dict[str, Any] = {"maps": case.maps}
     judge(
         case,
-        joint_attention(**inputs, **options, backend="triton"),
+        joint_attention(**inputs, **options),
         exact_attention(**inputs, **options),
         pytorch_attention(**inputs, **options),
     )
@@ -349,7 +355,7 @@ def test_what_is_not_a_number_spreads_as_in_pytorch(name: str, bad: float) -> No
     """A bad entry makes the same outputs NaN as in PyTorch's attention, and no others."""
     inputs = attention_inputs(1, 40, 20, 2, 32, torch.float32)
     inputs[name][0, 3, 1, 5] = bad
-    actual = joint_attention(**inputs, maps=MapRequest(heads="each"), backend="triton")
+    actual = joint_attention(**inputs, maps=MapRequest(heads="each"))
     expected = pytorch_attention(**inputs, maps=MapRequest(heads="each"))
     for part in ("image", "text", "maps"):
         found, usual = getattr(actual, part), getattr(expected, part)
@@ -369,7 +375,7 @@ def test_compiles_as_one_graph() -> None:
 
     def model(scale: Tensor, **streams: Tensor) -> Tensor:
         streams["query"] = streams["query"] * scale
-        result = joint_attention(**streams, maps=MapRequest(), statistics=True, backend="triton")
+        result = joint_attention(**streams, maps=MapRequest(), statistics=True)
         return result.image.sum() + result.maps.square().sum() + result.statistics.image_to_text.sum()
 
     losses, found = [], []
@@ -388,6 +394,6 @@ def test_compiles_as_one_graph() -> None:
 )  # fmt: skip
 def test_what_it_cannot_do_names_what_can(dtype: torch.dtype, head_dim: int, reason: str) -> None:
     inputs = attention_inputs(1, 4, 3, 1, head_dim, torch.float32)
-    with pytest.raises(ValueError, match=f"{reason}.*backend='aten' can"):
-        joint_attention(**{n: t.to(dtype) for n, t in inputs.items()}, backend="triton")
+    with pytest.raises(ValueError, match=rf'{reason}.*backend\("aten"\) can'):
+        joint_attention(**{n: t.to(dtype) for n, t in inputs.items()})
     assert registration.refusal(inputs["query"].to(dtype)) is not None
