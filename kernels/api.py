@@ -30,6 +30,8 @@ from .types import DTYPES, AttentionMaps, Backend, Inputs, JointAttention, MapRe
 
 _chosen: Backend = "auto"  # torch.compile guards on it: a graph is traced again under another choice
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
@@ -75,7 +77,7 @@ def joint_attention(
     Args:
         query, key, value: image tokens, [B, N, H, D], float16, bfloat16, float32 or float64; any strides.
         text_query, text_key, text_value: text tokens, [B, T, H, D], same dtype and device.
-        scale: factor of the scores; 1 / sqrt(D) when None.
+        scale: factor of the scores, positive and finite; 1 / sqrt(D) when None.
         maps: the I2T map to return; None for no map.
         statistics: also return attention mass and value norms, see :class:`AttentionStatistics`.
         text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
@@ -98,8 +100,6 @@ def joint_attention(
     }
     if text_value_for_image is not None:
         tensors["text_value_for_image"] = text_value_for_image
-    tensors = _autocast(tensors)
-    _validate(tensors, maps, scale)
     return cast(JointAttention, _attend(tensors, scale, maps, statistics))
 
 
@@ -126,42 +126,12 @@ def attention_maps(
         raise ValueError("text_query=None, but statistics=True needs it: text rows count too")
     if not isinstance(maps, MapRequest):
         raise TypeError(f"maps={maps!r} must be a MapRequest")
-    tensors = _autocast(tensors)
-    _validate(tensors, maps, scale)
-    if not statistics:
-        tensors.pop("text_query", None)
     return cast(AttentionMaps, _attend(tensors, scale, maps, statistics))
 
 
 def _attend(
     tensors: dict[str, Tensor], scale: float | None, maps: MapRequest | None, statistics: bool
 ) -> JointAttention | AttentionMaps:
-    inputs = Inputs(
-        query=tensors["query"],
-        key=tensors["key"],
-        value=tensors.get("value"),
-        text_query=tensors.get("text_query"),
-        text_key=tensors["text_key"],
-        text_value=tensors.get("text_value"),
-        text_value_for_image=tensors.get("text_value_for_image"),
-    )
-    factor = inputs.query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attend_of(_chosen, inputs.query)(inputs, factor, maps, statistics)
-
-
-def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    query = tensors["query"]
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(query.device.type)
-    return {
-        name: tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _validate(tensors: dict[str, Tensor], maps: MapRequest | None, scale: float | None) -> None:
-    query = tensors["query"]
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -169,6 +139,40 @@ def _validate(tensors: dict[str, Tensor], maps: MapRequest | None, scale: float 
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}; expected [batch, tokens, heads, head_dim]"
             )
+    tensors = _autocast(tensors)
+    _check_tensors(tensors)
+    if maps is not None:
+        if not isinstance(maps, MapRequest):
+            raise TypeError(f"maps={maps!r} must be a MapRequest or None")
+        maps.columns(tensors["text_key"].shape[1])
+    value = tensors.get("value")
+    inputs = Inputs(
+        query=tensors["query"],
+        key=tensors["key"],
+        value=value,
+        text_query=tensors.get("text_query") if value is not None or statistics else None,
+        text_key=tensors["text_key"],
+        text_value=tensors.get("text_value"),
+        text_value_for_image=tensors.get("text_value_for_image"),
+    )
+    factor = inputs.query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
+    return _attend_of(_chosen, inputs.query)(inputs, factor, maps, statistics)
+
+
+def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = tensors["query"].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    query = tensors["query"]
+    for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: float16, bfloat16, float32, float64")
         if tensor.dtype != query.dtype:
@@ -195,12 +199,16 @@ def _validate(tensors: dict[str, Tensor], maps: MapRequest | None, scale: float 
                 f"{name} has {tensor.shape[1]} tokens, but {first} has {tensors[first].shape[1]}; "
                 "tensors of one stream have equal lengths"
             )
-    if maps is not None:
-        if not isinstance(maps, MapRequest):
-            raise TypeError(f"maps={maps!r} must be a MapRequest or None")
-        maps.columns(tensors["text_key"].shape[1])
-    if scale is not None and not isinstance(scale, (int, float)):
+
+
+def _checked_scale(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale={scale!r} must be a number or None")
+    if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
+        raise ValueError(
+            f"scale={scale!r} must be a positive finite float32; None is 1 / sqrt(head dim), the usual one"
+        )
+    return float(scale)
 
 
 def _attend_of(name: Backend, query: Tensor) -> Attend:

@@ -26,6 +26,7 @@ def changed(inputs: dict[str, Tensor], **replaced: Any) -> dict[str, Any]:
 
 SHAPES = [
     pytest.param({"key": lambda t: t[0]}, r"key has shape \[6, 3, 8\].*\[batch, tokens, heads,", id="rank"),
+    pytest.param({"text_key": lambda t: t[0, 0, 0]}, r"text_key has shape \[8\]", id="rank-of-the-text"),
     pytest.param({"value": lambda t: t[:1]}, "value has batch size 1.*query has 2", id="batch"),
     pytest.param({"text_query": lambda t: t[:, :, :1]}, "text_query has number of heads 1", id="heads"),
     pytest.param({"text_key": lambda t: t[..., :4]}, "text_key has head dim 4.*query has 8", id="head-dim"),
@@ -49,6 +50,7 @@ def test_shapes_that_do_not_fit(inputs: dict[str, Tensor], replaced: dict[str, A
     ("replaced", "message"),
     [
         pytest.param({"key": lambda t: t.tolist()}, "key must be a tensor, got list", id="no-tensor"),
+        pytest.param({"text_key": lambda t: None}, "text_key must be a tensor, got NoneType", id="none"),
         pytest.param(
             {"query": lambda t: t.long()}, "query has dtype torch.int64; accepted: float16", id="integer"
         ),
@@ -60,6 +62,26 @@ def test_shapes_that_do_not_fit(inputs: dict[str, Tensor], replaced: dict[str, A
 def test_dtypes_that_do_not_fit(inputs: dict[str, Tensor], replaced: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         joint_attention(**changed(inputs, **replaced))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["query", "key", "value", "text_query", "text_key", "text_value"])
+def test_a_tensor_that_is_missing(inputs: dict[str, Tensor], name: str, autocast: bool) -> None:
+    missing = {**inputs, name: None}
+    with torch.autocast("cpu", enabled=autocast):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
+            joint_attention(**missing)  # type: ignore[arg-type]
+        if name in ("query", "key", "text_key"):
+            streams = (missing["query"], missing["key"], missing["text_query"], missing["text_key"])
+            with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
+                attention_maps(*streams)  # type: ignore[arg-type]
+
+
+def test_meta_tensors_give_shapes(inputs: dict[str, Tensor]) -> None:
+    given = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    result = joint_attention(**given, maps=MapRequest(), statistics=True)
+    assert result.image.shape == given["query"].shape
+    assert result.maps.shape == (2, 6, 4)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +118,37 @@ def test_text_ranges_outside_the_text(inputs: dict[str, Tensor], text: slice) ->
     ("options", "error", "message"),
     [
         ({"maps": "mean"}, TypeError, "maps='mean' must be a MapRequest"),
-        ({"scale": "big"}, TypeError, "scale='big' must be a number"),
+        ({"scale": "big"}, TypeError, "scale='big' must be a number or None"),
+        ({"scale": True}, TypeError, "scale=True must be a number or None"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale=.*must be a number or None"),
+        ({"scale": 0}, ValueError, r"scale=0 must be .*positive.*; None is 1 / sqrt\(head dim\)"),
+        ({"scale": -0.1}, ValueError, "scale=-0.1 must be"),
+        ({"scale": 1e-40}, ValueError, "scale=1e-40 must be"),  # a kernel would multiply by zero
+        ({"scale": float("nan")}, ValueError, "scale=nan must be"),
+        ({"scale": float("inf")}, ValueError, "scale=inf must be"),
+        ({"scale": 1e300}, ValueError, "scale=1e[+]300 must be"),
     ],
 )
-def test_options_that_do_not_exist(
-    inputs: dict[str, Tensor], options: dict[str, Any], error: type[Exception], message: str
+@pytest.mark.parametrize("name", ["aten", "reference"])
+def test_options_that_mean_nothing(
+    inputs: dict[str, Tensor], options: dict[str, Any], error: type[Exception], message: str, name: Any
 ) -> None:
-    with pytest.raises(error, match=message):
-        joint_attention(**inputs, **options)
+    with backend(name):
+        with pytest.raises(error, match=message):
+            joint_attention(**inputs, **options)
+        streams = (inputs["query"], inputs["key"], inputs["text_query"], inputs["text_key"])
+        with pytest.raises(error, match=message):
+            attention_maps(*streams, **options)
+
+
+def test_a_compiled_function_may_change_its_scale(inputs: dict[str, Tensor]) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(joint_attention, fullgraph=True, backend="eager")
+    for scale in (0.3, 0.4, 0.5):
+        expected = joint_attention(**inputs, scale=scale)
+        assert torch.equal(compiled(**inputs, scale=scale).image, expected.image)
+    with pytest.raises(ValueError, match="scale=-0.5 must be"):
+        joint_attention(**inputs, scale=-0.5)
 
 
 def test_triton_refuses_a_cpu_and_names_what_can(inputs: dict[str, Tensor]) -> None:

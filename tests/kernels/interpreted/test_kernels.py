@@ -114,11 +114,11 @@ FORWARD = [
     Case(63, 77, 2, 256, "fp32", "text_probability", "each"),
     Case(111, 154, 3, 96, "bf16", "probability", "each", text=(1, 2)),
     Case(111, 1, 2, 32, "fp32", "logit", "mean", edited=True),
-    Case(1, 154, 3, 128, "fp32", "probability", "mean", scale=-0.1),
+    Case(1, 154, 3, 128, "fp32", "probability", "mean", scale=0.1),
     Case(255, 1, 1, 64, "fp16", "probability", "each", batch=3, edited=True),
     Case(64, 77, 2, 16, "fp16", "probability", "mean", scale=0.3),
     Case(64, 333, 1, 48, "fp16", "text_probability", "each"),
-    Case(63, 1, 2, 128, "bf16", "logit", "mean", scale=-0.05),
+    Case(63, 1, 2, 128, "bf16", "logit", "mean", scale=0.05),
     Case(255, 77, 2, 72, "bf16", "probability", "each", edited=True),
 ]
 
@@ -224,7 +224,7 @@ GRADIENT = [
     Case(111, 77, 2, 40, "bf16", "text_probability", "mean", text=(0, 50)),
     Case(64, 33, 3, 64, "fp32", "text_probability", "mean", edited=True),
     Case(63, 154, 2, 128, "fp16", "text_probability", "each"),
-    Case(1, 33, 2, 256, "bf16", "probability", "mean", scale=-0.1),
+    Case(1, 33, 2, 256, "bf16", "probability", "mean", scale=0.1),
 ]
 UPSTREAM = {
     "both": ("image", "text", "maps"),
