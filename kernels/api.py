@@ -24,7 +24,8 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-from . import aten, reference
+from . import reference
+from .aten import backend as aten
 from .operators import Attend
 from .types import DTYPES, AttentionMaps, Backend, Inputs, JointAttention, MapRequest
 

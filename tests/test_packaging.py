@@ -84,7 +84,11 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     kinds = {Path(name).suffix for name in names if name.startswith("seg4diff/")}
     weights = ROOT / "seg4diff" / "demo" / "weights"
     expected = {path.relative_to(ROOT).as_posix() for path in weights.rglob("*") if path.is_file()}
-    assert {"seg4diff/py.typed", "seg4diff/kernels/api.py", "seg4diff/kernels/aten.py"} | expected <= names
+    assert {
+        "seg4diff/py.typed",
+        "seg4diff/kernels/api.py",
+        "seg4diff/kernels/aten/backend.py",
+    } | expected <= names
     assert kinds - {Path(name).suffix for name in expected} <= {".py", ".typed", ""}
     assert not [name for name in names if "__pycache__" in name]
     assert "License-Expression: Apache-2.0" in metadata

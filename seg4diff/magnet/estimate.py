@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seg4diff.backbones import find_backbone
-from seg4diff.kernels import aten
 from seg4diff.kernels.api import backend
+from seg4diff.kernels.aten import backward, forward
 from seg4diff.kernels.types import Inputs, Request
 from seg4diff.magnet import objective
 from seg4diff.magnet.adapters import add_adapters
@@ -323,11 +323,11 @@ class _Tracker(TorchDispatchMode):
         if self._counts_workspace and name.startswith("seg4diff::aten_"):
             with self.labelled("attention"), self:
                 if name.endswith("forward"):
-                    result: Any = aten.forward(Inputs(*args[:7]), Request(*args[7:]))
+                    result: Any = forward.forward(Inputs(*args[:7]), Request(*args[7:]))
                 else:
                     inputs, request = Inputs(*args[3:10]), Request(*args[13:])
                     image, text, lse = args[10:13]
-                    result = aten.backward(args[0], args[1], args[2], inputs, image, text, lse, request)
+                    result = backward.backward(args[0], args[1], args[2], inputs, image, text, lse, request)
             return result
         result = func(*args, **kwargs)
         attention = name.startswith("seg4diff::") or "scaled_dot_product" in name

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seg4diff.kernels import aten
 from seg4diff.kernels.api import attention_maps, backend, joint_attention
+from seg4diff.kernels.aten import backward, blocks, forward
 from seg4diff.kernels.testing import (
     assert_within_budget,
     attention_inputs,
@@ -130,12 +130,12 @@ def test_devices_without_these_operators(kind: Any, given: str, monkeypatch: pyt
     """Where PyTorch has no flash attention, blocks of rows take its place; several blocks, and a part."""
 
     def in_blocks(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = aten._attention_in_blocks(query.transpose(1, 2), k, v, scale)
+        out, lse = forward._attention_in_blocks(query.transpose(1, 2), k, v, scale)
         return out.transpose(1, 2), lse
 
-    monkeypatch.setattr(aten, "_BLOCK_ELEMENTS", 8 * 2 * 3 * 21)  # 8 of 21 rows
-    monkeypatch.setattr(aten, "_flash", in_blocks)
-    monkeypatch.setattr(aten, "_image_gradients", aten._image_gradients_in_blocks)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 8 * 2 * 3 * 21)  # 8 of 21 rows
+    monkeypatch.setattr(forward, "_flash", in_blocks)
+    monkeypatch.setattr(backward, "_image_gradients", backward._image_gradients_in_blocks)
     test_gradients_are_the_reference_s(kind, "mean", given)
 
 

@@ -1,0 +1,10 @@
+"""PyTorch's operators as a backend."""
+
+from __future__ import annotations
+
+from ..operators import register
+from ..reference import value_norm
+from .backward import backward
+from .forward import budget, forward
+
+attend = register("aten", forward, backward, budget, value_norm)

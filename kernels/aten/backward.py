@@ -1,0 +1,211 @@
+"""Joint attention backward from PyTorch's own operators.
+
+PyTorch's operators do not differentiate the log-sum-exp, so a map composed from them would have silently
+wrong gradients. Here, too, the text columns are ours, a head at a time; the image keys are flash attention's
+backward on a CPU, given what the map adds, and blocks of query rows elsewhere. Nothing of size S x S exists.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..operators import empty_gradients
+from ..types import STREAMS, Inputs, Request, wide_dtype
+from .blocks import block_rows, dense_channels, products
+
+_FREE_CHANNELS = 4  # of their own for what the map adds, see `_image_gradients`
+
+
+def backward(
+    d_image: Tensor | None,
+    d_text: Tensor | None,
+    d_maps: Tensor | None,
+    inputs: Inputs,
+    image: Tensor,
+    text: Tensor,
+    lse: Tensor,
+    request: Request,
+) -> tuple[Tensor, ...]:
+    """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None."""
+    tokens = inputs.query.shape[1]
+    gradients = dict(zip(STREAMS, empty_gradients(inputs), strict=True))
+    edited = inputs.text_value_for_image is not None
+    read = inputs.text_value_for_image if edited else inputs.text_value
+    found = _stream_gradients(inputs.query, read, d_image, image, lse[:, :, :tokens], d_maps, inputs, request)
+    names = ("query", "key", "value", "text_key", "text_value_for_image" if edited else "text_value")
+    totals = dict(zip(names, found, strict=True))
+    if inputs.text_query is not None and d_text is not None:
+        rows = lse[:, :, tokens:]
+        found = _stream_gradients(
+            inputs.text_query, inputs.text_value, d_text, text, rows, None, inputs, request
+        )
+        for name, gradient in zip(
+            ("text_query", "key", "value", "text_key", "text_value"), found, strict=True
+        ):
+            before = totals.get(name)
+            if before is None:
+                totals[name] = gradient
+            elif gradient is not None:
+                totals[name] = before.to(lse.dtype).add_(gradient)
+    for name, destination in gradients.items():
+        total = totals.get(name)
+        destination.zero_() if total is None else destination.copy_(total)
+    return tuple(gradients.values())
+
+
+def _stream_gradients(
+    rows: Tensor,
+    text_value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_maps: Tensor | None,
+    inputs: Inputs,
+    request: Request,
+) -> tuple[Tensor | None, ...]:
+    """What the output and the map of one stream's ``rows`` [B, M, H, D] say of five tensors.
+
+    They are the rows, the image keys and values, and the text keys and values that the rows read. Gradients
+    are [B, tokens, H, D], or None where there is nothing to say.
+    """
+    if d_out is None and d_maps is None:
+        return (None,) * 5
+    d_rows, d_text_key, d_text_value, map_sum = _text_gradients(
+        rows, inputs.text_key, text_value, d_out, out, lse, d_maps, request
+    )
+    if d_out is None and map_sum is None:  # logits and text probabilities know of the text columns alone
+        return d_rows, None, None, d_text_key, d_text_value
+    differentiate = _image_gradients if rows.device.type == "cpu" else _image_gradients_in_blocks
+    of_image, d_key, d_value = differentiate(
+        rows, inputs.key, inputs.value, d_out, out, lse, map_sum, request.scale
+    )
+    return d_rows.add_(of_image), d_key, d_value, d_text_key, d_text_value
+
+
+def _text_gradients(
+    rows: Tensor,
+    text_key: Tensor,
+    text_value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_maps: Tensor | None,
+    request: Request,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients by way of the text columns, a head at a time: of rows, text keys and text values, wide,
+    [B, tokens, H, D], and the sum over a row of dM * P~ [B, H, M], where the map shows probabilities.
+    """
+    wide = wide_dtype(rows.dtype)
+    batch, count, heads, _ = rows.shape
+    start, stop, scale = request.start, request.stop, request.scale
+    shown = None if d_maps is None else request.kind
+    d_rows = torch.empty_like(rows, dtype=wide, memory_format=torch.contiguous_format)
+    d_text_key = torch.empty_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
+    d_text_value = None if d_out is None else torch.empty_like(d_text_key)
+    map_sum = rows.new_empty((batch, heads, count), dtype=wide) if shown == "probability" else None
+    if d_maps is not None and request.heads == "mean":
+        d_maps = (d_maps / heads)[:, None].expand(-1, heads, -1, -1)  # [B, H, M, T']
+    for head in range(heads):
+        scores = products(rows[:, :, head], text_key[:, :, head]).mul_(scale)  # [B, M, T]
+        d_scores = torch.zeros_like(scores)
+        d_entries = scores.new_zeros(()) if d_maps is None else d_maps[:, head]
+        if d_out is not None or shown == "probability":
+            probability = (scores - lse[:, head, :, None]).exp_()
+            delta = scores.new_zeros((batch, count))
+            if d_out is not None and text_value is not None and d_text_value is not None:
+                d_o = d_out[:, :, head].to(wide)
+                torch.bmm(d_o, text_value[:, :, head].to(wide).transpose(1, 2), out=d_scores)
+                delta = (d_o * out[:, :, head]).sum(dim=-1)
+                d_text_value[:, :, head] = torch.bmm(probability.transpose(1, 2), d_o)
+            if map_sum is not None:
+                d_scores[..., start:stop] += d_entries
+                map_sum[:, head] = (d_entries * probability[..., start:stop]).sum(dim=-1)
+                delta = delta + map_sum[:, head]
+            d_scores.sub_(delta[..., None]).mul_(probability)
+        if shown == "logit":
+            d_scores[..., start:stop] += d_entries
+        elif shown == "text_probability":
+            entries = scores.softmax(dim=-1)
+            weighted = d_entries * entries[..., start:stop]
+            d_scores -= entries * weighted.sum(dim=-1, keepdim=True)
+            d_scores[..., start:stop] += weighted
+        d_scores.mul_(scale)
+        d_rows[:, :, head] = torch.bmm(d_scores, text_key[:, :, head].to(wide))
+        d_text_key[:, :, head] = torch.bmm(d_scores.transpose(1, 2), rows[:, :, head].to(wide))
+    return d_rows, d_text_key, d_text_value, map_sum
+
+
+def _image_gradients(
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    map_sum: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients by way of the image keys: of rows, keys and values [B, tokens, H, D], by the CPU's operator.
+
+    It takes output and log-sum-exp as they are given, those of all keys, and so its probabilities are the
+    right ones. What it subtracts from the gradient of each row's probabilities, <dO, O>, lacks the map's
+    ``map_sum`` [B, H, M]: channels that dO fills with ones and O with that sum bring it in. Queries, keys and
+    values are zero there, so that nothing else changes.
+    """
+    with_values = value is not None and d_out is not None
+    width = rows.shape[-1]
+    if value is None or d_out is None:
+        value, d_out, out = torch.zeros_like(key), torch.zeros_like(rows), torch.zeros_like(rows)
+    if map_sum is not None:
+        rows, key, value, out = (F.pad(tensor, (0, _FREE_CHANNELS)) for tensor in (rows, key, value, out))
+        d_out = F.pad(d_out, (0, _FREE_CHANNELS), value=1.0)
+        rest = map_sum.transpose(1, 2)  # [B, M, H]
+        for channel in range(width, width + _FREE_CHANNELS):  # half precision holds it in three numbers
+            out[..., channel] = rest
+            rest = rest - out[..., channel]
+    tensors = (d_out, rows, key, value, out)
+    d_o, q, k, v, o = (dense_channels(tensor).transpose(1, 2) for tensor in tensors)
+    differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found = differentiate(d_o, q, k, v, o, lse.contiguous(), 0.0, False, scale=scale)
+    d_rows, d_key, d_value = (gradient.transpose(1, 2)[..., :width] for gradient in found)
+    return d_rows, d_key, d_value if with_values else None
+
+
+def _image_gradients_in_blocks(
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    d_out: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    map_sum: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same for devices without that operator, in blocks of rows."""
+    wide = wide_dtype(rows.dtype)
+    k = key.transpose(1, 2).to(wide)  # [B, H, N, D]
+    v = None if value is None or d_out is None else value.transpose(1, 2).to(wide)
+    d_key, d_value = torch.zeros_like(k), None if v is None else torch.zeros_like(v)
+    d_rows = []
+    count = block_rows(rows.transpose(1, 2), key.shape[1])
+    for first in range(0, rows.shape[1], count):
+        block = slice(first, first + count)
+        q = rows[:, block].transpose(1, 2).to(wide)
+        probability = (scale * (q @ k.transpose(-1, -2)) - lse[:, :, block, None]).exp_()  # [B, H, rows, N]
+        delta = lse.new_zeros(()) if map_sum is None else map_sum[:, :, block, None]
+        if v is not None and d_value is not None and d_out is not None:
+            d_o = d_out[:, block].transpose(1, 2).to(wide)
+            delta = delta + (d_o * out[:, block].transpose(1, 2)).sum(dim=-1, keepdim=True)
+            d_value += probability.transpose(-1, -2) @ d_o
+            d_scores = probability.mul_((d_o @ v.transpose(-1, -2)).sub_(delta)).mul_(scale)
+        else:
+            d_scores = probability.mul_(-delta).mul_(scale)
+        d_rows.append(d_scores @ k)
+        d_key += d_scores.transpose(-1, -2) @ q
+    return (
+        torch.cat(d_rows, dim=2).transpose(1, 2),
+        d_key.transpose(1, 2),
+        None if d_value is None else d_value.transpose(1, 2),
+    )
