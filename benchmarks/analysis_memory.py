@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODES = ("plain", "budget and norms", "with projections")
+MODES = ("plain", "mass and norms", "with projections")
 
 
 def resident(field: str) -> float:
@@ -88,7 +88,7 @@ def measure(mode: str, heads: int, rows: int) -> dict[str, float]:
     else:
         seg4diff.patch(pipe)
         report = seg4diff.analyze(
-            pipe, "a cat on a sofa", noise_levels=[1], steps=1, projections=mode != "budget and norms", **call
+            pipe, "a cat on a sofa", noise_levels=[1], steps=1, projections=mode != "mass and norms", **call
         )
         assert report.layers == tuple(range(24))
         assert report.grid == (64, 64)

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measuring import compare
 from benchmarks.memory import peak_bytes
 from seg4diff.kernels.api import backend, joint_attention
-from seg4diff.kernels.testing import assert_within_budget, attention_inputs, attention_rows
+from seg4diff.kernels.testing import assert_accurate, attention_inputs, attention_rows
 from seg4diff.kernels.types import Backend, MapRequest
 
 GPU = torch.cuda.is_available()
@@ -127,10 +127,10 @@ def gate(case: Case, inputs: Inputs) -> None:
     exact, exact_maps = attention_rows(inputs, rows, torch.float64)
     _, usual_maps = attention_rows(inputs, rows, torch.float32)
     usual = sdpa(inputs)[0]
-    assert_within_budget(image[:, rows], exact.flatten(2), usual[:, rows], name="output")
+    assert_accurate(image[:, rows], exact.flatten(2), usual[:, rows], name="output")
     exact_maps, usual_maps = exact_maps[..., MAP.text], usual_maps[..., MAP.text]
     if GPU or case.dtype == torch.float32:
-        assert_within_budget(maps[:, rows], exact_maps, usual_maps, name="map")
+        assert_accurate(maps[:, rows], exact_maps, usual_maps, name="map")
     else:  # exponentials of PyTorch's flash attention on a CPU have 20 bits in half precision
         torch.testing.assert_close(maps[:, rows].double(), exact_maps, rtol=2e-4, atol=0)
 
@@ -141,7 +141,7 @@ def gradient_gate(case: Case) -> None:
     wide = {name: tensor.double() for name, tensor in small.items()}
     exact, usual = gradients(with_map("reference"), wide), gradients(plainly, small)
     for name, gradient in gradients(OURS, small).items():
-        assert_within_budget(gradient, exact[name], usual[name], name=f"d_{name}")
+        assert_accurate(gradient, exact[name], usual[name], name=f"d_{name}")
 
 
 def plainly(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ _BACKWARD_SCHEMA = (
     f"{_REQUEST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _VALUE_NORM_SCHEMA = "(Tensor value) -> Tensor"
-_BUDGET_SCHEMA = (
+_MASS_SCHEMA = (
     "(Tensor query, Tensor text_query, Tensor text_key, Tensor lse, float scale) "
     "-> (Tensor image_to_text, Tensor text_to_text)"
 )
@@ -44,7 +44,7 @@ Forward = Callable[[Inputs, Request], tuple[Tensor, Tensor, Tensor, Tensor]]
 Backward = Callable[
     [Tensor | None, Tensor | None, Tensor | None, Inputs, Tensor, Tensor, Tensor, Request], tuple[Tensor, ...]
 ]
-Budget = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+AttentionMass = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 ValueNorm = Callable[[Tensor], Tensor]
 Attend = Callable[[Inputs, float, MapRequest | None, bool], JointAttention | AttentionMaps]
 
@@ -77,9 +77,9 @@ def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def register(
-    name: str, forward: Forward, backward: Backward, budget: Budget, value_norm: ValueNorm
+    name: str, forward: Forward, backward: Backward, mass: AttentionMass, value_norm: ValueNorm
 ) -> Attend:
-    """Register ``seg4diff::{name}_forward``, ``_backward``, ``_budget``, ``_value_norm``; return attend."""
+    """Register ``seg4diff::{name}_forward``, ``_backward``, ``_mass``, ``_value_norm``; return attend."""
     namespace = f"seg4diff::{name}"
 
     # Autocast has done its work on the arguments; matrix products inside are to stay as precise as written.
@@ -93,9 +93,9 @@ def register(
         with torch.autocast(lse.device.type, enabled=False):
             return backward(d_image, d_text, d_maps, Inputs(*tensors), image, text, lse, Request(*request))
 
-    def run_budget(*args: Any) -> tuple[Tensor, Tensor]:
+    def run_mass(*args: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(args[0].device.type, enabled=False):
-            return budget(*args)
+            return mass(*args)
 
     def run_value_norm(value: Tensor) -> Tensor:
         return value_norm(value).contiguous()
@@ -103,13 +103,13 @@ def register(
     custom_op: Any = torch.library.custom_op
     forward_op = custom_op(f"{namespace}_forward", run_forward, mutates_args=(), schema=_FORWARD_SCHEMA)
     backward_op = custom_op(f"{namespace}_backward", run_backward, mutates_args=(), schema=_BACKWARD_SCHEMA)
-    budget_op = custom_op(f"{namespace}_budget", run_budget, mutates_args=(), schema=_BUDGET_SCHEMA)
+    mass_op = custom_op(f"{namespace}_mass", run_mass, mutates_args=(), schema=_MASS_SCHEMA)
     norm_op = custom_op(f"{namespace}_value_norm", run_value_norm, mutates_args=(), schema=_VALUE_NORM_SCHEMA)
 
     forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:7]), Request(*args[7:])))
     backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:10])))
 
-    def fake_budget(query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Any:
+    def fake_mass(query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Any:
         batch, heads = query.shape[0], query.shape[2]
         return tuple(lse.new_empty((batch, heads, rows.shape[1])) for rows in (query, text_query))
 
@@ -117,7 +117,7 @@ def register(
         batch, tokens, heads, _ = value.shape
         return value.new_empty((batch, heads, tokens), dtype=wide_dtype(value.dtype))
 
-    budget_op.register_fake(fake_budget)
+    mass_op.register_fake(fake_mass)
     norm_op.register_fake(fake_value_norm)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -143,7 +143,7 @@ def register(
     # Dynamo traces calls of the operators themselves, not of the objects that define them.
     call_forward = getattr(torch.ops.seg4diff, f"{name}_forward").default
     call_backward = getattr(torch.ops.seg4diff, f"{name}_backward").default
-    call_budget = getattr(torch.ops.seg4diff, f"{name}_budget").default
+    call_mass = getattr(torch.ops.seg4diff, f"{name}_mass").default
     call_value_norm = getattr(torch.ops.seg4diff, f"{name}_value_norm").default
 
     def attend(
@@ -159,7 +159,7 @@ def register(
         if statistics and text_query is not None:
             value, text_value = inputs.value, inputs.text_value
             with torch.no_grad():
-                image_to_text, text_to_text = call_budget(query, text_query, text_key, lse, scale)
+                image_to_text, text_to_text = call_mass(query, text_query, text_key, lse, scale)
                 shown = AttentionStatistics(
                     image_to_text=image_to_text,
                     text_to_text=text_to_text,

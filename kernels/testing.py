@@ -20,7 +20,7 @@ from .reference import attend
 from .types import STREAMS, AttentionMaps, AttentionStatistics, Inputs, JointAttention, MapRequest
 
 
-def budget_used(actual: Tensor, exact: Tensor, baseline: Tensor) -> float:
+def error_ratio(actual: Tensor, exact: Tensor, baseline: Tensor) -> float:
     """Error of ``actual`` as a fraction of what it may be: above 1 is a failure, infinite for NaN.
 
     The larger of two fractions, one for the greatest error and one for the root mean square of the errors.
@@ -45,18 +45,18 @@ def budget_used(actual: Tensor, exact: Tensor, baseline: Tensor) -> float:
         return float("inf")
     rounding = torch.finfo(actual.dtype).eps
 
-    def used(size: Callable[[Tensor], Tensor]) -> float:
+    def ratio(size: Callable[[Tensor], Tensor]) -> float:
         return float(size(error) / (2 * size(baseline_error) + rounding * size(exact)))
 
-    return max(used(lambda t: t.abs().max()), used(lambda t: t.square().mean().sqrt()))
+    return max(ratio(lambda t: t.abs().max()), ratio(lambda t: t.square().mean().sqrt()))
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, baseline: Tensor, *, name: str = "") -> None:
-    """Raise ``AssertionError`` when :func:`budget_used` is above 1; the arguments are the same."""
-    used = budget_used(actual, exact, baseline)
-    if used > 1:
+def assert_accurate(actual: Tensor, exact: Tensor, baseline: Tensor, *, name: str = "") -> None:
+    """Raise ``AssertionError`` when :func:`error_ratio` is above 1; the arguments are the same."""
+    ratio = error_ratio(actual, exact, baseline)
+    if ratio > 1:
         raise AssertionError(
-            f"{name or 'result'} {list(actual.shape)} {actual.dtype}: error is {used:.3g} times the budget "
+            f"{name or 'result'} {list(actual.shape)} {actual.dtype}: error is {ratio:.3g} times its budget "
             "(twice PyTorch's own error plus one rounding)"
         )
 

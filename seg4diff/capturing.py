@@ -34,7 +34,7 @@ class Record:
         timestep: of the forward; of an average, the tuple of the timesteps averaged. A forward whose rows
             have different timesteps has a tuple with one for each row.
         maps: the map asked for, float32, [B, N, T'] or [B, H, N, T'] (see ``MapRequest``), or None.
-        statistics: attention budget and value norms, or None.
+        statistics: attention mass and value norms, or None.
         grid: height and width of the image tokens, N = height * width.
         call: number of the pipeline call inside the context, from 0; of the forward on a bare transformer.
     """
@@ -233,7 +233,7 @@ def capture(
         target: a patched pipeline, or a bare transformer.
         layers: the layers to record; all when None.
         maps: the map to record, see ``MapRequest``; None for statistics alone.
-        statistics: also record attention budget and value norms.
+        statistics: also record attention mass and value norms.
         steps: ``"mean"`` keeps one running average a layer and pipeline call, ``"each"`` every step. Default:
             ``"mean"`` for a pipeline, ``"each"`` for a bare transformer.
         branch: which half of a pipeline's batch to keep under classifier-free guidance. Calls of a bare

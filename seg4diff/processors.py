@@ -43,7 +43,7 @@ class LayerRequest:
 
     Attributes:
         maps: the I2T map to return, if any.
-        statistics: whether to return the attention budget and value norms.
+        statistics: whether to return the attention mass and value norms.
         edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves
             them.
         observe: called with the projections before the attention runs; what it returns is kept as it is. Not

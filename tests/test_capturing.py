@@ -11,7 +11,7 @@ import torch
 
 import seg4diff
 from seg4diff.capturing import Capture
-from seg4diff.kernels.testing import assert_within_budget, budget_used
+from seg4diff.kernels.testing import assert_accurate, error_ratio
 from seg4diff.kernels.types import MapRequest
 from tests.support import tiny
 from tests.support.hooked import hooked_projections, image_to_text
@@ -36,7 +36,7 @@ def test_maps_equal_hooks(model: str) -> None:
         exact = image_to_text(projections[record.layer]).mean(dim=1)
         baseline = image_to_text(projections[record.layer], torch.float32).mean(dim=1)
         assert record.maps is not None
-        assert_within_budget(record.maps, exact, baseline, name=f"layer {record.layer}")
+        assert_accurate(record.maps, exact, baseline, name=f"layer {record.layer}")
         # Against the stock forward, too: what separates them is the rounding of the layers before.
         stock_maps = image_to_text(stock_projections[record.layer]).mean(dim=1)
         torch.testing.assert_close(record.maps.double(), stock_maps, rtol=1e-3, atol=0)
@@ -55,7 +55,7 @@ def test_wrong_maps_would_be_noticed() -> None:
     per_head = image_to_text(projections[1])
     exact = per_head.mean(dim=1)
     baseline = image_to_text(projections[1], torch.float32).mean(dim=1)
-    assert budget_used(record.maps, exact, baseline) <= 1
+    assert error_ratio(record.maps, exact, baseline) <= 1
     swapped = {**projections[1], "to_k": projections[1]["add_k_proj"], "add_k_proj": projections[1]["to_k"]}
     keys_swapped = image_to_text(swapped)[..., : exact.shape[-1]].mean(dim=1)
     wrong = {
@@ -67,7 +67,7 @@ def test_wrong_maps_would_be_noticed() -> None:
         "streams swapped": keys_swapped,
     }
     for what, maps in wrong.items():
-        assert budget_used(maps.float(), exact, baseline) > 10, what
+        assert error_ratio(maps.float(), exact, baseline) > 10, what
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,6 @@ from __future__ import annotations
 from ..operators import register
 from ..reference import value_norm
 from .backward import backward
-from .forward import budget, forward
+from .forward import attention_mass, forward
 
-attend = register("aten", forward, backward, budget, value_norm)
+attend = register("aten", forward, backward, attention_mass, value_norm)

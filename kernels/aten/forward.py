@@ -149,7 +149,7 @@ def _log_sum_exp(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return torch.cat([(rows.to(wide) @ k).mul_(scale).logsumexp(dim=-1) for rows in blocks], dim=2)
 
 
-def budget(
+def attention_mass(
     query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Mass that image rows [B, H, N] and text rows [B, H, T] give to the text columns."""

@@ -1,4 +1,4 @@
-"""What the layers of a model do: attention budget, value norms, projections, and which of them segment."""
+"""What the layers of a model do: attention mass, value norms, projections, and which of them segment."""
 
 from seg4diff.analysis.measuring import analyze
 from seg4diff.analysis.ranking import Ranking, expert_layers

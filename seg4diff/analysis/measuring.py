@@ -1,4 +1,4 @@
-"""Attention budget, value norms and projections of a model's layers (Seg4Diff, sections 3.2 and 3.3).
+"""Attention mass, value norms and projections of a model's layers (Seg4Diff, sections 3.2 and 3.3).
 
 Everything is reduced to a few numbers a layer as soon as a forward has ended; the attention matrix never
 exists.

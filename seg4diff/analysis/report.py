@@ -158,7 +158,7 @@ class Report:
             )
         return table
 
-    def plot_budget(self, noise_level: int | None = None) -> Figure:
+    def plot_attention_mass(self, noise_level: int | None = None) -> Figure:
         """Where the attention of image and of text tokens goes, layer by layer, beside uniform attention."""
         level = self._level(noise_level)
         figure = _figure(10, 3.6)

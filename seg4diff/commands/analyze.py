@@ -123,7 +123,7 @@ def _analyze(options: Analyze, prompts: list[str]) -> None:
     def figures() -> dict[str, Figure]:
         drawn = {}
         for level in report.noise_levels:
-            drawn[f"budget-{level}"] = report.plot_budget(level)
+            drawn[f"attention-mass-{level}"] = report.plot_attention_mass(level)
             drawn[f"value-norms-{level}"] = report.plot_value_norms(level)
             if options.projections:
                 drawn[f"projections-{level}"] = report.plot_projections(level)

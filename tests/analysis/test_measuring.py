@@ -1,4 +1,4 @@
-"""Budgets and norms against hooks and a float64 softmax; which steps, rows and tokens count; the report."""
+"""Attention mass and norms against hooks and a float64 softmax; which steps, rows, tokens count; the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import seg4diff
 from seg4diff.analysis import Report, analyze
 from seg4diff.analysis.principal import principal_components
-from seg4diff.kernels.testing import assert_within_budget, budget_used
+from seg4diff.kernels.testing import assert_accurate, error_ratio
 from tests.support import tiny
 from tests.support.hooked import hooked_projections
 from tests.support.images import random_image
@@ -56,9 +56,9 @@ def check_measures(report: Report, level: int, layers: dict[int, dict[str, Tenso
             wanted, plain = (torch.stack([found[key] for found in several]) for several in (exact, baseline))
             if key == name and measures is report.by_layer:
                 wanted, plain = wanted.mean(dim=1), plain.mean(dim=1)
-            assert_within_budget(ours.float(), wanted, plain, name=name)
+            assert_accurate(ours.float(), wanted, plain, name=name)
             for wrong in (ours.roll(1, dims=0), ours.flip(-1), ours * 0, 1 - ours):  # layer, head, ...
-                assert budget_used(wrong.float(), wanted, plain) > 1
+                assert error_ratio(wrong.float(), wanted, plain) > 1
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -264,11 +264,11 @@ def test_figures_show_every_layer(report: Report, tmp_path: Path) -> None:
     from seg4diff.analysis.report import save_figures
 
     figures = {
-        "budget": report.plot_budget(),
+        "attention mass": report.plot_attention_mass(),
         "norms": report.plot_value_norms(noise_level=3),
         "projections": report.plot_projections(),
     }
-    bars = figures["budget"].axes[0].patches
+    bars = figures["attention mass"].axes[0].patches
     assert [bar.get_height() for bar in bars[:3]] == report.by_layer.image_to_image[0].tolist()
     lines = figures["norms"].axes[0].lines
     assert list(lines[1].get_ydata()) == report.by_layer.text_value_norm[1].tolist()
@@ -280,7 +280,7 @@ def test_figures_show_every_layer(report: Report, tmp_path: Path) -> None:
 def test_matplotlib_is_asked_for_when_it_is_missing(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"seg4diff\[viz\]"):
-        report.plot_budget()
+        report.plot_attention_mass()
 
 
 @pytest.mark.parametrize(

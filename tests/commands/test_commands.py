@@ -53,7 +53,9 @@ def test_analyze_prompts_prints_and_writes(
     words += f"--per-head --out {tmp_path}/out --prompts"
     assert main([*words.split(), "a cat"]) == 0
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    figures = [f"{name}-{level}.png" for name in ("budget", "projections", "value-norms") for level in (1, 2)]
+    figures = [
+        f"{name}-{level}.png" for name in ("attention-mass", "projections", "value-norms") for level in (1, 2)
+    ]
     assert written == sorted([*figures, "report.json", "report.safetensors"])
     report = Report.load(tmp_path / "out" / "report")
     assert report.metadata["prompts"] == ["a cat", "a dog"]

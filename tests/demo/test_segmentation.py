@@ -16,7 +16,7 @@ import torch
 import seg4diff
 from seg4diff.demo import CLASSES, HELD_OUT, Scene, scene
 from seg4diff.demo.showcase import Score, compare, in_vocabulary, labels_of
-from seg4diff.kernels.testing import assert_within_budget
+from seg4diff.kernels.testing import assert_accurate
 from tests.support.hooked import hooked_projections, image_to_text
 
 SCENES = 24
@@ -101,4 +101,4 @@ def test_maps_of_every_layer_equal_hooks(pipe: Any, scenes: list[Scene]) -> None
             assert record.maps is not None
             exact = image_to_text(conditional).mean(dim=1)
             baseline = image_to_text(conditional, torch.float32).mean(dim=1)
-            assert_within_budget(record.maps, exact, baseline, name=f"layer {record.layer}")
+            assert_accurate(record.maps, exact, baseline, name=f"layer {record.layer}")

@@ -261,7 +261,7 @@ def test_nothing_runs_before_the_checks(inputs: dict[str, Tensor], monkeypatch: 
         joint_attention(**inputs)
 
 
-def test_maps_alone_need_text_queries_for_the_budget_only(inputs: dict[str, Tensor]) -> None:
+def test_maps_alone_need_text_queries_for_the_statistics_only(inputs: dict[str, Tensor]) -> None:
     streams = (inputs["query"], inputs["key"], None, inputs["text_key"])
     with pytest.raises(ValueError, match="text_query=None, but statistics=True needs it"):
         attention_maps(*streams, statistics=True)

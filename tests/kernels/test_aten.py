@@ -13,7 +13,7 @@ from torch import Tensor
 from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.aten import backward, blocks, forward
 from seg4diff.kernels.testing import (
-    assert_within_budget,
+    assert_accurate,
     attention_inputs,
     exact_attention,
     pytorch_attention,
@@ -75,10 +75,10 @@ def compare(
         if dtype == torch.float64:
             torch.testing.assert_close(results[0], results[1])
         else:
-            assert_within_budget(*results, name=f"{part} with {name}")
+            assert_accurate(*results, name=f"{part} with {name}")
     for part in ("image_to_text", "text_to_text", "image_value_norm", "text_value_norm"):
         results = [getattr(result.statistics, part) for result in (actual, exact, baseline)]
-        # Relative to each entry; in half precision a budget is as exact as the log-sum-exp (see below).
+        # Relative to each entry; in half precision a mass is as exact as the log-sum-exp (see below).
         rtol = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2e-4)
         torch.testing.assert_close(results[0].double(), results[1], rtol=rtol, atol=0)
 
@@ -141,7 +141,7 @@ def test_devices_without_these_operators(kind: Any, given: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("given", ["both", "map", "outputs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_keep_the_budget(dtype: torch.dtype, given: str) -> None:
+def test_gradients_keep_the_error_budget(dtype: torch.dtype, given: str) -> None:
     inputs = attention_inputs(2, 100, 33, 3, 64, dtype)
     options: dict[str, Any] = {"maps": MapRequest()}
     wanted = upstream(joint_attention(**inputs, **options), UPSTREAM[given])
@@ -154,7 +154,7 @@ def test_gradients_keep_the_budget(dtype: torch.dtype, given: str) -> None:
         if true is None or not true.any():
             assert not found.any()
         else:
-            assert_within_budget(found, true, usual, name=f"d_{name}")
+            assert_accurate(found, true, usual, name=f"d_{name}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,7 +232,7 @@ def test_any_strides(layout: str, compiled: bool) -> None:
         actual = ours(**views, **options)
         exact, baseline = exact_attention(**copies, **options), pytorch_attention(**copies, **options)
         compare(actual, exact, baseline, torch.float32, label)
-        assert_within_budget(actual.lse, exact.lse, baseline.lse, name=f"lse with {label}")
+        assert_accurate(actual.lse, exact.lse, baseline.lse, name=f"lse with {label}")
         wanted = upstream(actual, ("image", "text", "maps"))
         found = gradients(ours, views, wanted, **options)
         expected = gradients(joint_attention, copies, wanted, **options)
@@ -267,9 +267,9 @@ def test_operators_keep_the_rules_of_torch_library(kind: str | None) -> None:
     request = (0.25, kind, "mean", 0, 0 if kind is None else 5)
     torch.library.opcheck(torch.ops.seg4diff.aten_forward.default, (*tensors, *request))
     lse = torch.zeros(1, 2, 14)
-    budget = (tensors[0], tensors[3], tensors[4], lse, 0.25)
-    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in budget)
-    torch.library.opcheck(torch.ops.seg4diff.aten_budget.default, detached)
+    given = (tensors[0], tensors[3], tensors[4], lse, 0.25)
+    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
+    torch.library.opcheck(torch.ops.seg4diff.aten_mass.default, detached)
     torch.library.opcheck(torch.ops.seg4diff.aten_value_norm.default, (tensors[2].detach(),))
 
 

@@ -89,7 +89,7 @@ def test_against_loops(edited: bool, scale: float | None) -> None:
         torch.testing.assert_close(getattr(result.statistics, name), expected[name])
 
 
-def test_budgets_of_a_row_sum_to_one() -> None:
+def test_attention_masses_of_a_row_sum_to_one() -> None:
     """The mass on image columns, counted by values of one there and zero on the text."""
     inputs = attention_inputs(1, 7, 5, 2, 8, torch.float64)
     counting = {**inputs, "value": torch.ones_like(inputs["value"]), "text_value": 0 * inputs["text_value"]}

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from seg4diff.kernels.testing import (
-    assert_within_budget,
+    assert_accurate,
     attention_inputs,
-    budget_used,
+    error_ratio,
     exact_attention,
     pytorch_attention,
 )
@@ -27,16 +27,16 @@ def maps() -> tuple[Tensor, Tensor]:
 
 def test_baseline_and_twice_its_error_pass(maps: tuple[Tensor, Tensor]) -> None:
     exact, baseline = maps
-    assert_within_budget(baseline, exact, baseline)
-    assert_within_budget((exact + 2 * (baseline - exact)).float(), exact, baseline)
-    assert_within_budget(exact.float(), exact, exact)  # one rounding is always granted
+    assert_accurate(baseline, exact, baseline)
+    assert_accurate((exact + 2 * (baseline - exact)).float(), exact, baseline)
+    assert_accurate(exact.float(), exact, exact)  # one rounding is always granted
 
 
 def test_three_times_the_error_fails(maps: tuple[Tensor, Tensor]) -> None:
     exact, _ = maps
     coarse = exact.bfloat16().float()  # an error that dwarfs the one rounding of float32
-    with pytest.raises(AssertionError, match="1.5 times the budget"):
-        assert_within_budget((exact + 3 * (coarse - exact)).float(), exact, coarse, name="map")
+    with pytest.raises(AssertionError, match="1.5 times its budget"):
+        assert_accurate((exact + 3 * (coarse - exact)).float(), exact, coarse, name="map")
 
 
 @pytest.mark.parametrize(
@@ -55,21 +55,21 @@ def test_faults_are_caught(maps: tuple[Tensor, Tensor], fault: object) -> None:
     exact, baseline = maps
     assert callable(fault)
     with pytest.raises(AssertionError):
-        assert_within_budget(fault(baseline), exact, baseline)
+        assert_accurate(fault(baseline), exact, baseline)
 
 
 def test_one_wrong_entry_among_many_is_caught(maps: tuple[Tensor, Tensor]) -> None:
     exact, baseline = maps
     wrong = baseline.clone()
     wrong[1, 2, 299, 76] += wrong.max() / 1000
-    assert budget_used(wrong, exact, baseline) > 1
+    assert error_ratio(wrong, exact, baseline) > 1
 
 
 def test_a_comparison_without_content_is_refused(maps: tuple[Tensor, Tensor]) -> None:
     exact, baseline = maps
     with pytest.raises(ValueError, match="all zeros"):
-        budget_used(baseline, torch.zeros_like(exact), baseline)
+        error_ratio(baseline, torch.zeros_like(exact), baseline)
     with pytest.raises(ValueError, match="expected float64"):
-        budget_used(baseline, exact.float(), baseline)
+        error_ratio(baseline, exact.float(), baseline)
     with pytest.raises(ValueError, match="not equal"):
-        budget_used(baseline[:1], exact, baseline)
+        error_ratio(baseline[:1], exact, baseline)

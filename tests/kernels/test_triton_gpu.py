@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import (
-    assert_within_budget,
+    assert_accurate,
     attention_inputs,
     attention_rows,
     exact_attention,
@@ -60,7 +60,7 @@ def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("tokens", "text_tokens", "heads", "head_dim", "dtype"), SIZES)
 def test_forward(tokens: int, text_tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    """Image rows across the sequence, tails included, and every row's budget through its log-sum-exp."""
+    """Image rows across the sequence, tails included, and every row's mass through its log-sum-exp."""
     inputs = attention_inputs(1, tokens, text_tokens, heads, head_dim, dtype, device="cuda")
     result = joint_attention(**inputs, maps=MapRequest(), statistics=True)
     rows = torch.cat([torch.arange(0, tokens, 61), torch.arange(tokens - 20, tokens)]).cuda()
@@ -68,8 +68,8 @@ def test_forward(tokens: int, text_tokens: int, heads: int, head_dim: int, dtype
         exact, exact_maps = attention_rows(inputs, part, torch.float64)
         _, usual_maps = attention_rows(inputs, part, torch.float32)
         usual, _ = attention_rows(inputs, part, dtype)
-        assert_within_budget(result.image[:, part], exact, usual, name="output")
-        assert_within_budget(result.maps[:, part], exact_maps, usual_maps, name="map")
+        assert_accurate(result.image[:, part], exact, usual, name="output")
+        assert_accurate(result.maps[:, part], exact_maps, usual_maps, name="map")
     shown = result.maps.sum(dim=-1)
     torch.testing.assert_close(result.statistics.image_to_text.mean(dim=1), shown, rtol=1e-5, atol=0)
 
@@ -121,7 +121,7 @@ def test_gradients(
         for name, gradient in actual.items():
             found = gradient[:, :, head : head + 1]
             if exact[name].any():
-                assert_within_budget(found, exact[name], usual[name], name=f"d_{name} of head {head}")
+                assert_accurate(found, exact[name], usual[name], name=f"d_{name} of head {head}")
             else:
                 assert not found.any()
 
@@ -137,7 +137,7 @@ def test_every_map(kind: Any, heads: Any, dtype: torch.dtype) -> None:
     streams = {name: tensor for name, tensor in inputs.items() if not name.endswith("value")}
     alone = attention_maps(**streams, **options)
     for result in (actual, alone):
-        assert_within_budget(result.maps, exact.maps, baseline.maps)
+        assert_accurate(result.maps, exact.maps, baseline.maps)
     shape = exact.maps.shape
     wanted = {
         "image": torch.randn(inputs["query"].shape, generator=generator, device="cuda").to(dtype),
@@ -148,7 +148,7 @@ def test_every_map(kind: Any, heads: Any, dtype: torch.dtype) -> None:
     true = gradients(exact_attention, wide, wanted, **options)
     usual = gradients(pytorch_attention, inputs, wanted, **options)
     for name in ("query", "key", "value", "text_key", "text_value"):
-        assert_within_budget(found[name], true[name], usual[name], name=f"d_{name}")
+        assert_accurate(found[name], true[name], usual[name], name=f"d_{name}")
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), WIDTHS)
@@ -163,9 +163,9 @@ def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     true = gradients(exact_attention, wide, wanted, **options)
     usual = gradients(pytorch_attention, inputs, wanted, **options)
     for name in ("image", "text", "maps"):
-        assert_within_budget(*(getattr(result, name) for result in (actual, exact, baseline)), name=name)
+        assert_accurate(*(getattr(result, name) for result in (actual, exact, baseline)), name=name)
     for name in inputs:
-        assert_within_budget(found[name], true[name], usual[name], name=f"d_{name}")
+        assert_accurate(found[name], true[name], usual[name], name=f"d_{name}")
 
 
 def test_two_runs_are_bitwise_equal() -> None:
@@ -218,7 +218,7 @@ def test_a_gpu_that_is_not_the_current_one() -> None:
     exact = exact_attention(**inputs, maps=MapRequest())
     baseline = pytorch_attention(**inputs, maps=MapRequest())
     for name in ("image", "maps"):
-        assert_within_budget(*(getattr(r, name) for r in (result, exact, baseline)), name=name)
+        assert_accurate(*(getattr(r, name) for r in (result, exact, baseline)), name=name)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import (
-    assert_within_budget,
+    assert_accurate,
     attention_inputs,
     exact_attention,
     exact_maps,
@@ -126,7 +126,7 @@ FORWARD = [
 def judge(case: Case, actual: JointAttention, exact: JointAttention, baseline: JointAttention) -> None:
     for name in ("image", "text", "maps"):
         results = [getattr(result, name) for result in (actual, exact, baseline)]
-        assert_within_budget(*results, name=f"{name} of {case}")
+        assert_accurate(*results, name=f"{name} of {case}")
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
@@ -138,8 +138,8 @@ def test_forward(case: Case) -> None:
     judge(case, actual, exact, baseline)
     for name in ("image_to_text", "text_to_text", "image_value_norm", "text_value_norm"):
         results = [getattr(result.statistics, name) for result in (actual, exact, baseline)]
-        assert_within_budget(*results, name=f"{name} of {case}")
-    assert_within_budget(actual.lse, exact.lse, baseline.lse, name=f"lse of {case}")
+        assert_accurate(*results, name=f"{name} of {case}")
+    assert_accurate(actual.lse, exact.lse, baseline.lse, name=f"lse of {case}")
 
 
 @pytest.mark.parametrize(
@@ -152,17 +152,17 @@ def test_maps_alone(scores: str, statistics: bool) -> None:
     actual = attention_maps(**inputs, maps=case.maps, statistics=statistics)
     exact = exact_maps(**inputs, maps=case.maps, statistics=statistics)
     baseline = pytorch_maps(**inputs, maps=case.maps, statistics=statistics)
-    assert_within_budget(actual.maps, exact.maps, baseline.maps)
+    assert_accurate(actual.maps, exact.maps, baseline.maps)
     rows = {"probability": 111, "logit": 111 + 77, "text_probability": 0}[scores]
     assert (0 if actual.lse is None else actual.lse.shape[-1]) == rows
     if statistics:
         assert actual.statistics.image_value_norm is None
         for name in ("image_to_text", "text_to_text"):
-            assert_within_budget(*(getattr(r.statistics, name) for r in (actual, exact, baseline)), name=name)
+            assert_accurate(*(getattr(r.statistics, name) for r in (actual, exact, baseline)), name=name)
 
 
 def test_rows_of_the_whole_matrix_sum_to_one() -> None:
-    """Swapping the streams shows the other half of each row's budget: together they are all of it."""
+    """Swapping the streams shows the other half of each row's attention mass: together they are all of it."""
     inputs = attention_inputs(1, 111, 77, 2, 64, torch.bfloat16)
     names = {name: name[5:] if name.startswith("text_") else f"text_{name}" for name in inputs}
     swapped = {names[name]: tensor for name, tensor in inputs.items()}
@@ -293,7 +293,7 @@ def judge_gradients(case: Case, wanted: dict[str, Tensor], inputs: dict[str, Ten
             assert not found.any(), name
             continue
         usual = torch.zeros_like(found) if usual is None else usual
-        assert_within_budget(found, true, usual, name=f"d_{name} of {case}")
+        assert_accurate(found, true, usual, name=f"d_{name} of {case}")
 
 
 @pytest.mark.parametrize("scores", ["probability", "logit", "text_probability"])
@@ -312,7 +312,7 @@ def test_gradients_of_maps_alone(scores: str) -> None:
         if true is None or not true.any():
             assert not found.any(), name
         else:
-            assert_within_budget(found, true, expected, name=f"d_{name}")
+            assert_accurate(found, true, expected, name=f"d_{name}")
 
 
 def test_two_runs_are_bitwise_equal() -> None:
