@@ -1,4 +1,4 @@
-"""Attention mass and norms against hooks and a float64 softmax; which steps, rows, tokens count; the report."""
+"""Attention mass and norms against hooks and a float64 softmax; what counts; the report."""
 
 from __future__ import annotations
 

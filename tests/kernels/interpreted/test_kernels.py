@@ -114,7 +114,7 @@ FORWARD = [
     Case(63, 77, 2, 256, "fp32", "text_probability", "each"),
     Case(111, 154, 3, 96, "bf16", "probability", "each", text=(1, 2)),
     Case(111, 1, 2, 32, "fp32", "logit", "mean", edited=True),
-    Case(1, 154, 3, 128, "fp32", "probability", "mean", scale=0.1),
+    Case(1, 154, 3, 128, "fp32", "probability", "mean", batch=8, scale=0.1),  # few rows judge luck
     Case(255, 1, 1, 64, "fp16", "probability", "each", batch=3, edited=True),
     Case(64, 77, 2, 16, "fp16", "probability", "mean", scale=0.3),
     Case(64, 333, 1, 48, "fp16", "text_probability", "each"),
