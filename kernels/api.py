@@ -80,7 +80,8 @@ def joint_attention(
         text_query, text_key, text_value: text tokens, [B, T, H, D], same dtype and device.
         scale: factor of the scores, positive and finite; 1 / sqrt(D) when None.
         maps: the I2T map to return; None for no map.
-        statistics: also return attention mass and value norms, see :class:`AttentionStatistics`.
+        statistics: also return attention mass and value norms, see
+            :class:`seg4diff.kernels.types.AttentionStatistics`.
         text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
             A linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value``
             here.
@@ -89,7 +90,8 @@ def joint_attention(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices, names or ranges do not fit; the message names the argument and its value.
+        ValueError: shapes, devices, ranges or the scale do not fit, or the tensors the chosen
+            :func:`backend`; the message names the argument and its value.
     """
     tensors = {
         "query": query,
