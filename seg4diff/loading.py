@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, t5: bool) -> DiffusionPipelin
         raise ValueError(
             f"{str(index_file)!r} is damaged ({error}); get a whole copy of the model"
         ) from error
-    _check_family(index, str(folder))
+    _check_index(index, str(folder))
     skipped = _without_t5(index, t5)
     missing = _missing_files(folder, index, skipped)
     if missing:
@@ -175,7 +175,7 @@ def _from_hub(name: str, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
     try:
         with open(hf_hub_download(name, "model_index.json"), encoding="utf-8") as file:
             index = json.load(file)
-        _check_family(index, name)
+        _check_index(index, name)
         return _from_pretrained(name, index, dtype, _without_t5(index, t5))
     except GatedRepoError as error:
         raise PermissionError(
@@ -204,18 +204,34 @@ def _from_pretrained(
     import diffusers
 
     pipeline_class = getattr(diffusers, index["_class_name"])
-    # Before 0.40 diffusers ignores `dtype` in silence, from 0.42 on `torch_dtype` is deprecated.
-    version = tuple(int(part) for part in importlib.metadata.version("diffusers").split(".")[:2])
-    keyword = "dtype" if version >= (0, 40) else "torch_dtype"
-    arguments: dict[str, Any] = {keyword: dtype, **dict.fromkeys(skipped)}
     logger.info("loading %s as %s", name, dtype)
-    return pipeline_class.from_pretrained(name, **arguments)
+    return pipeline_class.from_pretrained(
+        name, dtype=dtype, trust_remote_code=False, **dict.fromkeys(skipped)
+    )
 
 
-def _check_family(index: dict[str, Any], name: str) -> None:
-    family = str(index.get("_class_name"))
+def _check_index(index: Any, name: str) -> None:
+    """Check the family, and that every part is a class of diffusers or transformers: a model may name any
+    module, its own included, and importing a module runs it."""
+    family = str(index.get("_class_name") if isinstance(index, dict) else None)
     if not family.startswith(_FAMILY):
         raise ValueError(f"model {name!r} is a {family}; only Stable Diffusion 3 and 3.5 are supported")
+    for part, entry in index.items():
+        foreign = set(_libraries(entry)) - {None, "diffusers", "transformers"}
+        if foreign and not part.startswith("_"):
+            raise ValueError(
+                f"model {name!r} is not loaded, since it could run its own code: model_index.json has "
+                f"{part!r} as {json.dumps(entry)}, but only classes of diffusers and transformers are taken; "
+                "correct the entry, or get the model from another source"
+            )
+
+
+def _libraries(entry: Any) -> Iterator[Any]:
+    """The first item of every ``[library, class]``, also in nested lists and objects."""
+    if isinstance(entry, list) and entry and not isinstance(entry[0], (list, dict)):
+        yield entry[0]
+    for inner in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
+        yield from _libraries(inner)
 
 
 def _without_t5(index: dict[str, Any], t5: bool) -> tuple[str, ...]:

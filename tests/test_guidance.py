@@ -168,11 +168,7 @@ def test_a_callback_may_end_classifier_free_guidance(pipe: Any) -> None:
         "callback_on_step_end_tensor_inputs": names,
         "latents": noise,
     }
-    pipe_inputs = type(pipe)._callback_tensor_inputs
-    if "pooled_prompt_embeds" not in pipe_inputs:  # as in diffusers up to 0.42
-        pipe._callback_tensor_inputs = [*pipe_inputs, "pooled_prompt_embeds"]
     output = guide(pipe, PROMPT, scale=2, layers=[0, 2], blur=BLUR, **CALL, **arguments).images
-    pipe.__dict__.pop("_callback_tensor_inputs", None)
 
     # one guided step by hand, then two without
     full = by_hand_steps(pipe, noise, [4.0, 1.0, 1.0])

@@ -194,3 +194,56 @@ def test_out_of_memory(saved, monkeypatch):
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert "--batch-size" in out_of_memory_remedy("dreaming")
+
+
+EVIL = """
+import pathlib
+pathlib.Path({witness!r}).touch()
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from transformers import CLIPConfig
+
+class Evil(FlowMatchEulerDiscreteScheduler): ...
+class EvilModel(SD3Transformer2DModel): ...
+class EvilConfig(CLIPConfig): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "entry"),
+    [
+        ("scheduler", ["payload", "Evil"]),  # a module of the folder
+        ("scheduler", ["subprocess", "Popen"]),  # one that is imported already
+        ("safety", {"checker": [["payload", "Evil"]]}),
+        ("text_encoder", ["os.path", {"class": "join"}]),
+    ],
+)
+def test_models_of_other_libraries_are_refused(copy, part, entry, tmp_path, monkeypatch):
+    for folder in (copy, copy / "scheduler"):
+        (folder / "payload.py").write_text(EVIL.format(witness=str(tmp_path / "ran")))
+    monkeypatch.chdir(copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, part: entry}))
+    with pytest.raises(ValueError, match=rf"{copy}.*could run its own code.*'{part}'.*correct the entry"):
+        load_pipeline(copy, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["scheduler", "transformer", "text_encoder", "None.py"])
+def test_code_beside_the_weights_does_not_run(copy, place, tmp_path):
+    """Python files of a folder are ignored, or end the loading, but never run."""
+    code = EVIL.format(witness=str(tmp_path / "ran"))
+    if place == "None.py":  # diffusers looks for a pipeline in NAME.py, also where no name was given
+        (copy / place).write_text(code)
+    else:
+        for name in ("payload.py", "diffusers.py", "transformers.py"):
+            (copy / place / name).write_text(code)
+        configuration = next((copy / place).glob("*config.json"))
+        custom = {"AutoConfig": "payload.EvilConfig", "AutoModel": "payload.EvilModel"}
+        content = {**json.loads(configuration.read_text()), "auto_map": custom}
+        configuration.write_text(json.dumps(content))
+    if place == "transformer":
+        index = json.loads((copy / "model_index.json").read_text())
+        (copy / "model_index.json").write_text(json.dumps({**index, place: ["diffusers", "AutoModel"]}))
+    with pytest.raises(ValueError, match="trust_remote_code"):  # diffusers refuses
+        load_pipeline(copy, "cpu")
+    assert not (tmp_path / "ran").exists()

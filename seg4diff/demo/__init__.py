@@ -55,16 +55,13 @@ def load_pipeline(
 
     if not (WEIGHTS / "model_index.json").is_file():
         raise FileNotFoundError(f"no demo model in {WEIGHTS}: train it with python -m seg4diff.demo.train")
-    # diffusers ignores `dtype` before 0.40 and deprecates `torch_dtype` in 0.42.
-    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    keyword = "dtype" if version >= (0, 40) else "torch_dtype"
     with _quiet_loading():
         pipe: StableDiffusion3Pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
             WEIGHTS,
             text_encoder_3=None,
             tokenizer_3=None,
             local_files_only=True,
-            **{keyword: torch.float32 if dtype is None else dtype},
+            dtype=torch.float32 if dtype is None else dtype,
         )
     # Even a move to where it is makes diffusers warn of float16 on a CPU.
     return pipe if torch.device(device) == pipe.device else pipe.to(device)
