@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -55,13 +56,56 @@ def check_folder(out: Path) -> None:
         raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
 
 
-def distinct_stems(paths: Sequence[str]) -> list[str]:
-    """The stem of each path, numbered where two are alike."""
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Check, before any work is done, that no file that is to be written replaces an input or another output.
+
+    Inputs are recognised through links and in any spelling. Outputs whose names differ in case alone count as
+    one file, as they are on some file systems.
+
+    Args:
+        outputs: the files that will be written.
+        inputs: the files that are read; those that do not exist are skipped.
+
+    Raises:
+        ValueError: an output is an input, or two outputs are one file; the message names both.
+    """
+    read: dict[tuple[int, int] | None, str | os.PathLike[str]] = {_identity(path): path for path in inputs}
+    read.pop(None, None)
+    written: dict[tuple[str, str], Path] = {}
+    for path in outputs:
+        if (known := read.get(_identity(path))) is not None:
+            raise ValueError(
+                f"the output {str(path)!r} would replace the input {os.fspath(known)!r}; give another --out"
+            )
+        other = written.setdefault((os.path.realpath(path.parent), path.name.casefold()), path)
+        if other is not path:
+            raise ValueError(
+                f"the outputs {str(other)!r} and {str(path)!r} would be one file; rename one of their inputs"
+            )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """What tells a file from others, None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def distinct_stems(paths: Sequence[str], endings: Sequence[str] = ("",)) -> list[str]:
+    """The stem of each path, numbered where files STEM + ending of two paths would share a name.
+
+    Names that differ in case alone count as shared.
+    """
     stems: list[str] = []
+    taken: set[str] = set()
+    numbers: dict[str, int] = defaultdict(lambda: 1)
     for path in paths:
         stem = name = Path(path).stem
-        number = 2
-        while name in stems:
-            name, number = f"{stem}-{number}", number + 1
+        while not taken.isdisjoint(files := [f"{name}{ending}".casefold() for ending in endings]):
+            numbers[stem] += 1
+            name = f"{stem}-{numbers[stem]}"
+        taken.update(files)
         stems.append(name)
     return stems

@@ -103,6 +103,42 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path, calls):
     assert [call["images"] for call in calls[1:]] == [2, 1]
 
 
+def test_an_overlay_and_labels_of_one_name(tmp_path, calls):
+    for name, width in (("a", 10), ("a-overlay", 20), ("A", 30)):
+        Image.new("RGB", (width, 5)).save(tmp_path / f"{name}.png")
+    words = [str(tmp_path / f"{name}.png") for name in ("a", "a-overlay", "A")]
+    assert main(["segment", *words, "--classes", "a", "b", "--out", str(tmp_path / "out")]) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "A-2-overlay.png", "A-2.png", "a-overlay-2-overlay.png", "a-overlay-2.png", "a-overlay.png", "a.png",
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "out" / "a-overlay-2.png").width == 20
+
+
+def test_results_never_replace_what_was_read(tmp_path, calls, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("photo.png", "photo-overlay.png", "photo.jpg", "weights.png"):
+        Image.new("RGB", (10, 5), "red").save(out / name)
+    Image.new("RGB", (10, 5)).save(tmp_path / "weights.bmp")
+    (tmp_path / "linked.png").symlink_to(out / "photo.png")
+    (tmp_path / "photo.png").hardlink_to(out / "photo.png")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    lora = ["--lora", str(out / "weights.png")]
+    for words, message in (
+        ([str(out / "photo.png")], "photo.png' would replace the input"),
+        ([str(out / "photo.jpg"), str(out / "photo-overlay.png")], "photo-overlay.png' would replace"),
+        ([str(tmp_path / "photo.png")], "photo.png' would replace"),
+        ([str(out / "photo.jpg"), str(tmp_path / "linked.png")], "photo.png' would replace"),
+        ([str(tmp_path / "weights.bmp"), *lora], "weights.png' would replace"),
+    ):
+        code, line = failure(["segment", *words, "--classes", "a", "--out", str(out)], capsys)
+        assert code == 2
+        assert message in line
+        assert "give another --out" in line
+    assert calls == []
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def failure(words, capsys):
     """Exit code and the one line on stderr."""
     code = main(words)

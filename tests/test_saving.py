@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seg4diff.saving import write_atomically
+from seg4diff.saving import check_outputs, distinct_stems, write_atomically
 
 
 def test_writes_and_makes_folders(tmp_path):
@@ -51,3 +51,47 @@ def test_permissions_follow_the_umask(tmp_path):
 def test_a_folder_in_the_way(tmp_path):
     with pytest.raises(IsADirectoryError, match="give the name of a file"):
         write_atomically(tmp_path, lambda path: path.write_text("x"))
+
+
+@pytest.mark.parametrize("kind", ["same", "symlink", "hard link", "linked folder"])
+def test_an_output_that_is_an_input(tmp_path, kind):
+    source, output = tmp_path / "in" / "a.png", tmp_path / "out" / "b.png"
+    source.parent.mkdir()
+    source.write_text("x")
+    if kind == "same":
+        output = tmp_path / "in" / ".." / "in" / "a.png"
+    elif kind == "linked folder":
+        output.parent.symlink_to(source.parent)
+        output = output.with_name("a.png")
+    else:
+        output.parent.mkdir()
+        (output.symlink_to if kind == "symlink" else output.hardlink_to)(source)
+    with pytest.raises(ValueError, match=f"{output}' would replace the input '{source}'; give another --out"):
+        check_outputs([tmp_path / "new.png", output], [tmp_path / "gone.png", source])
+    check_outputs([tmp_path / "new.png", tmp_path / "in" / "b.png"], [source])
+
+
+def test_two_outputs_in_one_file(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    for first, second in (("one/a.png", "two/a.png"), ("one/a.png", "one/A.PNG")):
+        with pytest.raises(ValueError, match=f"{first}' and .*{second}' would be one file"):
+            check_outputs([tmp_path / first, tmp_path / second], [])
+    check_outputs([tmp_path / "one" / "a.png", tmp_path / "two" / "b.png"], [])
+
+
+def test_distinct_stems():
+    paths = ["x/a.png", "a-overlay.jpg", "A.jpg", "b.png", "y/a.png", "a-2.png"]
+    assert distinct_stems(paths) == ["a", "a-overlay", "A-2", "b", "a-3", "a-2-2"]
+    endings = ("", "-overlay")
+    found = distinct_stems(paths, endings)
+    assert found == ["a", "a-overlay-2", "A-2", "b", "a-3", "a-2-2"]
+    files = [f"{stem}{ending}".casefold() for stem in found for ending in endings]
+    assert len(set(files)) == len(files)
+
+
+def test_many_pictures_of_one_name():
+    """Hours, if every name were compared with all before it."""
+    stems = distinct_stems([f"{folder}/image.jpg" for folder in range(50_000)], ("", "-overlay"))
+    assert len(set(stems)) == 50_000
+    assert (stems[0], stems[-1]) == ("image", "image-50000")

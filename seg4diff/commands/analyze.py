@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from seg4diff.commands.model_options import ModelOptions, load_patched
-from seg4diff.saving import check_folder
+from seg4diff.commands.model_options import ModelOptions, load_patched, model_files
+from seg4diff.saving import check_folder, check_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,10 +81,17 @@ def run_analyze(options: Analyze) -> None:
         raise ValueError("--dataset brings its own pictures and names; leave out --prompts and --images")
     check_levels(options.noise_levels, options.steps)
     check_folder(options.out)
+    listed = [] if options.prompts_file is None else [options.prompts_file]
+    inputs: list[str | Path] = [*options.images, *listed, *model_files(options)]
+    names = ["report.safetensors", "report.json", "ranking.json", "layers.png"]
+    for figure in ("budget", "value-norms", "projections"):
+        names += [f"{figure}-{level}.png" for level in options.noise_levels]
+    outputs = [options.out / name for name in names]
     if options.dataset is None:
+        check_outputs(outputs, inputs)
         _analyze(options, prompts)
     else:
-        _rank(options, options.dataset)
+        _rank(options, options.dataset, outputs, inputs)
 
 
 def _prompts(options: Analyze) -> list[str]:
@@ -132,7 +139,7 @@ def _analyze(options: Analyze, prompts: list[str]) -> None:
     _finish(options.out, "report.safetensors", figures)
 
 
-def _rank(options: Analyze, dataset: str) -> None:
+def _rank(options: Analyze, dataset: str, outputs: list[Path], inputs: list[str | Path]) -> None:
     import numpy as np
 
     from seg4diff.analysis.ranking import expert_layers
@@ -140,6 +147,7 @@ def _rank(options: Analyze, dataset: str) -> None:
     from seg4diff.evaluation.datasets import limit_samples, open_dataset
 
     opened = limit_samples(open_dataset(dataset, options.data_root, partial=True), limit=options.limit)
+    check_outputs(outputs, [*inputs, *(file for sample in opened.samples for file in sample.files)])
     labelled = []
     for sample in opened.samples:
         labels = sample.read_labels().astype(np.int64)

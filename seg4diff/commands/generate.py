@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from seg4diff.commands.model_options import ModelOptions, load_patched
-from seg4diff.saving import check_folder, save_picture
+from seg4diff.commands.model_options import ModelOptions, load_patched, model_files
+from seg4diff.saving import check_folder, check_outputs, save_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ def run_generate(options: Generate) -> None:
     weights = {word: _number(factor, f"--weight {word}={factor}") for word, factor in
                (_pair(text, "--weight cat=1.5") for text in options.weight)}  # fmt: skip
     check_folder(options.out)
+    numbers = range(len(options.prompts) * options.images)
+    check_outputs([file for number in numbers for file in _files(options, number)], model_files(options))
 
     from seg4diff.perturbation import Blur
 
@@ -105,6 +107,11 @@ def run_generate(options: Generate) -> None:
         for _ in range(options.images):
             _draw(pipe, options, prompt, number, blur, swap, weights)
             number += 1
+
+
+def _files(options: Generate, number: int) -> tuple[Path, Path]:
+    """Where a picture is written, and the sheet of its heat maps."""
+    return options.out / f"{number:03}.png", options.out / f"{number:03}-maps.png"
 
 
 def _draw(
@@ -158,7 +165,8 @@ def _draw(
                 pipe, prompt, scale=options.guide, layers=options.guide_layers, blur=blur, **call
             )
     picture = output.images[0]
-    path = save_picture(picture, options.out / f"{number:03}.png")
+    path, sheet = _files(options, number)
+    save_picture(picture, path)
     if captured is not None:
         tiles = [("", picture)]
         tiles += [
@@ -166,7 +174,7 @@ def _draw(
             for word in options.words or words_of(prompt)
         ]
         rows = [tiles[first : first + 6] for first in range(0, len(tiles), 6)]
-        save_picture(contact_sheet(rows), options.out / f"{number:03}-maps.png")
+        save_picture(contact_sheet(rows), sheet)
     tqdm.write(f"{prompt!r}, seed {options.seed + number} -> {path}")
 
 

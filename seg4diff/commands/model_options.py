@@ -31,6 +31,12 @@ class ModelOptions:
     """Show where an error came from."""
 
 
+def model_files(options: ModelOptions) -> list[Path]:
+    """Files that are read of a local model and of a LoRA."""
+    places = [Path(options.model), *([] if options.lora is None else [options.lora])]
+    return [file for place in places for file in (place, *place.glob("*"), *place.glob("*/*"))]
+
+
 def load_model(options: ModelOptions) -> Any:
     """The pipeline that the options name, with its LoRA."""
     import seg4diff

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from seg4diff.commands.model_options import ModelOptions
-from seg4diff.saving import check_folder, distinct_stems, save_picture
+from seg4diff.commands.model_options import ModelOptions, model_files
+from seg4diff.saving import check_folder, check_outputs, distinct_stems, save_picture
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from seg4diff.segmentation import Segmentation
+
+_OVERLAY = "-overlay"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ def check_pictures(options: PictureOptions) -> list[str]:
     """The pictures to work on, each once and found readable before anything large is loaded.
 
     Raises:
-        ValueError, FileNotFoundError: there is none, one is missing or damaged, or the batch size is wrong.
+        ValueError, FileNotFoundError: there is none, one is missing or damaged, the batch size is wrong, or
+            an output would replace an input.
         OSError: nothing can be written to the folder.
     """
     from seg4diff.images import as_rgb
@@ -59,7 +62,18 @@ def check_pictures(options: PictureOptions) -> list[str]:
     paths = list(dict.fromkeys(options.images))
     for path in paths:
         as_rgb(path)
+    outputs = [file for several in _outputs(options, paths) for file in several.values()]
+    check_outputs(outputs, [*paths, *model_files(options)])
     return paths
+
+
+def _outputs(options: PictureOptions, paths: Sequence[str]) -> list[dict[str, Path]]:
+    """For each picture the files that are written: its overlay, and one in each format."""
+    return [
+        {"overlay": options.out / f"{stem}{_OVERLAY}.png"}
+        | {suffix: options.out / f"{stem}.{suffix}" for suffix in options.formats}
+        for stem in distinct_stems(paths, ("", _OVERLAY))
+    ]
 
 
 def write_segmentations(
@@ -73,13 +87,14 @@ def write_segmentations(
 
     from seg4diff.images import as_rgb
 
-    stems = dict(zip(paths, distinct_stems(paths), strict=True))
+    outputs = dict(zip(paths, _outputs(options, paths), strict=True))
     with tqdm(total=len(paths), unit="picture", disable=None) as progress:
         for first in range(0, len(paths), options.batch_size):
             batch = paths[first : first + options.batch_size]
             for path, result in zip(batch, segment([as_rgb(path) for path in batch]), strict=True):
+                files = outputs[path]
                 for suffix in options.formats:
-                    result.save(options.out / f"{stems[path]}.{suffix}")
-                overlay = save_picture(result.overlay(), options.out / f"{stems[path]}-overlay.png")
+                    result.save(files[suffix])
+                overlay = save_picture(result.overlay(), files["overlay"])
                 progress.write(f"{path}: {describe(result)} -> {overlay}")
                 progress.update()

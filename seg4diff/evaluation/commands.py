@@ -196,9 +196,12 @@ def _segment(options: Evaluate) -> None:
         )
 
     from seg4diff.evaluation.report import markdown
-    from seg4diff.evaluation.runner import Settings, process_state
+    from seg4diff.evaluation.runner import Settings, check_predictions, process_state
     from seg4diff.saving import write_atomically
 
+    if options.save_predictions:
+        for dataset in datasets:
+            check_predictions(dataset, options.out / dataset.name, options.protocol)
     settings = Settings(
         protocols=options.protocol,
         preset=options.preset,

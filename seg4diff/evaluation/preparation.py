@@ -15,7 +15,7 @@ from seg4diff.evaluation.datasets.folder import CLASSES, IMAGES, LABELS
 from seg4diff.evaluation.loading_ahead import Failure, load_ahead
 from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.evaluation.results import no_space
-from seg4diff.saving import write_atomically
+from seg4diff.saving import check_outputs, write_atomically
 from seg4diff.visualization import palette
 
 _AT_ONCE = 32
@@ -53,9 +53,14 @@ def prepare(
         progress: show a bar.
 
     Raises:
+        ValueError: a file of the data set would be overwritten.
         OSError: ``out`` cannot be written to.
     """
     if out is not None:
+        check_outputs(
+            [path for sample in dataset.samples for path in _paths(out, sample.name)],
+            [file for sample in dataset.samples for file in sample.files],
+        )
         names = "".join(f"{name}\n" for name in dataset.classes)
         write_atomically(out / CLASSES, lambda path: path.write_text(names, encoding="utf-8"))
     pixels = np.zeros(IGNORED + 1, np.int64)
@@ -85,11 +90,15 @@ def prepare(
     )
 
 
+def _paths(out: Path, name: str) -> tuple[Path, Path]:
+    """Where the picture and the label map of a sample are written."""
+    return out / IMAGES / f"{name}.png", out / LABELS / f"{name}.png"
+
+
 def _write(out: Path, name: str, image: Image.Image, labels: np.ndarray) -> None:
     picture = Image.fromarray(labels)
     picture.putpalette(palette(256).tobytes())
-    for folder, content in ((IMAGES, image), (LABELS, picture)):
-        path = out / folder / f"{name}.png"
+    for path, content in zip(_paths(out, name), (image, picture), strict=True):
         try:
             write_atomically(path, lambda temporary, content=content: content.save(temporary))  # type: ignore[misc]
         except OSError as error:

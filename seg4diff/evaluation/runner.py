@@ -56,7 +56,7 @@ from seg4diff.evaluation.results import (
 from seg4diff.evaluation.stages import StageClock, timed_parts
 from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
-from seg4diff.saving import write_atomically
+from seg4diff.saving import check_outputs, write_atomically
 from seg4diff.segmentation.recipe import Preset, View, find_preset, run_maps, views_of
 from seg4diff.segmentation.unsupervised import find_grouping
 from seg4diff.visualization import palette
@@ -316,11 +316,14 @@ def evaluate(
         progress: show a bar with the running mIoU.
 
     Raises:
-        ValueError: ``out`` holds results of other settings, or as :func:`make_evaluator`.
+        ValueError: ``out`` holds results of other settings, label maps would overwrite files of the data
+            set, or as :func:`make_evaluator`.
         OSError: the disk is full; what is done is kept.
     """
     state = process_state(pipe)
     evaluator = make_evaluator(pipe, dataset, settings or Settings())
+    if save_predictions:
+        check_predictions(dataset, out, evaluator.settings.protocols)
     identity = _identity(evaluator, dataset, about or {})
     if state.is_main_process:
         _claim(out, identity, overwrite)
@@ -444,10 +447,22 @@ def _tally(evaluator: Evaluator, name: str, predicted: Tensor, labels: np.ndarra
     return Tally(confusion=confusion.to_sparse(), boundary=boundary)
 
 
+def check_predictions(dataset: Dataset, out: Path, protocols: Sequence[str]) -> None:
+    """Raise ValueError if label maps that are saved would overwrite the data set's files or each other."""
+    check_outputs(
+        [_prediction_path(out, name, sample.name) for name in protocols for sample in dataset.samples],
+        [file for sample in dataset.samples for file in sample.files],
+    )
+
+
+def _prediction_path(out: Path, protocol: str, name: str) -> Path:
+    return out / "predictions" / protocol / f"{name}.png"
+
+
 def _save_predictions(out: Path, answer: Answer) -> None:
     """Palette PNGs of the size of the picture, 255 where it was not looked at."""
     for name, predicted in answer.predicted.items():
-        _save_prediction(out / "predictions" / name / f"{answer.name}.png", predicted, answer.whole)
+        _save_prediction(_prediction_path(out, name, answer.name), predicted, answer.whole)
 
 
 def _save_prediction(path: Path, predicted: Tensor, whole: tuple[int, int]) -> None:

@@ -117,6 +117,32 @@ def test_wrong_input(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "prepare", "analyze"])
+def test_data_sets_are_not_overwritten(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Predictions that are the labels, a folder prepared into itself, a picture called layers.png."""
+    root, predictions = tmp_path / "data", tmp_path / "out" / "folder" / "predictions" / "oracle"
+    miniature.write_folder(root, ["cat", "dog"], {"layers": [[0, 1]], "b": [[0, 1]]})
+    given = {"evaluate": root / "labels" / "b.png", "prepare": root / "labels" / "b.png"}
+    source = given.get(command, next((root / "images").glob("layers.*")))
+    before = source.read_bytes()
+    options = ["folder", "--data-root", str(root), "--out"]
+    if command == "evaluate":
+        predictions.parent.mkdir(parents=True)
+        predictions.symlink_to(root / "labels")
+        model = ["--save-predictions", "--model", str(tmp_path / "no-such-model")]
+        assert main(["evaluate", *model, "--dataset", *options, str(tmp_path / "out")]) == 2
+    elif command == "prepare":
+        assert main(["prepare", *options, str(root)]) == 2
+    else:
+        source = source.rename(source.with_suffix(".png"))
+        model = ["--model", str(tmp_path / "no-such-model")]
+        assert main(["analyze", *model, "--dataset", *options, str(root / "images")]) == 2
+    assert "would replace the input" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
 def test_an_unknown_class_in_the_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = tmp_path / "names.json"
     names.write_text('{"appel": ["apple"]}')

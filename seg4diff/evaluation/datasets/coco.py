@@ -139,6 +139,7 @@ def _from_instances(
             Path(entry["file_name"]).stem,
             partial(as_rgb, root / images / entry["file_name"]),
             partial(_draw_instances, entry, tuple(instances[entry["id"]]), positions, nothing),
+            files=(root / images / entry["file_name"], path),
         )
         for entry in ordered
     )

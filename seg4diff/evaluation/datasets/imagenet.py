@@ -52,6 +52,7 @@ def read_imagenet(root: Path) -> tuple[tuple[Sample, ...], str]:
                 partial(_image, path, index),
                 partial(_labels, path, index),
                 {1: (words[synset],)},
+                (path, root / _WORDS),
             )
         )
     return tuple(samples), _FILE

@@ -35,12 +35,14 @@ class Sample:
         read_labels: uint8 [height, width], positions in the data set's classes, or 255 where a pixel does not
             count. Raises as ``read_image``, also for values that stand for no class.
         prompts: names to prompt in this picture for some classes, by position, instead of the data set's.
+        files: those that the picture and its labels are read from.
     """
 
     name: str
     read_image: Callable[[], Image.Image]
     read_labels: Callable[[], np.ndarray]
     prompts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
 
 def require(dataset: str, root: Path, paths: Sequence[str], download: str) -> None:
@@ -140,7 +142,9 @@ def make_samples(
                 f"{kind} are missing, the first is {missing[0].relative_to(root).as_posix()}. {download}"
             )
     return tuple(
-        Sample(name, partial(as_rgb, image(name)), partial(read_labels, labels(name))) for name in names
+        Sample(name, partial(as_rgb, file), partial(read_labels, of_labels), files=(file, of_labels))
+        for name in names
+        for file, of_labels in [(image(name), labels(name))]
     )
 
 
