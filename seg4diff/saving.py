@@ -6,7 +6,7 @@ import os
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
@@ -91,6 +91,29 @@ def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def checked_name(name: object, source: str) -> str:
+    """A name that a file lists, if it stays inside the folder that it will be joined to.
+
+    Raises:
+        ValueError: it is not text, empty, absolute, or holds ``..``, a drive, a backslash or a NUL; the
+            message starts with ``source``.
+    """
+    if (
+        not isinstance(name, str)
+        or not PurePosixPath(name).parts
+        or PurePosixPath(name).is_absolute()
+        or ".." in PurePosixPath(name).parts
+        or PureWindowsPath(name).drive
+        or "\\" in name
+        or "\0" in name
+    ):
+        raise ValueError(
+            f"{source} has the name {name!r}, which could lead out of the data set: relative names without "
+            "'..', drive or backslash expected"
+        )
+    return name
 
 
 def distinct_stems(paths: Sequence[str], endings: Sequence[str] = ("",)) -> list[str]:

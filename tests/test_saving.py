@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seg4diff.saving import check_outputs, distinct_stems, write_atomically
+from seg4diff.saving import check_outputs, checked_name, distinct_stems, write_atomically
 
 
 def test_writes_and_makes_folders(tmp_path):
@@ -95,3 +95,31 @@ def test_many_pictures_of_one_name():
     stems = distinct_stems([f"{folder}/image.jpg" for folder in range(50_000)], ("", "-overlay"))
     assert len(set(stems)) == 50_000
     assert (stems[0], stems[-1]) == ("image", "image-50000")
+
+
+OUTSIDE = [
+    "/tmp/x",
+    "../x",
+    "a/../../x",
+    "a/..",
+    "..",
+    "C:x",
+    "c:/x",
+    "//host/x",
+    "..\\x",
+    "a\\b",
+    "a\0b",
+    "",
+    ".",
+]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, 7, None, ["a"]])
+def test_names_that_lead_outside(name):
+    with pytest.raises(ValueError, match=r"list.txt has the name .* could lead out of the data set"):
+        checked_name(name, "list.txt")
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.c", "a..b", "..a", "a b", "2007_000033", "ä/猫"])
+def test_names_that_stay_inside(name):
+    assert checked_name(name, "list.txt") == name

@@ -15,7 +15,7 @@ from seg4diff.evaluation.datasets.folder import CLASSES, IMAGES, LABELS
 from seg4diff.evaluation.loading_ahead import Failure, load_ahead
 from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.evaluation.results import no_space
-from seg4diff.saving import check_outputs, write_atomically
+from seg4diff.saving import check_outputs, checked_name, write_atomically
 from seg4diff.visualization import palette
 
 _AT_ONCE = 32
@@ -92,6 +92,7 @@ def prepare(
 
 def _paths(out: Path, name: str) -> tuple[Path, Path]:
     """Where the picture and the label map of a sample are written."""
+    checked_name(name, "the data set")
     return out / IMAGES / f"{name}.png", out / LABELS / f"{name}.png"
 
 

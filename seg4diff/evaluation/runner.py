@@ -56,7 +56,7 @@ from seg4diff.evaluation.results import (
 from seg4diff.evaluation.stages import StageClock, timed_parts
 from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
-from seg4diff.saving import check_outputs, write_atomically
+from seg4diff.saving import check_outputs, checked_name, write_atomically
 from seg4diff.segmentation.recipe import Preset, View, find_preset, run_maps, views_of
 from seg4diff.segmentation.unsupervised import find_grouping
 from seg4diff.visualization import palette
@@ -456,7 +456,7 @@ def check_predictions(dataset: Dataset, out: Path, protocols: Sequence[str]) -> 
 
 
 def _prediction_path(out: Path, protocol: str, name: str) -> Path:
-    return out / "predictions" / protocol / f"{name}.png"
+    return out / "predictions" / protocol / f"{checked_name(name, 'the data set')}.png"
 
 
 def _save_predictions(out: Path, answer: Answer) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from seg4diff.images import as_rgb
 from seg4diff.magnet.settings import DataSettings
+from seg4diff.saving import checked_name
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -178,15 +179,19 @@ class Coco:
         content = _json(masks, "data.masks")
         try:
             self._names = {int(c["id"]): str(c["name"]).split("-")[0].strip() for c in content["categories"]}
-            self._images = [(int(item["id"]), str(item["file_name"])) for item in content["images"]]
+            self._images = [(int(item["id"]), item["file_name"]) for item in content["images"]]
             self._annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
             for annotation in content["annotations"]:
                 self._annotations[int(annotation["image_id"])].append(annotation)
+            names = [name for _, name in self._images]
+            names += [a["file_name"] for a in content["annotations"] if "file_name" in a]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"data.masks={str(masks)!r} is no COCO file ({error!r}): categories, images and "
                 "annotations expected"
             ) from None
+        for name in names:
+            checked_name(name, f"data.masks={str(masks)!r}")
         if not self._images:
             raise ValueError(f"data.masks={str(masks)!r} lists no picture")
         self._captions = read_captions(captions) if captions is not None else {}

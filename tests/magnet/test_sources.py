@@ -129,6 +129,17 @@ def test_coco(panoptic: bool, tmp_path: Path) -> None:
         source.load(2)
 
 
+@pytest.mark.parametrize("place", ["images", "annotations"])
+@pytest.mark.parametrize("name", ["../7.jpg", "/7.jpg", "a\\7.jpg", 7])
+def test_coco_names_that_lead_outside(place: str, name: Any, tmp_path: Path) -> None:
+    settings = coco(tmp_path, panoptic=True)
+    content = json.loads(Path(settings.masks).read_text())
+    content[place][-1]["file_name"] = name
+    Path(settings.masks).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"data.masks=.*could lead out of the data set"):
+        open_source(settings)
+
+
 def test_fingerprints_change_with_the_files(tmp_path: Path) -> None:
     data = coco(tmp_path, panoptic=False)
     before = open_source(data).fingerprint()

@@ -22,6 +22,7 @@ from seg4diff.evaluation.datasets.layout import (
 )
 from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.images import as_rgb
+from seg4diff.saving import checked_name
 
 _IMAGES = ("coco/val2017", "coco/images/val2017")
 _PIXEL_MAPS = ("coco/stuffthingmaps/val2017", "coco/annotations/val2017")
@@ -125,6 +126,8 @@ def _from_instances(
             instances[entry["image_id"]].append(entry)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} holds no annotations of COCO, or is damaged ({error!r})") from error
+    for entry in pictures.values():
+        checked_name(entry.get("file_name"), f"{str(path)!r}")
     present = set(names_in(root / images, [".jpg"]))
     ordered = sorted(pictures.values(), key=lambda entry: entry["file_name"])
     missing = [entry["file_name"] for entry in ordered if Path(entry["file_name"]).stem not in present]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.images import as_rgb
+from seg4diff.saving import checked_name
 
 _INVALID = -1
 
@@ -43,6 +44,9 @@ class Sample:
     read_labels: Callable[[], np.ndarray]
     prompts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        checked_name(self.name, "the data set")
 
 
 def require(dataset: str, root: Path, paths: Sequence[str], download: str) -> None:
@@ -71,12 +75,16 @@ def first_present(root: Path, paths: Sequence[str]) -> str | None:
 
 
 def read_split(path: Path) -> list[str]:
-    """Names of a list with one to a line, the first word of each; blank lines do not count."""
+    """Names of a list with one to a line, the first word of each; blank lines do not count.
+
+    Raises:
+        ValueError: it is empty or not text, or a name could lead out of the data set.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is no list of names ({error})") from error
-    names = [line.split()[0] for line in lines if line.strip()]
+    names = [checked_name(line.split()[0], f"{str(path)!r}") for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{str(path)!r} is empty: one name to a line expected")
     return names

@@ -18,6 +18,7 @@ from seg4diff.evaluation.datasets import (
     open_dataset,
     with_names,
 )
+from seg4diff.evaluation.preparation import prepare
 from tests.support import miniature
 
 
@@ -42,6 +43,45 @@ def test_what_is_missing_and_where_to_get_it(tmp_path: Path, name: str, missing:
         open_dataset(name, tmp_path)
     assert missing in str(caught.value)
     assert download in str(caught.value)
+
+
+@pytest.mark.parametrize("listed", ["../../../../outside", "/OUTSIDE", "..\\x", "a\0b"])
+@pytest.mark.parametrize("kind", ["voc20", "voc21", "pc59", "pc60", "coco-object", "--images"])
+def test_names_that_lead_out_of_the_data_set(tmp_path: Path, kind: str, listed: str) -> None:
+    """A list names a picture elsewhere, which exists: it is neither read nor written."""
+    root, out = tmp_path / "root", tmp_path / "out"
+    listed = listed.replace("OUTSIDE", f"{tmp_path}/outside"[1:])
+    root.mkdir()
+    if kind.startswith("pc"):
+        miniature.write_context(root, "59_context_labels")
+        path = root / "VOCdevkit/VOC2010/ImageSets/Main/val.txt"
+    elif kind == "coco-object":
+        miniature.write_coco(root, pixel_maps=False, instances=True)
+        path = root / "coco/annotations/instances_val2017.json"
+    else:
+        miniature.write_voc(root)
+        path = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    if kind == "coco-object":
+        document = json.loads(path.read_text())
+        document["images"][0]["file_name"] = f"{listed}.jpg"
+        path.write_text(json.dumps(document))
+    elif kind == "--images":
+        path = tmp_path / "list.txt"
+    if path.suffix == ".txt":
+        path.write_text(f"{listed}\n")
+    for suffix in (".jpg", ".png"):
+        miniature.write_labels(tmp_path / f"outside{suffix}", [[0, 1]])
+    before = sorted(tmp_path.rglob("*"))
+
+    def run() -> None:
+        if kind == "--images":
+            limit_samples(open_dataset("voc20", root, partial=True), listed=path)
+        else:
+            prepare(open_dataset(kind, root, partial=True), out, progress=False)
+
+    with pytest.raises(ValueError, match="could lead out of the data set"):
+        run()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,11 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     (tmp_path / "gtsegs_ijcv.mat").write_bytes(b"\x89HDF but not really")
     with pytest.raises(ValueError, match="is damaged"):
         open_dataset("imagenet-seg", tmp_path, partial=True)
+
+
+@pytest.mark.parametrize("name", ["n02690373_/../../../x", "n02690373_a\\b"])
+def test_names_that_lead_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(miniature, "IMAGENET_VALUES", {name: [[0, 1]]})
+    miniature.write_imagenet(tmp_path)
+    with pytest.raises(ValueError, match="could lead out of the data set"):
+        open_dataset("imagenet-seg", tmp_path, partial=True)
