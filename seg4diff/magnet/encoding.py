@@ -16,7 +16,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from seg4diff.backbones import find_backbone
 from seg4diff.magnet.settings import DataSettings
 from seg4diff.magnet.sources import Example, Source, UnusableExampleError
 from seg4diff.magnet.verified_files import DamagedFileError, read_metadata, verify, write_verified
+from seg4diff.masks import decode_mask, run_lengths
 from seg4diff.segmentation.recipe import find_preset
 from seg4diff.segmentation.zero_shot import plan_prompts
 from seg4diff.tokens import TextEncoding, columns_of_characters, find_words
@@ -398,26 +398,25 @@ def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
-@lru_cache(maxsize=1)
-def _pycocotools_mask() -> Any:
-    from pycocotools import mask as rle
-
-    return rle
+def _sized(mask: Mapping[str, Any]) -> tuple[Mapping[str, Any], int, int]:
+    """Arguments of :func:`decode_mask` for a mask of a cache."""
+    height, width = mask["size"]
+    if not (0 < height <= _MASK_SIDE and 0 < width <= _MASK_SIDE):
+        raise ValueError(f"a mask of the cache is {width} x {height}, larger than {_MASK_SIDE}; delete it")
+    return mask, height, width
 
 
 def areas(masks: Sequence[Mapping[str, Any]]) -> list[float]:
     """Share of the picture that each run-length mask covers."""
-    rle = _pycocotools_mask()
-    return [float(rle.area(dict(mask))) / (mask["size"][0] * mask["size"][1]) for mask in masks]
+    runs = [run_lengths(*_sized(mask)) for mask in masks]
+    return [float(lengths[1::2].sum() / lengths.sum()) for lengths in runs]
 
 
 def union(masks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One run-length mask from several."""
-    merged: dict[str, Any] = _pycocotools_mask().merge([dict(mask) for mask in masks])
-    return merged
+    return _run_lengths(np.any([decode_mask(*_sized(mask)) for mask in masks], axis=0))
 
 
 def decode_masks(masks: Sequence[Mapping[str, Any]]) -> Tensor:
     """uint8 [M, height, width] from run-length masks of one size."""
-    decoded = _pycocotools_mask().decode([dict(mask) for mask in masks])  # [height, width, M]
-    return torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
+    return torch.from_numpy(np.stack([decode_mask(*_sized(mask)) for mask in masks]).astype(np.uint8))

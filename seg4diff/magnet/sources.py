@@ -19,6 +19,7 @@ from PIL import Image
 
 from seg4diff.images import as_rgb
 from seg4diff.magnet.settings import DataSettings
+from seg4diff.masks import decode_mask
 from seg4diff.saving import checked_name
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -320,19 +321,10 @@ def _from_json(path: Path, image: Image.Image) -> tuple[list[np.ndarray], list[s
 
 def _decode(segmentation: Any, image: Image.Image, name: str) -> np.ndarray:
     """Bool mask from a run-length encoding, compressed or not, or polygons."""
-    from pycocotools import mask as rle
-
     try:
-        if isinstance(segmentation, list):
-            encoded = rle.merge(rle.frPyObjects(segmentation, image.height, image.width))
-        elif isinstance(segmentation["counts"], list):
-            encoded = rle.frPyObjects(segmentation, *segmentation["size"])
-        else:
-            encoded = segmentation
-        decoded = rle.decode(encoded)
-    except Exception as error:  # pycocotools raises bare Exceptions
-        raise UnusableExampleError("unreadable masks", f"{name}: {error!r}") from None
-    return _sized(decoded.astype(bool), image, name)
+        return decode_mask(segmentation, image.height, image.width)
+    except ValueError as error:
+        raise UnusableExampleError("unreadable masks", f"{name}: {error}") from None
 
 
 def _sized(mask: np.ndarray, image: Image.Image, name: str) -> np.ndarray:

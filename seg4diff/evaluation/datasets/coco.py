@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from seg4diff.evaluation.datasets import class_names
 from seg4diff.evaluation.datasets.layout import (
@@ -22,6 +23,7 @@ from seg4diff.evaluation.datasets.layout import (
 )
 from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.images import as_rgb
+from seg4diff.masks import decode_mask
 from seg4diff.saving import checked_name
 
 _IMAGES = ("coco/val2017", "coco/images/val2017")
@@ -140,44 +142,41 @@ def _from_instances(
     samples = tuple(
         Sample(
             Path(entry["file_name"]).stem,
-            partial(as_rgb, root / images / entry["file_name"]),
-            partial(_draw_instances, entry, tuple(instances[entry["id"]]), positions, nothing),
-            files=(root / images / entry["file_name"], path),
+            partial(as_rgb, image),
+            partial(_draw_instances, image, entry, tuple(instances[entry["id"]]), positions, nothing),
+            files=(image, path),
         )
         for entry in ordered
+        for image in [root / images / entry["file_name"]]
     )
     return samples, f"instances of {_INSTANCES}, largest below"
 
 
 def _draw_instances(
+    image: Path,
     picture: dict[str, Any],
     instances: tuple[dict[str, Any], ...],
     positions: dict[int, int],
     nothing: int,
 ) -> np.ndarray:
     """Class of every pixel from instances, the smaller above the larger."""
-    from pycocotools import mask as run_lengths
-
     height, width = picture["height"], picture["width"]
+    with Image.open(image) as file:
+        size = file.size
+    if (width, height) not in (size, size[::-1]):  # cameras may store it turned
+        raise ValueError(
+            f"{picture['file_name']!r} is {size[0]} x {size[1]}, its annotations {width!r} x {height!r}"
+        )
     labels = np.full((height, width), nothing, np.uint8)
     drawn = []
     for instance in instances:
-        identity, shape = instance["category_id"], instance["segmentation"]
+        identity = instance["category_id"]
         if identity not in positions:
             raise ValueError(f"an annotation of {picture['file_name']!r} has the unknown category {identity}")
-        if isinstance(shape, list):  # polygons
-            encoded = run_lengths.merge(run_lengths.frPyObjects(shape, height, width))
-        elif isinstance(shape["counts"], list):  # run lengths, as crowds have them
-            encoded = run_lengths.frPyObjects(shape, height, width)
-        else:
-            encoded = shape
-        mask = run_lengths.decode(encoded).astype(bool)
-        if mask.shape != labels.shape:
-            raise ValueError(
-                f"an annotation of {picture['file_name']!r} is {mask.shape[1]} x {mask.shape[0]}, the "
-                "picture "
-                f"{width} x {height}"
-            )
+        try:
+            mask = decode_mask(instance["segmentation"], height, width)
+        except ValueError as error:
+            raise ValueError(f"an annotation of {picture['file_name']!r} is damaged: {error}") from error
         drawn.append((int(mask.sum()), positions[identity], mask))
     for _, position, mask in sorted(drawn, key=lambda entry: -entry[0]):
         labels[mask] = position
