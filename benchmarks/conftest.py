@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +12,7 @@ import pytest
 import torch
 import triton
 
-if importlib.util.find_spec("pytest_benchmark") is None:  # as on many a GPU machine
-
-    class Rounds:
-        """What the benchmarks use of pytest-benchmark's fixture; they take their times themselves."""
-
-        def __init__(self) -> None:
-            self.extra_info: dict[str, Any] = {}
-
-        def pedantic(
-            self, run: Callable[[], object], setup: Callable[[], object], rounds: int, iterations: int
-        ) -> None:
-            for _ in range(rounds):
-                setup()
-                for _ in range(iterations):
-                    run()
-
-    @pytest.fixture
-    def benchmark() -> Rounds:
-        return Rounds()
+from benchmarks.measuring import device_name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,13 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="MAGNET's memory at SD3-medium's exact size on a CPU too: ten minutes, 16 GiB",
     )
-
-
-def device_name() -> str:
-    """The GPU's name, or the CPU's architecture and the threads that PyTorch uses."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()} {torch.get_num_threads()} threads"
 
 
 @pytest.fixture(scope="session")

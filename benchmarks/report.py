@@ -1,8 +1,7 @@
 """Benchmark results as a Markdown table and a plot: ``python -m benchmarks.report benchmarks/results``.
 
 Reads every ``<device>.json`` of a folder that ``pytest benchmarks/ --results FOLDER`` wrote, prints the table
-and draws ``joint-attention.png`` beside it. With ``--readme FILE`` the table also replaces what stands
-between the lines ``<!-- joint attention -->`` and ``<!-- end of joint attention -->`` of that file.
+and draws ``joint-attention.png`` beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-BEGIN, END = "<!-- joint attention -->", "<!-- end of joint attention -->"
 HEADER = [
     "| device | case | direction | ours | SDPA, no map | ratio | materialising / ours | TFLOP/s | memory |",
     "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -85,24 +83,9 @@ def plot(reports: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def insert(readme: Path, text: str) -> None:
-    """Replace what stands between the two marks.
-
-    Raises:
-        ValueError: the file does not hold both marks, in this order.
-    """
-    content = readme.read_text()
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{readme} does not hold {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the results are")
-    parser.add_argument("--readme", type=Path, help="file to put the table into")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     reports = load(options.folder)
@@ -110,14 +93,11 @@ def main() -> None:
         raise SystemExit(
             f"no results in {options.folder}; run: pytest benchmarks/ --results {options.folder}"
         )
-    text = table(reports)
-    print(text)
+    print(table(reports))
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("no plot: matplotlib is missing (pip install matplotlib)")
     else:
         plot(reports, options.folder / "joint-attention.png")
-    if options.readme is not None:
-        insert(options.readme, text)
 
 
 if __name__ == "__main__":

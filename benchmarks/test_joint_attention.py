@@ -207,20 +207,19 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
 
 
 def measure(
-    benchmark: Any,
     results: list[dict[str, Any]],
     case: Case,
     direction: str,
     calls: dict[str, Callable[[], object]],
     inputs: Inputs,
-) -> None:
-    """Time and peak memory of ``calls["ours"]`` against the others, for the terminal and the results file."""
+) -> dict[str, Any]:
+    """Time and peak memory of ``calls["ours"]`` against the others, which are also put into the results."""
     operations = case.operations(direction)
     # In a row, as in a model, so that the time of a launch does not count on a GPU.
     times = max(1, round(5e12 / operations)) if GPU else 1
     kept = possible(calls)
     runs = {name: repeated(call, times) for name, call in kept.items()}
-    medians = compare(benchmark, runs.pop("ours"), runs, rounds=15 if GPU else 8)
+    medians = compare(runs.pop("ours"), runs, rounds=15 if GPU else 8)
     query, key, value = (tensor.detach() for tensor in concatenated(inputs))
     record = {
         "case": str(case),
@@ -233,28 +232,27 @@ def measure(
         "cannot_run": [name for name in calls if name not in kept],
         "sdpa_backend": SDPBackend(torch._fused_sdp_choice(query, key, value)).name,
     }
-    benchmark.extra_info.update(record)
     results.append(record)
+    return record
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 @torch.no_grad()
-def test_forward(benchmark: Any, results: list[dict[str, Any]], case: Case) -> None:
+def test_forward(results: list[dict[str, Any]], case: Case) -> None:
     inputs = case.inputs()
     gate(case, inputs)
     named = {"ours": OURS, **rivals()}
     if not GPU and case.dtype != torch.float32:
         del named["materialising"]  # minutes
     calls = {name: lambda attend=attend: attend(inputs) for name, attend in named.items()}
-    measure(benchmark, results, case, "forward", calls, inputs)
+    memory = measure(results, case, "forward", calls, inputs)["peak_mebibytes"]
     if not GPU:
-        memory = benchmark.extra_info["peak_mebibytes"]
         assert memory["ours"] - memory["sdpa"] <= 64
 
 
 @pytest.mark.parametrize("direction", ["backward", "both"])
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
-def test_gradients(benchmark: Any, results: list[dict[str, Any]], case: Case, direction: str) -> None:
+def test_gradients(results: list[dict[str, Any]], case: Case, direction: str) -> None:
     """The backward alone, and forward and backward, with gradients of both outputs and the map."""
     gradient_gate(case)
     inputs = {name: tensor.requires_grad_() for name, tensor in case.inputs().items()}
@@ -275,4 +273,4 @@ def test_gradients(benchmark: Any, results: list[dict[str, Any]], case: Case, di
             calls[name] = step(attend)
         except RuntimeError as error:
             log.warning("%s cannot run: %s", name, str(error).splitlines()[0])
-    measure(benchmark, results, case, direction, calls, inputs)
+    measure(results, case, direction, calls, inputs)

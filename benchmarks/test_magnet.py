@@ -190,14 +190,14 @@ def test_memory_and_estimate(size: Size, training: dict[str, Any]) -> None:
         assert peaks.get("MAGNET, NF4", 0) <= 3.5 * GIB
 
 
-def test_time(benchmark: Any, size: Size, training: dict[str, Any]) -> None:
+def test_time(size: Size, training: dict[str, Any]) -> None:
     if size.exact and not GPU:
         pytest.skip("minutes a step")
     magnet, plain = Step(size, size.settings(), "auto"), Step(size, size.plain(), "auto")
     rivals: dict[str, Callable[[], object]] = {"plain LoRA": plain}
     if GPU:
         rivals["map materialised"] = Step(size, size.settings(), "reference")
-    medians = compare(benchmark, magnet, rivals, rounds=10 if GPU else 4)
+    medians = compare(magnet, rivals, rounds=10 if GPU else 4)
     training["median_seconds"] = medians
     ratio = medians["ours"] / medians["plain LoRA"]
     print(f"\nMAGNET step: {medians['ours']:.3f} s, {ratio:.3f} of a plain LoRA step")

@@ -37,7 +37,7 @@ def transformer() -> Any:
 
 
 @torch.no_grad()
-def test_early_stop(benchmark: Any, transformer: Any) -> None:
+def test_early_stop(transformer: Any) -> None:
     options = {"device": transformer.device, "dtype": transformer.dtype}
     inputs = {
         "hidden_states": torch.randn(1, 16, 128, 128, **options),
@@ -60,5 +60,5 @@ def test_early_stop(benchmark: Any, transformer: Any) -> None:
         "whole forward": lambda: transformer(**inputs),
         "whole forward with the map": lambda: maps(False),
     }
-    medians = compare(benchmark, lambda: maps(True), rivals, rounds=3)
+    medians = compare(lambda: maps(True), rivals, rounds=3)
     print(f"\nearly stop: {medians['ours'] / medians['whole forward']:.3f} of a whole forward")
