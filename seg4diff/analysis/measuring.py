@@ -64,7 +64,8 @@ def analyze(
         preset: how images are fitted to the model, as in :func:`seg4diff.segment`.
         guidance_scale: of classifier-free guidance while drawing; the conditional half is reported.
         seed: of the noise. Picture number i is drawn from noise of seed + i; given images are all noised
-        alike. batch_size: pictures that run together.
+            alike.
+        batch_size: pictures that run together.
         progress: whether to show the pipeline's progress bar; when None, for more than one picture.
         call: more arguments of the pipeline's call, while drawing.
 

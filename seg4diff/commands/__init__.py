@@ -1,1 +1,1 @@
-"""Commands of ``seg4diff`` that show what a model does: regions, analyze, generate. Light to import."""
+"""Commands of ``seg4diff`` on images: segment, regions, analyze, generate. Light to import."""

@@ -91,11 +91,23 @@ def confusion_matrix(
 
 
 def counts_of(confusion: Tensor) -> Counts:
-    """Counts from a square confusion matrix [classes, classes], where label c means class c."""
-    if confusion.dim() != 2 or confusion.shape[0] != confusion.shape[1]:
-        raise ValueError(f"confusion has shape {list(confusion.shape)}; [classes, classes] expected")
+    """Counts from a confusion matrix [classes, labels], where label c means class c, and labels from
+    ``classes`` on mean no class.
+
+    A pixel with such a label is a false negative of its class and a false positive of none.
+
+    Raises:
+        ValueError: there are fewer labels than classes.
+    """
+    classes, labels = confusion.shape
+    if labels < classes:
+        raise ValueError(
+            f"confusion has shape {list(confusion.shape)}; at least as many labels as classes expected"
+        )
     true_positive = confusion.diagonal()
-    return Counts(true_positive, confusion.sum(dim=0) - true_positive, confusion.sum(dim=1) - true_positive)
+    return Counts(
+        true_positive, confusion.sum(dim=0)[:classes] - true_positive, confusion.sum(dim=1) - true_positive
+    )
 
 
 def matched_counts(
@@ -166,23 +178,6 @@ def rates_of(counts: Counts, boundary: Counts | None = None) -> Rates:
         mean_accuracy=float((counts.true_positive.double() / occurs.double()).nanmean()),
         boundary_iou=None if boundary is None else boundary.mean_iou,
         iou=tuple(iou.tolist()),
-    )
-
-
-def rejecting_counts(confusion: Tensor) -> Counts:
-    """Counts from a confusion matrix [classes, classes + rejections], where labels from ``classes`` on are
-    no class.
-
-    A pixel with such a label is a false negative of its class and a false positive of none.
-    """
-    classes, labels = confusion.shape
-    if labels < classes:
-        raise ValueError(
-            f"confusion has shape {list(confusion.shape)}; at least as many labels as classes expected"
-        )
-    true_positive = confusion.diagonal()
-    return Counts(
-        true_positive, confusion.sum(dim=0)[:classes] - true_positive, confusion.sum(dim=1) - true_positive
     )
 
 

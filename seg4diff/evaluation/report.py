@@ -69,13 +69,8 @@ def markdown(reports: Sequence[Report]) -> str:
 
 
 def speed_line(speed: Speed) -> str:
-    """One line: images a second, and where the time went."""
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in speed.shares.items())
-    return (
-        f"{speed.images} images in {speed.seconds:.1f} s, {speed.images_per_second:.2f} images/s; time by "
-        "stage: "
-        f"{shares}"
-    )
+    """One line: images per second."""
+    return f"{speed.images} images in {speed.seconds:.1f} s, {speed.images_per_second:.2f} images/s"
 
 
 def write_contact_sheet(evaluator: Evaluator, dataset: Dataset, out: Path, *, each: int = 3) -> Path | None:

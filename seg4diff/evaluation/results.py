@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.evaluation.loading_ahead import Failure
-from seg4diff.evaluation.metrics import Counts, Rates, rates_of, rejecting_counts
+from seg4diff.evaluation.metrics import Counts, Rates, counts_of, rates_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Tally:
     @property
     def counts(self) -> Counts:
         if self.confusion is not None:
-            return rejecting_counts(self.confusion.to_dense())
+            return counts_of(self.confusion.to_dense())
         assert self.matched is not None
         return self.matched
 

@@ -53,7 +53,6 @@ from seg4diff.evaluation.results import (
     read_results,
     remove_results,
 )
-from seg4diff.evaluation.stages import StageClock, timed_parts
 from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.saving import check_outputs, checked_name, write_atomically
@@ -65,7 +64,6 @@ logger = logging.getLogger(__name__)
 
 _BATCHES_IN_A_GROUP = 4  # pictures of one size are batched together within a group
 _KEPT_PROMPTS = 128  # text embeddings kept; one of SD3 takes 1.3 MB in bfloat16
-_OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -109,13 +107,11 @@ class Speed:
         images: how many.
         seconds: wall time of the slowest process, without loading the model.
         images_per_second: over all processes.
-        shares: of the time of all processes, by stage; they sum to 1.
     """
 
     images: int
     seconds: float
     images_per_second: float
-    shares: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,6 @@ class Evaluator:
         preset: that of the settings.
         protocols: by name.
         columns: the text columns that are read.
-        clock: times the stages.
         text: embeddings of prompts met lately.
     """
 
@@ -192,7 +187,6 @@ class Evaluator:
     preset: Preset
     protocols: Mapping[str, Protocol]
     columns: slice
-    clock: StageClock = field(default_factory=StageClock)
     text: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict)
 
     def answer(self, pictures: Sequence[Loaded]) -> Iterator[Answer]:
@@ -215,7 +209,6 @@ class Evaluator:
             self.pipe,
             [views[i] for i in counted],
             [prompts[i] for i in counted],
-            preset=self.preset,
             layers=self.settings.layers,
             maps=MapRequest(heads="each" if apart else "mean", text=self.columns),
             average_layers=not apart,
@@ -228,17 +221,16 @@ class Evaluator:
             maps = dict(zip(prompts[i], found.maps, strict=True))
             means = {text: m.mean(dim=(0, 1)) if m.dim() == 4 else m for text, m in maps.items()}
             image = views[i].image
-            with self.clock.stage("labels from maps"):
-                predicted = {
-                    name: predict(
-                        question,
-                        [(maps if name == "unsupervised" else means)[p.text] for p in question.prompts],
-                        found.grid,
-                        (image.height, image.width),
-                        self.preset,
-                    )
-                    for name, question in questions[i].items()
-                }
+            predicted = {
+                name: predict(
+                    question,
+                    [(maps if name == "unsupervised" else means)[p.text] for p in question.prompts],
+                    found.grid,
+                    (image.height, image.width),
+                    self.preset,
+                )
+                for name, question in questions[i].items()
+            }
             picture = pictures[i]
             yield Answer(picture.index, picture.name, image, labels[i], predicted, picture.image.size)
         while len(self.text) > _KEPT_PROMPTS:
@@ -344,32 +336,24 @@ def evaluate(
     started = time.perf_counter()
     names = tuple(evaluator.protocols)
     totals = add_up(kept.values(), names)
-    clock = evaluator.clock
     bar = tqdm(
         total=sum(map(len, mine)),
         unit="image",
         disable=not (progress and state.is_main_process),
         desc=dataset.name,
     )
-    with bar, ThreadPoolExecutor(max(1, threads)) as pool, timed_parts(pipe, clock), clock.stage(_OTHER):
-        loader = load_ahead(dataset.samples, mine, threads=threads)
-        while True:
-            with clock.stage("waiting for images"):
-                group = next(loader, None)
-            if group is None:
-                break
+    with bar, ThreadPoolExecutor(max(1, threads)) as pool:
+        for group in load_ahead(dataset.samples, mine, threads=threads):
             results, answers = _evaluate_group(evaluator, dataset, group)
             if save_predictions:  # before its result, which says that the picture is done
-                with clock.stage("saving predictions"):
-                    list(pool.map(partial(_save_predictions, out), answers))
+                list(pool.map(partial(_save_predictions, out), answers))
             append_results(out, state.process_index, results)
             fresh |= {result.index: result for result in results}
             for name, tally in add_up(results, names).items():
                 totals[name] = totals.get(name, Tally()) + tally
             bar.update(len(results))
             bar.set_postfix_str(" ".join(f"{n} {100 * t.counts.mean_iou:.1f}" for n, t in totals.items()))
-    seconds = time.perf_counter() - started
-    speed = _speed(len(fresh), seconds, clock.seconds)
+    speed = _speed(len(fresh), time.perf_counter() - started)
     complete = kept | _gather(fresh)
     results = [complete[index] for index in sorted(complete)]
     totals = add_up(results, names)
@@ -426,11 +410,10 @@ def _evaluate_group(
     answers = []
     for answer in evaluator.answer(pictures):
         answers.append(answer)
-        with evaluator.clock.stage("counting"):
-            tallies = {
-                name: _tally(evaluator, name, predicted, answer.labels, len(dataset.classes))
-                for name, predicted in answer.predicted.items()
-            }
+        tallies = {
+            name: _tally(evaluator, name, predicted, answer.labels, len(dataset.classes))
+            for name, predicted in answer.predicted.items()
+        }
         results.append(Result(answer.index, answer.name, tallies))
     answered = {answer.index for answer in answers}
     results += [Result(p.index, p.name) for p in pictures if p.index not in answered]
@@ -501,19 +484,12 @@ def _gather(results: dict[int, Result]) -> dict[int, Result]:
     return gathered
 
 
-def _speed(images: int, seconds: float, stages: Mapping[str, float]) -> Speed | None:
+def _speed(images: int, seconds: float) -> Speed | None:
     from accelerate.utils import gather_object
 
-    runs = gather_object([(images, seconds, dict(stages))])
-    total = sum(run[0] for run in runs)
-    if not total:
-        return None
-    slowest = max(run[1] for run in runs)
-    names = dict.fromkeys(name for run in runs for name in run[2])
-    spent = {name: sum(run[2].get(name, 0.0) for run in runs) for name in names}
-    whole = sum(spent.values())
-    shares = dict(sorted(((n, s / whole) for n, s in spent.items()), key=lambda item: -item[1]))
-    return Speed(total, slowest, total / slowest, shares)
+    runs = gather_object([(images, seconds)])
+    total, slowest = sum(run[0] for run in runs), max(run[1] for run in runs)
+    return Speed(total, slowest, total / slowest) if total else None
 
 
 def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) -> dict[str, Any]:

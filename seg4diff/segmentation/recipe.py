@@ -25,6 +25,10 @@ from seg4diff.patching import patch_of
 Geometry = Literal["aspect", "crop", "squash"]
 Resize = Literal["linear", "geometric"]
 
+NOISE_STEPS, NOISE_INDEX = 28, -8
+"""At which noise images are segmented: length of the schedule, and the position in it, sigma 0.515 with SD3's
+shift of 3 (t = 8 from the clean end)."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -38,16 +42,12 @@ class Preset:
         resize: how scores go from image tokens to pixels. ``"linear"``: bilinear, as in the paper.
             ``"geometric"``: bilinear on their logarithms, see :func:`resize_scores`.
         first_part_of_names: ``"wall-brick"`` enters the prompt as ``"wall"``.
-        steps: length of the noise schedule.
-        index: position in it; -8 of 28 is sigma 0.515 with SD3's shift of 3 (t = 8 from the clean end).
     """
 
     name: str
     geometry: Geometry
     resize: Resize
     first_part_of_names: bool = False
-    steps: int = 28
-    index: int = -8
 
 
 PRESETS = {
@@ -161,7 +161,6 @@ def run_maps(
     views: Sequence[View],
     prompts: Sequence[Sequence[str]],
     *,
-    preset: Preset,
     layers: Sequence[int] | int | None = None,
     maps: MapRequest,
     seed: int | None = None,
@@ -180,7 +179,6 @@ def run_maps(
         pipe: a patched pipeline.
         views: the pictures.
         prompts: for each picture its prompts, at least one.
-        preset: noise level.
         layers: layers to average; the model's expert layers when None.
         maps: which columns, scores and heads.
         seed: every picture's noise is drawn from a generator of this seed (0 when None), so that a result
@@ -207,8 +205,8 @@ def run_maps(
                 pipe,
                 views,
                 prompts,
-                steps=preset.steps,
-                noise_indices=(preset.index,),
+                steps=NOISE_STEPS,
+                noise_indices=(NOISE_INDEX,),
                 seed=seed,
                 generator=generator,
                 batch_size=batch_size,

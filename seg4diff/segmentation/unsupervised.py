@@ -197,10 +197,9 @@ def segment_unsupervised(
         pipe: a patched pipeline, see :func:`seg4diff.patch`.
         image: a picture, or several (list, or array with a batch axis): PIL, path, numpy or tensor, any size.
         preset: how the picture is fitted to the model, as in :func:`seg4diff.segment`, and how tokens are
-            grouped, see :class:`Grouping`: ``"default"``, ``"paper"``, ``"reference"`` or ``"best"``, for
-            which pictures are fitted as by default.
-        layers: transformer blocks whose maps are averaged (``"best"`` keeps them apart); the model's expert
-            layers when None.
+            grouped, see :class:`Grouping`: ``"default"``, ``"paper"`` or ``"reference"``.
+        layers: transformer blocks whose maps are averaged (a grouping of single heads keeps them apart); the
+            model's expert layers when None.
         threshold: when maps are merged; that of the preset when None. Smaller means more regions.
         seed, generator, batch_size, progress: as in :func:`seg4diff.segment`.
 
@@ -230,7 +229,6 @@ def segment_unsupervised(
         pipe,
         views,
         [[""]] * len(images),
-        preset=choices,
         layers=used,
         maps=MapRequest(heads=grouping.heads, text=slice(0, encoding.length)),
         seed=seed,

@@ -80,7 +80,6 @@ def segment(
         pipe,
         views,
         [[prompt.text for prompt in plans[per_image]] for per_image in names],
-        preset=choices,
         layers=layers,
         maps=MapRequest(text=slice(0, encoding.length)),
         seed=seed,

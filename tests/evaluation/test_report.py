@@ -45,7 +45,7 @@ REPORT = Report(
         "seed": 0,
     },
     versions={"torch": "2"},
-    speed=Speed(10, 4.0, 2.5, {"transformer": 0.75, "VAE": 0.25}),
+    speed=Speed(10, 4.0, 2.5),
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seg4diff.evaluation.metrics import Counts, rates_of, rejecting_counts
+from seg4diff.evaluation.metrics import Counts, counts_of, rates_of
 from seg4diff.evaluation.results import (
     Result,
     Tally,
@@ -59,7 +59,7 @@ def test_sums_are_of_all_pictures() -> None:
     assert total["oracle"].boundary.false_negative.tolist() == [6, 0]
     assert total["unsupervised"].counts.true_positive.tolist() == [0, 18]
     assert total["oracle"].rates == rates_of(
-        rejecting_counts(torch.tensor([[15, 0, 6], [3, 9_000_000_000, 0]])), total["oracle"].boundary
+        counts_of(torch.tensor([[15, 0, 6], [3, 9_000_000_000, 0]])), total["oracle"].boundary
     )
     assert add_up([Result(2, "c")], ["oracle"]) == {}
 
