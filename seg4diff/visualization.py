@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes. All others are found from here.
-_FIRST_COLOURS = ("E69F00", "56B4E9", "009E73", "F0E442", "0072B2", "D55E00", "CC79A7")
-
-# How linear RGB looks without red cones and without green cones (Machado, Oliveira and Fernandes, 2009).
-_VISIONS = (
-    np.eye(3),
-    np.array(
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+# 256 colours in RGB: Okabe and Ito's seven, which stay apart for colour-blind eyes, then each as far as possible
+# from those before it in OKLab, for eyes with all cones and for eyes without red or green ones.
+_COLOURS = np.frombuffer(
+    bytes.fromhex(
+        "e69f0056b4e9009e73f0e4420072b2d55e00cc79a774000074ffff5d00740000ff5d5d5d2e8bff8bd1a20000b9b91700"
+        "b9ffb98bd1e8004646d100a2ff4674464674e800d1ffb95d8bb9b9465dff745d8ba2e8b9d1a274d18b2e2e2ed146a2ff"
+        "5d5d2e468b46ffd18b8b0046008bd1d1ff8b8b17005d2e8b1774d18be8e846a2b95d74462e8b745d2e2e742ea2e8d100"
+        "742e5db9b9ffa28be82e5d745d175dffa25de817a22e46b94646e8d1a2a2d18bd15d468b465db98b5d748ba28b4600a2"
+        "e8b9d1748b17e8465de8b917e8b98b5d74e8a25d008b74b9e8468b46178bb9ffe8ff8b5d5d74a2e8a2d117e8ff74b98b"
+        "ffd1d10000e8ff1746d18ba2b9a2ffd1ff00a21700a200745d8b8be8e874465d4646ff5de8745de8d1a2e8b9b9a2745d"
+        "2e2eb94646d14674ff2e8be88bb900b9005d465de8b92e8b2e46ffe88be85d462e74e874a22e4674e8a2e8e8a28bd1b9"
+        "d1b974ffb9ffb9ffd1e8b9e82eb9ffff5db974175dffd1b90000d1a2e8d18bd18b8b5dd18ba2d146742ed1a28b74a274"
+        "8ba200a274468bd117177474b98bb974b974a2b9d1a274e88b5db9a274ffa28bd1008b5d465d17b92e2e2e2ee8b9a246"
+        "740046d1ffa217a25d178b2e74465d8be88b00a28bffd1e8a2178b5dd174e8e88b2e2effb9b9a2745d00b9b98b742e17"
+        "8b8b46e8d174748bb9b98b5dd1ff5de8e8ffb9b9e8b9d15d7400a2d1a25d8be817e82e2ee8a2462eff2e5d2e74464617"
+        "00ff8b465d8be8d1ffff8bb95dffa2a200468ba24600ffe8e8b9a2a22ea2d1175dd1468b8b74d1b974a28bd1ff74b9e8"
+        "a28ba2b9a2d1d1ff74e8b94646741717b9a2d18b46a2b9464646468bd1d1e8e85d744674d1d1d174ff74d1d1b98b742e"
+        "b98bff5d2e172eb9b917462e175da2b9a22effe846e82ee8ff175d74462e0046742effb9a2a274ff2ee88bb9a2462e74"
+        "d1a2b92e5d2e2effd1e8e8e8ff17ffe8e8d1e8e8b9a2e85d2e5d5d8b8b744674b9b92e0000d11700d1e874172e17465d"
+        "5d2e5da274a28b17b9d18be8ff74742eb92eff748b8b748bffa246e88b46ff5d8bb900a274d15da25db97417008bd146"
     ),
-    np.array(
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
-    ),
-)
-
-# Linear RGB to OKLab (Ottosson, 2020), in which distances are about those that eyes see.
-_TO_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_TO_OKLAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
+    np.uint8,
+).reshape(-1, 3)
 
 # Dark to bright, for heat maps: lightness rises steadily, so that it also reads in grey.
 _HEAT = np.array(
@@ -47,58 +40,17 @@ _HEAT = np.array(
 _INK, _PAPER, _MARGIN = (20, 20, 20), (255, 255, 255), 6
 
 
-@lru_cache(maxsize=16)
-def _colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """The first ``count`` colours: each as far from all before as it can be, for three kinds of eyes."""
-    steps = np.linspace(0, 255, 12).round()
-    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
-    lightness = _appearance(candidates)[:, 0, 0]
-    candidates = candidates[(lightness > 0.35) & (lightness < 0.95)]
-    chosen = np.array([[int(name[i : i + 2], 16) for i in (0, 2, 4)] for name in _FIRST_COLOURS], dtype=float)
-    seen, offered = _appearance(chosen), _appearance(candidates)
-    nearest = np.min([_distance(offered, colour) for colour in seen], axis=0)
-    found = list(chosen)
-    while len(found) < min(count, len(candidates)):
-        best = int(nearest.argmax())
-        found.append(candidates[best])
-        nearest = np.minimum(nearest, _distance(offered, offered[best]))
-    colours = [(int(red), int(green), int(blue)) for red, green, blue in found]
-    taken = set(colours)
-    # Beyond the candidates nobody can tell colours apart; they only have to differ.
-    for number in range(1 << 24):
-        if len(colours) >= count:
-            break
-        scattered = number * 0x9E3779 & 0xFFFFFF
-        colour = (scattered >> 16, scattered >> 8 & 255, scattered & 255)
-        if colour not in taken:
-            colours.append(colour)
-    return tuple(colours[:count])
-
-
-def _appearance(rgb: np.ndarray) -> np.ndarray:
-    """[colours, visions, 3] OKLab from [colours, 3] sRGB in 0..255."""
-    scaled = rgb / 255
-    linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
-    seen = np.stack([linear @ vision.T for vision in _VISIONS], axis=1).clip(0, 1)
-    return np.asarray(np.cbrt(seen @ _TO_CONES.T) @ _TO_OKLAB.T)
-
-
-def _distance(appearances: np.ndarray, appearance: np.ndarray) -> np.ndarray:
-    """To one colour, for the eyes that see the least difference: [colours]."""
-    return np.asarray(np.sqrt(((appearances - appearance) ** 2).sum(-1)).min(-1))
-
-
 def palette(count: int) -> np.ndarray:
-    """``count`` different colours, uint8 [count, 3] in RGB: always the same, a prefix of any longer palette.
+    """``count`` colours, uint8 [count, 3] in RGB: always the same, a prefix of any longer palette.
 
-    Each is as far as possible from those before it, also for eyes without red or green cones.
+    The first 256 are different, later ones repeat them.
 
     Raises:
-        ValueError: ``count`` is negative or above 2 ** 24.
+        ValueError: ``count`` is negative.
     """
-    if not 0 <= count <= 1 << 24:
-        raise ValueError(f"count={count} colours are not available; use 0 to {1 << 24}")
-    return np.array(_colours(count), dtype=np.uint8).reshape(-1, 3)
+    if count < 0:
+        raise ValueError(f"count={count} colours are not available; use 0 or more")
+    return np.resize(_COLOURS, (count, 3))
 
 
 def colorize(labels: torch.Tensor | np.ndarray, count: int | None = None) -> Image.Image:
