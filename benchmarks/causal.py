@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import seg4diff
-from seg4diff.demo import CLASSES, HELD_OUT, load_pipeline, scene
+from seg4diff.demo import CLASSES, HELD_OUT, scene
 from seg4diff.evaluation.metrics import Counts, confusion_matrix, counts_of
+from seg4diff.loading import load_pipeline
 
 
 def draw(pipe: Any, captions: list[str], steps: int, guidance_scale: float, batch_size: int) -> Tensor:
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args()
-    pipe = seg4diff.patch(load_pipeline())
+    pipe = seg4diff.patch(load_pipeline("demo", "cpu"))
     pipe.set_progress_bar_config(disable=True)
     scenes = [scene(HELD_OUT + number) for number in range(options.captions)]
     captions = [one.caption for one in scenes]

@@ -23,7 +23,8 @@ from statistics import mean
 from typing import Any
 
 from seg4diff.backbones import find_backbone
-from seg4diff.demo import HELD_OUT, load_pipeline, scene
+from seg4diff.demo import HELD_OUT, scene
+from seg4diff.loading import load_pipeline
 from seg4diff.magnet.demonstration import SETTINGS, layer_to_tune, measure
 from seg4diff.magnet.settings import build_settings, merged
 from seg4diff.magnet.trainer import train
@@ -37,9 +38,9 @@ def run(
     """Train once, measure the saved adapters in a fresh pipeline."""
     settings = build_settings(merged(merged(SETTINGS, changes), {"out": str(folder)}))
     started = time.perf_counter()
-    result = train(settings, pipe=load_pipeline(), progress=False)
+    result = train(settings, pipe=load_pipeline("demo", "cpu"), progress=False)
     seconds = time.perf_counter() - started
-    found = measure(load_lora(load_pipeline(), result.lora), drawn, layer, expert)
+    found = measure(load_lora(load_pipeline("demo", "cpu"), result.lora), drawn, layer, expert)
     return {**asdict(found), "seconds": round(seconds, 1), "best_step": result.best_step}
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/magnet_seeds.json"))
     options = parser.parse_args()
 
-    pipe = load_pipeline()
+    pipe = load_pipeline("demo", "cpu")
     expert = find_backbone(pipe).expert_layers(pipe.transformer)[0]
     layer = layer_to_tune(pipe)
     drawn = [scene(HELD_OUT + number) for number in range(options.scenes)]

@@ -23,9 +23,11 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 import seg4diff
-from seg4diff.demo import CLASSES, HELD_OUT, load_pipeline, scene
+from seg4diff.demo import CLASSES, HELD_OUT, scene
 from seg4diff.evaluation.metrics import Counts, matched_counts
+from seg4diff.kernels.api import MapRequest
 from seg4diff.kernels.types import MapRequest
+from seg4diff.loading import load_pipeline
 from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
 
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="default: the model's expert layer")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args()
-    pipe = seg4diff.patch(load_pipeline())
+    pipe = seg4diff.patch(load_pipeline("demo", "cpu"))
     pipe.set_progress_bar_config(disable=True)
     scenes = [scene(options.first + number) for number in range(options.scenes)]
     images = [one.image for one in scenes]

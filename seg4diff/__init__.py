@@ -31,6 +31,7 @@ _PUBLIC = {
     "guide": "seg4diff.guidance",
     "is_patched": "seg4diff.patching",
     "load_lora": "seg4diff.magnet.weights",
+    "load_pipeline": "seg4diff.loading",
     "patch": "seg4diff.patching",
     "perturb": "seg4diff.perturbation",
     "segment": "seg4diff.segmentation",

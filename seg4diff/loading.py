@@ -6,10 +6,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,8 +53,9 @@ def load_pipeline(
         offload: keep the parts on the CPU and move each to ``device`` while it runs.
 
     Raises:
-        ValueError: the device is absent, the precision unknown, or the model of another family.
-        FileNotFoundError: no such folder, or files are missing in it; the message lists them.
+        ValueError: the device is absent, the precision unknown, a file damaged, or the model of another
+            family or library.
+        FileNotFoundError: no such folder, or a file is missing in it.
         PermissionError: the hub wants a login or an accepted licence.
         ConnectionError: the hub cannot be reached.
         MemoryError: the model does not fit; the message says what would help.
@@ -63,16 +66,17 @@ def load_pipeline(
     precision = _precision(dtype, place)
     try:
         if str(model) == "demo":
-            from seg4diff import demo
+            from seg4diff.demo import WEIGHTS
 
-            pipe = demo.load_pipeline(dtype=precision)
+            with _quiet():
+                pipe = _from_folder(WEIGHTS, precision, t5)
         elif os.path.isdir(model):
             pipe = _from_folder(Path(model), precision, t5)
         else:
             pipe = _from_hub(os.fspath(model), precision, t5)
         if offload:
             pipe.enable_model_cpu_offload(device=place)
-        else:
+        elif place != pipe.device:  # diffusers warns of float16 on a CPU, also of a move to where it is
             pipe.to(place)
     except Exception as error:
         if is_out_of_memory(error):
@@ -139,12 +143,41 @@ def _from_folder(folder: Path, dtype: torch.dtype, t5: bool) -> DiffusionPipelin
         ) from error
     _check_index(index, str(folder))
     skipped = _without_t5(index, t5)
-    missing = _missing_files(folder, index, skipped)
-    if missing:
+    parts = [
+        folder / part
+        for part, entry in index.items()
+        if isinstance(entry, list) and entry and entry[0] is not None and part not in skipped
+    ]
+    # Some parts would load without, with other settings than they were made with.
+    lacking = [part.name for part in parts if not any(part.glob("*config.json"))]
+    if lacking:
         raise FileNotFoundError(
-            f"model folder {str(folder)!r} is incomplete, missing: {', '.join(missing)}; get a whole copy"
+            f"model folder {str(folder)!r} is incomplete, config.json and more are missing in: "
+            f"{', '.join(lacking)}; get a whole copy of the model"
         )
-    return _from_pretrained(str(folder), index, dtype, skipped)
+    try:
+        return _from_pretrained(str(folder), index, dtype, skipped)
+    except Exception as error:  # libraries raise many kinds, most of which do not name the file
+        if is_out_of_memory(error):
+            raise
+        reason = next(filter(None, map(_damage, parts)), f"{type(error).__name__}: {error}")
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"model folder {str(folder)!r} cannot be loaded ({reason}); get a whole copy of the model"
+        ) from error
+
+
+def _damage(part: Path) -> str | None:
+    """The first damaged file in the folder of a part, and what is wrong with it."""
+    for path in sorted(part.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, "pt")
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+        except (ValueError, OSError, SafetensorError) as error:
+            return f"{part.name}/{path.name} is damaged: {error}"
+    return None
 
 
 def _from_hub(name: str, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
@@ -206,7 +239,7 @@ def _from_pretrained(
     pipeline_class = getattr(diffusers, index["_class_name"])
     logger.info("loading %s as %s", name, dtype)
     return pipeline_class.from_pretrained(
-        name, dtype=dtype, trust_remote_code=False, **dict.fromkeys(skipped)
+        name, dtype=dtype, trust_remote_code=False, use_safetensors=True, **dict.fromkeys(skipped)
     )
 
 
@@ -240,33 +273,20 @@ def _without_t5(index: dict[str, Any], t5: bool) -> tuple[str, ...]:
     return tuple(part for part in _T5 if part in index and (not t5 or index[part][0] is None))
 
 
-def _missing_files(folder: Path, index: dict[str, Any], skipped: tuple[str, ...]) -> list[str]:
-    """What the parts that ``model_index.json`` names lack, as paths within the folder."""
-    missing = []
-    for part, kind in index.items():
-        if part in skipped or not isinstance(kind, list) or kind[0] is None:
-            continue
-        inside = folder / part
-        if part.startswith("scheduler"):
-            wanted = [["scheduler_config.json"]]
-        elif part.startswith("tokenizer"):
-            wanted = [["tokenizer_config.json"], ["tokenizer.json", "vocab.json", "spiece.model"]]
-        elif part.startswith(("feature_extractor", "image_processor")):
-            wanted = [["preprocessor_config.json"]]
-        else:
-            stem = "diffusion_pytorch_model" if kind[0] == "diffusers" else "model"
-            weights = [f"{stem}*.safetensors", f"{stem}*.bin", "pytorch_model*.bin"]
-            wanted = [["config.json"], weights]
-            missing += _missing_shards(inside, part)
-        for alternatives in wanted:
-            if not any(any(inside.glob(pattern)) for pattern in alternatives):
-                missing.append(f"{part}/{alternatives[0].replace('*', '')}")
-    return missing
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars while small files are read, and no word on optional packages that are missing."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-
-def _missing_shards(inside: Path, part: str) -> list[str]:
-    missing: set[str] = set()
-    for listing in inside.glob("*.safetensors.index.json"):
-        shards = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
-        missing |= {f"{part}/{shard}" for shard in shards if not (inside / shard).is_file()}
-    return sorted(missing)
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    verbosity = transformers_logging.get_verbosity()
+    for log in shown:
+        log.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for log in shown:
+            log.enable_progress_bar()

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# 256 colours in RGB: Okabe and Ito's seven, which stay apart for colour-blind eyes, then each as far as possible
-# from those before it in OKLab, for eyes with all cones and for eyes without red or green ones.
+# 256 colours in RGB: Okabe and Ito's seven, which stay apart for colour-blind eyes, then each as far as
+# possible from those before it in OKLab, for eyes with all cones and for eyes without red or green ones.
 _COLOURS = np.frombuffer(
     bytes.fromhex(
         "e69f0056b4e9009e73f0e4420072b2d55e00cc79a774000074ffff5d00740000ff5d5d5d2e8bff8bd1a20000b9b91700"

@@ -479,9 +479,9 @@ def test_compiled_blocks_run_perturbed() -> None:
 
 def test_perturbing_the_demo_models_expert_layer_changes_the_picture_most() -> None:
     """The causal check of the paper in miniature; `python -m benchmarks.causal` has the figures."""
-    from seg4diff.demo import load_pipeline
+    from seg4diff.loading import load_pipeline
 
-    pipe = seg4diff.patch(load_pipeline())
+    pipe = seg4diff.patch(load_pipeline("demo", "cpu"))
     pipe.set_progress_bar_config(disable=True)
     (expert,) = pipe.transformer.config["_seg4diff_expert_layers"]
     call = {**CALL, "prompt": "a zebra on grass", "num_inference_steps": 3, "guidance_scale": 3.0}

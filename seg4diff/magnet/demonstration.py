@@ -106,11 +106,11 @@ def show(
     Raises:
         ValueError: settings make no sense, or the run in ``out`` had others.
     """
-    from seg4diff.demo import load_pipeline
+    from seg4diff.loading import load_pipeline
 
     console = console or Console()
     values = merged(merged(SETTINGS, changes or {}), {"out": str(out)})
-    pipe = load_pipeline()
+    pipe = load_pipeline("demo", "cpu")
     expert = find_backbone(pipe).expert_layers(pipe.transformer)[0]
     if not values["mask"].get("layers"):
         values = merged(values, {"mask": {"layers": [layer_to_tune(pipe)]}})
@@ -121,7 +121,7 @@ def show(
     started = time.perf_counter()
     result = train(settings, pipe=pipe, progress=progress)
     seconds = time.perf_counter() - started
-    after = measure(load_lora(load_pipeline(), result.lora), drawn, layer, expert)
+    after = measure(load_lora(load_pipeline("demo", "cpu"), result.lora), drawn, layer, expert)
     report = Demonstration(layer, expert, before, after, result.lora, seconds)
     console.print(_table(report, settings, scenes))
     console.print(f"Adapters for pipe.load_lora_weights: {result.lora}", soft_wrap=True)

@@ -93,9 +93,10 @@ def test_given_images_equal_hooks_in_float64(model: str) -> None:
 
 def test_demo_model_equals_hooks_in_float64() -> None:
     """Trained attention is far from uniform: layers and heads differ by orders of magnitude."""
-    from seg4diff.demo import HELD_OUT, load_pipeline, scene
+    from seg4diff.demo import HELD_OUT, scene
+    from seg4diff.loading import load_pipeline
 
-    pipe = seg4diff.patch(load_pipeline())
+    pipe = seg4diff.patch(load_pipeline("demo", "cpu"))
     drawn = scene(HELD_OUT)
     with hooked_projections(pipe.transformer) as projections:
         report = analyze(pipe, drawn.caption, images=drawn.image, noise_levels=[8], per_head=True)

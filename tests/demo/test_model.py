@@ -11,12 +11,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from seg4diff.demo import CLASSES, HELD_OUT, WEIGHTS, load_pipeline, scene
+from seg4diff.demo import CLASSES, HELD_OUT, WEIGHTS, scene
+from seg4diff.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusion3Pipeline:
-    return load_pipeline()
+    return load_pipeline("demo", "cpu")
 
 
 def test_weights_fit_the_budget() -> None:
@@ -26,7 +27,7 @@ def test_weights_fit_the_budget() -> None:
 
 def test_loads_quietly(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        loaded = load_pipeline(torch.float16)
+        loaded = load_pipeline("demo", "cpu", torch.float16)
     assert loaded.transformer.dtype == loaded.vae.dtype == torch.float16
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
@@ -73,5 +74,5 @@ def test_draws_from_a_caption(pipe: StableDiffusion3Pipeline) -> None:
 
 def test_missing_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("seg4diff.demo.WEIGHTS", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"seg4diff\.demo\.train"):
-        load_pipeline()
+    with pytest.raises(FileNotFoundError, match="nowhere' has no model_index.json"):
+        load_pipeline("demo", "cpu")

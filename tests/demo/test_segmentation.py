@@ -24,7 +24,7 @@ SCENES = 24
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return seg4diff.patch(seg4diff.demo.load_pipeline())
+    return seg4diff.patch(seg4diff.load_pipeline("demo", "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_expert_layer_stands_out(pipe: Any, score: Callable[..., Score], sce
 
 
 def test_random_weights_know_nothing(score: Callable[..., Score], scenes: list[Scene]) -> None:
-    pipe = seg4diff.demo.load_pipeline()
+    pipe = seg4diff.load_pipeline("demo", "cpu")
     torch.manual_seed(0)
     for parameter in pipe.transformer.parameters():
         parameter.data = (

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from seg4diff.demo import HELD_OUT, load_pipeline, scene
+from seg4diff.demo import HELD_OUT, scene
+from seg4diff.loading import load_pipeline
 from seg4diff.magnet import demonstration
 from seg4diff.magnet.demonstration import Demonstration, show, zero_shot
 from seg4diff.magnet.weights import FILE_NAME
@@ -54,13 +55,13 @@ def test_the_tuned_layer_finds_names_better(shown: tuple[Demonstration, str, Pat
 def test_the_saved_adapters_give_the_same_in_a_fresh_pipeline(shown: tuple[Demonstration, str, Path]) -> None:
     report, _, out = shown
     drawn = [scene(HELD_OUT + number) for number in range(SCENES)]
-    pipe = load_pipeline()
+    pipe = load_pipeline("demo", "cpu")
     pipe.load_lora_weights(str(out), weight_name=FILE_NAME)  # stock diffusers
     assert zero_shot(pipe, drawn, [4]) == {4: report.after.zero_shot[4]}
 
 
 def test_the_layer_to_tune_comes_after_the_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demonstration, "_CHOICE_SCENES", 4)
-    pipe = load_pipeline()
+    pipe = load_pipeline("demo", "cpu")
     (expert,) = pipe.transformer.config["_seg4diff_expert_layers"]
     assert demonstration.layer_to_tune(pipe) > expert

@@ -231,11 +231,12 @@ def test_refusals_leave_the_pipeline_usable(pipe: object) -> None:
 
 def test_regions_of_scenes_beat_a_single_one() -> None:
     """The demo model, on scenes it has not seen: matched mIoU, twelve pictures."""
-    from seg4diff.demo import CLASSES, HELD_OUT, load_pipeline, scene
+    from seg4diff.demo import CLASSES, HELD_OUT, scene
     from seg4diff.evaluation.metrics import Counts, matched_counts
+    from seg4diff.loading import load_pipeline
 
     scenes = [scene(HELD_OUT + 500 + number) for number in range(12)]
-    pipe = seg4diff.patch(load_pipeline())
+    pipe = seg4diff.patch(load_pipeline("demo", "cpu"))
     results = segment_unsupervised(pipe, [s.image for s in scenes], batch_size=6, progress=False)
     assert isinstance(results, list)
 
