@@ -5,17 +5,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from seg4diff import demo
-    from seg4diff.analysis import analyze, expert_layers
-    from seg4diff.capturing import Capture, Record, capture
-    from seg4diff.guidance import guide
-    from seg4diff.kernels.types import MapRequest
-    from seg4diff.magnet.weights import load_lora
-    from seg4diff.patching import is_patched, patch, unpatch
-    from seg4diff.perturbation import edit, perturb
-    from seg4diff.segmentation import Segmentation, segment
-    from seg4diff.segmentation.unsupervised import segment_unsupervised
+if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
+    from seg4diff import demo as demo
+    from seg4diff.analysis import analyze as analyze
+    from seg4diff.analysis import expert_layers as expert_layers
+    from seg4diff.capturing import Capture as Capture
+    from seg4diff.capturing import Record as Record
+    from seg4diff.capturing import capture as capture
+    from seg4diff.guidance import guide as guide
+    from seg4diff.kernels.types import MapRequest as MapRequest
+    from seg4diff.loading import load_pipeline as load_pipeline
+    from seg4diff.magnet.weights import load_lora as load_lora
+    from seg4diff.patching import is_patched as is_patched
+    from seg4diff.patching import patch as patch
+    from seg4diff.patching import unpatch as unpatch
+    from seg4diff.perturbation import edit as edit
+    from seg4diff.perturbation import perturb as perturb
+    from seg4diff.segmentation import Segmentation as Segmentation
+    from seg4diff.segmentation import segment as segment
+    from seg4diff.segmentation.unsupervised import segment_unsupervised as segment_unsupervised
 
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
@@ -38,25 +46,7 @@ _PUBLIC = {
     "segment_unsupervised": "seg4diff.segmentation.unsupervised",
     "unpatch": "seg4diff.patching",
 }
-__all__ = [
-    "Capture",
-    "MapRequest",
-    "Record",
-    "Segmentation",
-    "analyze",
-    "capture",
-    "demo",
-    "edit",
-    "expert_layers",
-    "guide",
-    "is_patched",
-    "load_lora",
-    "patch",
-    "perturb",
-    "segment",
-    "segment_unsupervised",
-    "unpatch",
-]
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from seg4diff.analysis.principal import principal_components
@@ -280,7 +281,8 @@ class _Measurement:
             return None
         row = self._rows.start
         return {
-            name: principal_components(getattr(projections, name)[row].flatten(1)) for name in PROJECTIONS
+            name: principal_components(rearrange(getattr(projections, name)[row], "n heads d -> n (heads d)"))
+            for name in PROJECTIONS
         }
 
     def after_forward(self, request: LayerRequest) -> None:

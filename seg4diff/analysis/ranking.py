@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from seg4diff.analysis.measuring import analyze, check_levels, pictures_bar
@@ -251,9 +252,8 @@ def _measure(
                         continue
                     scores = torch.cat(parts.pop((level, picture)), dim=1)  # [L, names, N]
                     own = torch.tensor([names.index(name) for name in classes[picture]])
-                    confusion[level] += _confusions(
-                        scores.unflatten(2, grid), truths[picture], own, len(names), choices.resize
-                    )
+                    scores = rearrange(scores, "l names (h w) -> l names h w", h=grid[0])
+                    confusion[level] += _confusions(scores, truths[picture], own, len(names), choices.resize)
                     bar.update()
     finally:
         pipe.maybe_free_model_hooks()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -112,7 +113,8 @@ class Report:
             raise ValueError(f"layer {layer} is not in the report; it holds layers {list(self.layers)}")
         scores = self.projections[name][level, self.layers.index(layer)]
         low, high = torch.quantile(scores, torch.tensor([0.01, 0.99]), dim=0)
-        return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).reshape(*self.grid, 3)
+        colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        return rearrange(colours, "(h w) rgb -> h w rgb", h=self.grid[0])
 
     def table(self, noise_level: int | None = None) -> Table:
         """The measures of every layer at a noise level (the first when None), to print with rich."""

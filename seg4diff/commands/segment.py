@@ -14,8 +14,6 @@ from seg4diff.commands.pictures import PictureOptions, check_pictures, write_seg
 if TYPE_CHECKING:
     from PIL import Image
 
-    from seg4diff.segmentation import Segmentation
-
 
 @dataclass(frozen=True, kw_only=True)
 class Segment(PictureOptions):
@@ -44,6 +42,7 @@ def run_segment(options: Segment) -> None:
     paths = check_pictures(options)
 
     import seg4diff
+    from seg4diff.segmentation import Segmentation
 
     pipe = load_patched(options)
 
@@ -60,9 +59,4 @@ def run_segment(options: Segment) -> None:
         )
         return cast("list[Segmentation]", found)
 
-    write_segmentations(options, paths, segment, _shares)
-
-
-def _shares(result: Segmentation) -> str:
-    """What share of the picture each name got, as the result's own text has it."""
-    return repr(result).partition(": ")[2].removesuffix(")")
+    write_segmentations(options, paths, segment, Segmentation.shares)

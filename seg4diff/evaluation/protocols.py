@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from seg4diff.evaluation.datasets import Dataset
@@ -197,7 +198,8 @@ def class_scores(question: Question, maps: Sequence[Tensor], grid: tuple[int, in
         ]
     ).float()
     parts = by_name.split([len(several) for several in question.names])
-    return torch.stack([part.amax(dim=0) for part in parts]).reshape(-1, *grid)
+    scores = torch.stack([part.amax(dim=0) for part in parts])
+    return rearrange(scores, "classes (h w) -> classes h w", h=grid[0])
 
 
 def _winners(scores: Tensor, size: tuple[int, int], resize: Resize) -> tuple[Tensor, Tensor]:

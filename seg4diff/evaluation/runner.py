@@ -56,7 +56,15 @@ from seg4diff.evaluation.results import (
 from seg4diff.kernels.types import MapRequest
 from seg4diff.patching import patch_of
 from seg4diff.saving import check_outputs, checked_name, write_atomically
-from seg4diff.segmentation.recipe import Preset, View, find_preset, run_maps, views_of
+from seg4diff.segmentation.recipe import (
+    NOISE_INDEX,
+    NOISE_STEPS,
+    Preset,
+    View,
+    find_preset,
+    run_maps,
+    views_of,
+)
 from seg4diff.segmentation.unsupervised import find_grouping
 from seg4diff.visualization import palette
 
@@ -498,6 +506,7 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
     entries = {
         **asdict(evaluator.settings),
         "preset_details": asdict(evaluator.preset),
+        "noise": {"steps": NOISE_STEPS, "index": NOISE_INDEX},
         "dataset": dataset.name,
         "source": dataset.source,
         "pictures": len(dataset.samples),

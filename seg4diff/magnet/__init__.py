@@ -15,12 +15,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from seg4diff.magnet import losses, matching
-    from seg4diff.magnet.estimate import Estimate, estimate_memory
-    from seg4diff.magnet.settings import TrainSettings, build_settings, read_settings
-    from seg4diff.magnet.trainer import TrainResult, train
-    from seg4diff.magnet.weights import load_lora, save_lora
+if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
+    from seg4diff.magnet import losses as losses
+    from seg4diff.magnet import matching as matching
+    from seg4diff.magnet.estimate import Estimate as Estimate
+    from seg4diff.magnet.estimate import estimate_memory as estimate_memory
+    from seg4diff.magnet.settings import TrainSettings as TrainSettings
+    from seg4diff.magnet.settings import build_settings as build_settings
+    from seg4diff.magnet.settings import read_settings as read_settings
+    from seg4diff.magnet.trainer import TrainResult as TrainResult
+    from seg4diff.magnet.trainer import train as train
+    from seg4diff.magnet.weights import load_lora as load_lora
+    from seg4diff.magnet.weights import save_lora as save_lora
 
 # name -> module that defines it ("" for a module itself); loaded on first use
 _PUBLIC = {
@@ -36,19 +42,7 @@ _PUBLIC = {
     "save_lora": "weights",
     "train": "trainer",
 }
-__all__ = [
-    "Estimate",
-    "TrainResult",
-    "TrainSettings",
-    "build_settings",
-    "estimate_memory",
-    "load_lora",
-    "losses",
-    "matching",
-    "read_settings",
-    "save_lora",
-    "train",
-]
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -332,7 +333,7 @@ def _as_tensor(pixels: Image.Image) -> Tensor:
     """[3, height, width], float32 in [-1, 1]."""
     width, height = pixels.size
     data = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
-    return data.permute(2, 0, 1).float() / 127.5 - 1.0
+    return rearrange(data, "h w c -> c h w").float() / 127.5 - 1.0
 
 
 def _noise(latents: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:

@@ -213,13 +213,17 @@ class Segmentation:
         self.overlay().save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def __repr__(self) -> str:
-        height, width = self.labels.shape
+    def shares(self) -> str:
+        """What share of the image the largest classes have, as text: ``"cat 50%, red sofa 50%"``."""
         pixels = torch.bincount(self.labels.flatten().cpu())
         largest = [index for index in pixels.argsort(descending=True, stable=True).tolist() if pixels[index]]
         parts = [
-            f"{self.classes[index]} {int(pixels[index]) / (height * width):.0%}" for index in largest[:5]
+            f"{self.classes[index]} {int(pixels[index]) / self.labels.numel():.0%}" for index in largest[:5]
         ]
         if len(largest) > 5:
             parts.append(f"{len(largest) - 5} more")
-        return f"Segmentation({width} x {height}: {', '.join(parts)})"
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        return f"Segmentation({width} x {height}: {self.shares()})"

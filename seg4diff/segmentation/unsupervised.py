@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from seg4diff.images import ImageInput, as_list
@@ -122,9 +123,8 @@ def group_attention(
     distributions = exponents.softmax(dim=1)
     members = _merge(_divergence(distributions, exponents), grouping)  # [regions, T]
     weights = members / members.sum(dim=1, keepdim=True)
-    return (
-        (weights @ distributions).reshape(-1, height, width).to(device=attention.device, dtype=torch.float32)
-    )
+    groups = rearrange(weights @ distributions, "regions (h w) -> regions h w", h=height)
+    return groups.to(device=attention.device, dtype=torch.float32)
 
 
 def winning_regions(
@@ -145,7 +145,7 @@ def winning_regions(
     Raises:
         ValueError, TypeError: as :func:`group_attention`.
     """
-    columns = maps.permute(2, 0, 1, 3).flatten(1) if maps.dim() == 4 else maps
+    columns = rearrange(maps, "l heads n t -> n (l heads t)") if maps.dim() == 4 else maps
     groups = group_attention(columns, grid=grid, threshold=threshold, preset=preset)
     wins = groups.flatten(1).argmax(dim=0).bincount(minlength=len(groups))
     return groups[wins.argsort(descending=True, stable=True)[: int((wins > 0).sum())]]

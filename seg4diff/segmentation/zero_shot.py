@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
@@ -173,7 +174,8 @@ def _segmentation(
             for maps, prompt in zip(found.maps, plan, strict=True)
             for columns in prompt.columns
         ]
-    ).reshape(len(names), *found.grid)
+    )
+    scores = rearrange(scores, "names (h w) -> names h w", h=found.grid[0])
     size = (view.image.height, view.image.width)
     scores = resize_scores(scores, size, preset.resize).cpu()
     return Segmentation(

@@ -82,7 +82,7 @@ def test_protocols_are_explained_and_settings_named() -> None:
     assert "unsupervised" not in text
     assert "model some/model; LoRA none; preset paper; layers 9; seed 0" in text
     assert "1 of 2 classes prompted by other names" in text
-    assert "10 images in 4.0 s, 2.50 images/s; time by stage: transformer 75%, VAE 25%" in text
+    assert "10 images in 4.0 s, 2.50 images/s." in text
     assert REPORT.speed is not None
     assert speed_line(REPORT.speed) in text
 
