@@ -25,7 +25,6 @@ from torch import Tensor
 import seg4diff
 from seg4diff.demo import CLASSES, HELD_OUT, scene
 from seg4diff.evaluation.metrics import Counts, matched_counts
-from seg4diff.kernels.api import MapRequest
 from seg4diff.kernels.types import MapRequest
 from seg4diff.loading import load_pipeline
 from seg4diff.patching import patch_of
