@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,20 +155,19 @@ def overrides(assignments: tuple[str, ...]) -> dict[str, Any]:
     """Nested settings from words such as ``mask.weight=2``; values as in TOML, or plain text.
 
     Raises:
-        ValueError: a word has no ``=`` or no name.
+        ValueError: a word is not of this form.
     """
     from seg4diff.magnet.settings import merged
 
     values: dict[str, Any] = {}
     for word in assignments:
         name, equals, text = word.partition("=")
-        if not equals or not name.strip():
-            raise ValueError(f"--set {word!r} is no KEY=VALUE")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
+            table = tomllib.loads(word)
         except tomllib.TOMLDecodeError:
-            value = text
-        for part in reversed(name.strip().split(".")):
-            value = {part: value}
-        values = merged(values, value)
+            try:  # text without its quotes
+                table = tomllib.loads(f"{name} = {json.dumps(text, ensure_ascii=False)}" if equals else "=")
+            except tomllib.TOMLDecodeError:
+                raise ValueError(f"--set {word!r} is not KEY=VALUE") from None
+        values = merged(values, table)
     return values

@@ -295,9 +295,8 @@ def _smaller_pictures(settings: TrainSettings) -> TrainSettings | None:
 _SWITCHES: tuple[tuple[str, Callable[[TrainSettings], TrainSettings | None]], ...] = (
     ("memory.precision='bfloat16'", _switch(memory={"precision": "bfloat16"})),
     ("batch=1 with more accumulation", _smaller_batch),
-    ("optimizer.name='adamw8bit'", _switch(optimizer={"name": "adamw8bit", "offload": False})),
+    ("optimizer.name='adamw8bit'", _switch(optimizer={"name": "adamw8bit"})),
     ("memory.gradient_checkpointing=true", _switch(memory={"gradient_checkpointing": True})),
-    ("optimizer.offload=true", _switch(optimizer={"name": "adamw", "offload": True})),
     ("memory.quantise='nf4'", _switch(memory={"quantise": "nf4"})),
     ("half the data.resolution", _smaller_pictures),
     ("fm_weight=0", _switch(fm_weight=0.0, data={"caption_dropout": 0.0})),
@@ -456,8 +455,6 @@ def _nf4_savings(transformer: Any, dtype: torch.dtype) -> int:
 
 def _optimizer_bytes(trained: int, settings: TrainSettings) -> int:
     """Two moments of every float32 parameter, where they are."""
-    if settings.optimizer.offload:
-        return 0
     moments = trained // 2 if settings.optimizer.name == "adamw8bit" else 2 * trained
     return moments + (trained if settings.ema > 0 else 0)
 

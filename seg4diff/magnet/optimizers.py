@@ -1,12 +1,8 @@
-"""AdamW in the variants that trade time for memory, and its learning rate.
-
-Called by the trainer and, for its sizes, by the estimate.
-"""
+"""AdamW, with 32-bit or 8-bit states, and its learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,33 +28,7 @@ def make_optimizer(weights: list[nn.Parameter], settings: OptimizerSettings) -> 
 
         optimizer: torch.optim.Optimizer = quantised.AdamW8bit(weights, **arguments)
         return optimizer
-    if settings.offload:
-        return OffloadedAdamW(weights, **arguments)
     return torch.optim.AdamW(weights, **arguments)
-
-
-class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW that keeps its states, and does its step, on the CPU.
-
-    Gradients travel to the CPU and new weights back; the arithmetic is that of AdamW on the CPU.
-    """
-
-    def __init__(self, weights: list[nn.Parameter], **arguments: Any) -> None:
-        self._trained = weights
-        super().__init__([nn.Parameter(weight.detach().cpu().clone()) for weight in weights], **arguments)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise ValueError("closure is given, but this optimizer takes gradients as they are")
-        mine = self.param_groups[0]["params"]
-        for copy, weight in zip(mine, self._trained, strict=True):
-            copy.data.copy_(weight.data)
-            copy.grad = None if weight.grad is None else weight.grad.to("cpu")
-        super().step()
-        for copy, weight in zip(mine, self._trained, strict=True):
-            weight.data.copy_(copy.data)
-            copy.grad = None
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:

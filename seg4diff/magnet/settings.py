@@ -1,27 +1,41 @@
-"""Everything a training run is told: dataclasses, read from TOML, checked before anything is loaded.
+"""Settings of a training run: dataclasses, read from TOML and checked before anything is loaded.
 
-Imports nothing heavy, so that ``--help`` and a mistyped setting answer at once.
+Imports nothing heavy, so that `--help` and a mistyped setting answer at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import json
+import re
 import tomllib
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 Pairing = Literal["class", "token", "head"]
 Scores = Literal["logit", "probability", "text_probability"]
 Normalisation = Literal["none", "minmax", "standard"]
 
+# Strict: "5", 5.0 and true are not integers, and true is not a number.
+_Flag = Annotated[bool, Field(strict=True)]
+_Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
+_CountOrNone = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Number = Annotated[float, Field(strict=True)]
+_Positive = Annotated[float, Field(strict=True, gt=0)]
+_Weight = Annotated[float, Field(strict=True, ge=0)]
+_Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
+_Name = Annotated[str, Field(min_length=1)]
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=_CONFIG)
 class LoraSettings:
     """Low-rank adapters on the attention projections of the image stream (Hu et al. 2021).
 
@@ -32,13 +46,13 @@ class LoraSettings:
         blocks: transformer blocks that get adapters; empty for all.
     """
 
-    rank: int = 16
-    alpha: float = 0.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    blocks: tuple[int, ...] = ()
+    rank: _Count = 16
+    alpha: _Weight = 0.0
+    targets: Annotated[tuple[_Name, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    blocks: tuple[_CountOrNone, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class MaskSettings:
     """The mask loss.
 
@@ -63,23 +77,23 @@ class MaskSettings:
         min_area: smallest share of the picture that a mask may have.
     """
 
-    weight: float = 1.0
-    focal_weight: float = 1.0
-    dice_weight: float = 1.0
+    weight: _Weight = 1.0
+    focal_weight: _Weight = 1.0
+    dice_weight: _Weight = 1.0
     focal: Literal["default", "reference"] = "default"
-    layers: tuple[int, ...] = ()
+    layers: tuple[_CountOrNone, ...] = ()
     pairing: Pairing = "class"
     scores: Scores = "logit"
     normalisation: Normalisation = "standard"
-    sharpness: float = 8.0
-    convolutional_head: bool = False
-    match_focal_weight: float = 0.02
-    match_dice_weight: float = 1.0
-    max_masks: int = 32
-    min_area: float = 0.005
+    sharpness: _Positive = 8.0
+    convolutional_head: _Flag = False
+    match_focal_weight: _Weight = 0.02
+    match_dice_weight: _Weight = 1.0
+    max_masks: _Count = 32
+    min_area: _Share = 0.005
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class NoiseSettings:
     """Noise levels: sigma is the sigmoid of a normal number, then shifted as the model's scheduler does.
 
@@ -88,12 +102,12 @@ class NoiseSettings:
         shift: s in s sigma / (1 + (s - 1) sigma); 1 leaves sigma as it is.
     """
 
-    mean: float = 0.0
-    deviation: float = 0.5
-    shift: float = 1.0
+    mean: _Number = 0.0
+    deviation: _Weight = 0.5
+    shift: _Positive = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class OptimizerSettings:
     """AdamW with warm-up, cosine decay to zero and clipped gradients.
 
@@ -102,21 +116,19 @@ class OptimizerSettings:
         learning_rate: its peak.
         warm_up: optimizer steps of linear warm-up.
         betas, epsilon, weight_decay: of AdamW.
-        clip: largest norm of the gradient.
-        offload: keep the optimizer's states, and do its step, on the CPU.
+        clip: maximum norm of the gradient.
     """
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    learning_rate: float = 1e-4
-    warm_up: int = 100
-    betas: tuple[float, ...] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    offload: bool = False
+    learning_rate: _Positive = 1e-4
+    warm_up: _CountOrNone = 100
+    betas: Annotated[tuple[_Share, ...], Field(min_length=2, max_length=2)] = (0.9, 0.999)
+    epsilon: _Positive = 1e-8
+    weight_decay: _Weight = 1e-4
+    clip: _Positive = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class DataSettings:
     """Pictures, masks and captions.
 
@@ -145,21 +157,21 @@ class DataSettings:
     images: str = ""
     masks: str = ""
     captions: str = ""
-    resolution: int = 1024
+    resolution: _Count = 1024
     geometry: Literal["crop", "squash"] = "crop"
     text: Literal["captions", "classes"] = "captions"
-    caption_dropout: float = 0.1
-    held_out: float = 0.02
-    held_out_limit: int = 64
-    limit: int = 0
+    caption_dropout: _Share = 0.1
+    held_out: _Share = 0.02
+    held_out_limit: _CountOrNone = 64
+    limit: _CountOrNone = 0
     cache: str = ""
-    shard: int = 64
-    workers: int = 0
-    scenes: int = 512
-    first_scene: int = 5_000_000
+    shard: _Count = 64
+    workers: _CountOrNone = 0
+    scenes: _Count = 512
+    first_scene: _CountOrNone = 5_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class MemorySettings:
     """What the run trades for memory.
 
@@ -170,12 +182,12 @@ class MemorySettings:
         quantise: ``"nf4"`` keeps the frozen weights in 4 bits (extra ``quant``).
     """
 
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: _Flag = True
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     quantise: Literal["none", "nf4"] = "none"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CONFIG)
 class TrainSettings:
     """A training run.
 
@@ -196,26 +208,26 @@ class TrainSettings:
         bad_steps: consecutive steps with a NaN or infinite loss, all skipped, after which training gives up.
         report: where losses and pictures go.
         sample_prompts: drawn at every look at the held-out split; keeps the VAE on the CPU.
-        device: empty for what Accelerate finds; ``"cpu"`` forces the CPU.
+        device: ``"auto"`` for the one that Accelerate finds; ``"cpu"`` forces the CPU.
     """
 
-    model: str = "stabilityai/stable-diffusion-3-medium-diffusers"
-    out: str = "magnet-output"
-    steps: int = 1000
-    batch: int = 1
-    accumulation: int = 1
-    fm_weight: float = 1.0
-    seed: int = 0
-    ema: float = 0.0
-    checkpoint_every: int = 250
-    keep: int = 2
-    evaluate_every: int = 250
+    model: _Name = "stabilityai/stable-diffusion-3-medium-diffusers"
+    out: _Name = "magnet-output"
+    steps: _Count = 1000
+    batch: _Count = 1
+    accumulation: _Count = 1
+    fm_weight: _Weight = 1.0
+    seed: _Seed = 0
+    ema: _Share = 0.0
+    checkpoint_every: _Count = 250
+    keep: _Count = 2
+    evaluate_every: _CountOrNone = 250
     select: Literal["total", "mask", "flow"] = "total"
     resume: Literal["latest", "never"] = "latest"
-    bad_steps: int = 5
+    bad_steps: _Count = 5
     report: Literal["none", "tensorboard", "wandb"] = "none"
     sample_prompts: tuple[str, ...] = ()
-    device: str = ""
+    device: Literal["auto", "cpu"] = "auto"
     lora: LoraSettings = field(default_factory=LoraSettings)
     mask: MaskSettings = field(default_factory=MaskSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
@@ -224,36 +236,46 @@ class TrainSettings:
     memory: MemorySettings = field(default_factory=MemorySettings)
 
     def __post_init__(self) -> None:
-        _check(self)
+        mask, dropout = self.mask, self.data.caption_dropout
+        if self.fm_weight == 0 and mask.weight == 0:
+            raise ValueError("fm_weight and mask.weight are both 0: there is nothing to train")
+        if mask.weight > 0 and mask.focal_weight == mask.dice_weight == 0:
+            raise ValueError(
+                "mask.focal_weight and mask.dice_weight are both 0; set mask.weight=0 for no mask loss"
+            )
+        if self.fm_weight == 0 and dropout > 0:
+            raise ValueError(
+                f"data.caption_dropout={dropout!r} with fm_weight=0: samples without caption would train "
+                "nothing; set data.caption_dropout=0"
+            )
 
     def replaced(self, **changes: Any) -> TrainSettings:
         """A copy with changes, those of a section as mapping: ``replaced(steps=5, mask={"weight": 2.0})``."""
-        values = {
-            name: dataclasses.replace(getattr(self, name), **value)
-            if isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(self, name))
-            else value
-            for name, value in changes.items()
-        }
-        return dataclasses.replace(self, **values)
+        return build_settings(merged(dataclasses.asdict(self), changes))
 
-    def identity(self) -> str:
-        """Hash of what decides the weights that come out; a checkpoint of another identity is not resumed."""
+    def by_name(self) -> dict[str, Any]:
+        """Every setting by its dotted name, such as ``mask.weight``."""
         values = dataclasses.asdict(self)
-        for name in (
-            "out",
-            "checkpoint_every",
-            "keep",
-            "resume",
-            "report",
-            "sample_prompts",
-            "bad_steps",
-            "device",
-        ):
-            del values[name]
-        for name in ("cache", "shard", "workers"):
-            del values["data"][name]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        sections = {name: values.pop(name) for name in [*values] if isinstance(values[name], dict)}
+        return values | {
+            f"{name}.{part}": value for name in sections for part, value in sections[name].items()
+        }
 
+    def changed_in(self, other: TrainSettings) -> dict[str, tuple[Any, Any]]:
+        """What differs in ``other``, (own value, other's) by name, of what decides the trained weights."""
+        mine, others = self.by_name(), other.by_name()
+        return {
+            name: (value, others[name])
+            for name, value in mine.items()
+            if name not in _WITHOUT_EFFECT and value != others[name]
+        }
+
+
+_WITHOUT_EFFECT = {
+    *("out", "checkpoint_every", "keep", "resume", "report", "sample_prompts", "bad_steps", "device"),
+    *("data.cache", "data.shard", "data.workers"),
+}
+"""Settings that a resumed run may change: they do not decide the weights that come out."""
 
 # What the public code of Seg4Diff does (section 4.3, appendix A), and what the paper states: another learning
 # rate, captions instead of class names, and matching.
@@ -323,7 +345,7 @@ def read_table(path: Path | str) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"configuration {str(path)!r} does not exist; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {str(path)!r} is no TOML: {error}") from None
+        raise ValueError(f"configuration {str(path)!r} is not TOML: {error}") from None
 
 
 def build_settings(values: Mapping[str, Any]) -> TrainSettings:
@@ -336,8 +358,10 @@ def build_settings(values: Mapping[str, Any]) -> TrainSettings:
     preset = values.pop("preset", "default")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; accepted: {', '.join(map(repr, PRESETS))}")
-    result: TrainSettings = _build(TrainSettings, merged(PRESETS[preset], values), "")
-    return result
+    try:
+        return _adapter().validate_python(merged(PRESETS[preset], values))
+    except ValidationError as error:
+        raise ValueError("; ".join(map(_in_words, error.errors()))) from None
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,103 +375,26 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    kinds = get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"; did you mean {prefix + near[0]!r}?" if near else f"; known: {', '.join(kinds)}"
-            raise ValueError(f"{prefix + name!r} is no setting{hint}")
-        arguments[name] = _converted(kinds[name], value, prefix + name)
-    return cls(**arguments)
+@cache
+def _adapter() -> TypeAdapter[TrainSettings]:
+    return TypeAdapter(TrainSettings)
 
 
-def _converted(kind: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{name}={value!r} must be a table: [{name}]")
-        return _build(kind, value, name + ".")  # type: ignore[arg-type]
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        raise AssertionError(f"setting {name} has a union type")
-    if origin is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(map(repr, get_args(kind)))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name}={value!r} must be a list")
-        return tuple(_converted(get_args(kind)[0], item, name) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name}={value!r} must be a {kind.__name__}")
-    return value
-
-
-def _check(settings: TrainSettings) -> None:
-    """Raise ValueError for values that make no sense, alone or together."""
-    lora, mask, data, optimizer = settings.lora, settings.mask, settings.data, settings.optimizer
-    for name, value in {
-        "steps": settings.steps,
-        "batch": settings.batch,
-        "accumulation": settings.accumulation,
-        "checkpoint_every": settings.checkpoint_every,
-        "keep": settings.keep,
-        "bad_steps": settings.bad_steps,
-        "lora.rank": lora.rank,
-        "mask.max_masks": mask.max_masks,
-        "mask.sharpness": mask.sharpness,
-        "data.resolution": data.resolution,
-        "data.shard": data.shard,
-        "data.scenes": data.scenes,
-        "optimizer.learning_rate": optimizer.learning_rate,
-        "optimizer.clip": optimizer.clip,
-    }.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value!r} must be positive")
-    for name, value in {
-        "fm_weight": settings.fm_weight,
-        "evaluate_every": settings.evaluate_every,
-        "lora.alpha": lora.alpha,
-        "mask.weight": mask.weight,
-        "mask.focal_weight": mask.focal_weight,
-        "mask.dice_weight": mask.dice_weight,
-        "noise.deviation": settings.noise.deviation,
-        "optimizer.warm_up": optimizer.warm_up,
-        "data.limit": data.limit,
-        "data.workers": data.workers,
-        "data.first_scene": data.first_scene,
-    }.items():
-        if not value >= 0:
-            raise ValueError(f"{name}={value!r} must not be negative")
-    for name, value in {
-        "ema": settings.ema,
-        "data.caption_dropout": data.caption_dropout,
-        "data.held_out": data.held_out,
-        "mask.min_area": mask.min_area,
-    }.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name}={value!r} must lie in [0, 1)")
-    if settings.noise.shift <= 0:
-        raise ValueError(f"noise.shift={settings.noise.shift!r} must be positive")
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ValueError(f"optimizer.betas={list(optimizer.betas)!r} must be two numbers in [0, 1)")
-    if settings.fm_weight == 0 and mask.weight == 0:
-        raise ValueError("fm_weight and mask.weight are both 0: there is nothing to train")
-    if mask.weight > 0 and mask.focal_weight == mask.dice_weight == 0:
-        raise ValueError(
-            "mask.focal_weight and mask.dice_weight are both 0; set mask.weight=0 for no mask loss"
+def _in_words(error: Any) -> str:
+    """One error of pydantic, with the setting's dotted name, its value and what is accepted."""
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    name = ".".join(names)
+    if error["type"] == "unexpected_keyword_argument":
+        section = TrainSettings() if len(names) == 1 else getattr(TrainSettings(), names[0])
+        known = [entry.name for entry in dataclasses.fields(section)]
+        near = difflib.get_close_matches(names[-1], known, n=1)
+        path = "".join(f"{part}." for part in names[:-1])
+        return f"unknown setting {name!r}; " + (
+            f"did you mean {path + near[0]!r}?" if near else f"accepted: {', '.join(known)}"
         )
-    if settings.fm_weight == 0 and data.caption_dropout > 0:
-        raise ValueError(
-            f"data.caption_dropout={data.caption_dropout!r} with fm_weight=0: samples without caption would "
-            "train nothing; set data.caption_dropout=0"
-        )
-    if optimizer.offload and optimizer.name == "adamw8bit":
-        raise ValueError(
-            "optimizer.offload with adamw8bit: 8-bit states live on the GPU; choose one of the two"
-        )
-    if not lora.targets:
-        raise ValueError("lora.targets is empty; name modules such as to_q")
+    if error["type"] == "dataclass_type":
+        return f"{name}={error['input']!r} must be a table: [{name}]"
+    if error["type"] == "value_error":  # of settings that do not go together
+        return str(error["ctx"]["error"])
+    wanted = re.sub(r"^(Input|Tuple|String) should", "must", error["msg"]).replace("tuple", "list")
+    return f"{name}={error['input']!r} {wanted}"

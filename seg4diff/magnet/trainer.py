@@ -33,7 +33,7 @@ from seg4diff.magnet.objective import Batch, Losses, Magnet, mask_layers
 from seg4diff.magnet.optimizers import learning_rate, make_optimizer
 from seg4diff.magnet.pictures import SamplePrompts, mask_overlays
 from seg4diff.magnet.sampling import HeldOutSamples, Positions, TrainingSamples, collate, split
-from seg4diff.magnet.settings import TrainSettings
+from seg4diff.magnet.settings import TrainSettings, build_settings
 from seg4diff.magnet.sources import open_source
 from seg4diff.magnet.weights import FILE_NAME, save_lora
 
@@ -192,12 +192,12 @@ class _Run:
             checkpoint = latest_checkpoint(self._out / "checkpoints")
         if checkpoint is None:
             return 0
-        mine = dataclasses.asdict(self._settings)
-        if self._settings.replaced(**_sections(checkpoint.settings)).identity() != self._settings.identity():
-            changed = sorted(_differences(checkpoint.settings, mine))
+        changed = build_settings(checkpoint.settings).changed_in(self._settings)
+        if changed:
+            listed = ", ".join(f"{name}: {then!r}, now {now!r}" for name, (then, now) in changed.items())
             raise ValueError(
-                f"the run in {str(self._out)!r} was started with other settings ({', '.join(changed)}); "
-                "give it back its settings, or another folder"
+                f"the run in {str(self._out)!r} was started with other settings ({listed}); restore them, or "
+                "give another folder"
             )
         with torch.no_grad():
             for name, weight in self._weights.items():
@@ -224,7 +224,8 @@ class _Run:
             persistent_workers=settings.data.workers > 0,
         )
         if settings.report != "none":
-            accelerator.init_trackers("magnet", config=_flat(dataclasses.asdict(settings)))
+            shown = {n: v if isinstance(v, (int, float)) else str(v) for n, v in settings.by_name().items()}
+            accelerator.init_trackers("magnet", config=shown)
         batches = iter(loader)
         with tqdm(
             total=settings.steps, initial=start, desc="training", unit="step", disable=not self._progress
@@ -477,34 +478,3 @@ def _copy(source: Path, target: Path) -> None:
     from seg4diff.saving import write_atomically
 
     write_atomically(target, lambda temporary: temporary.write_bytes(source.read_bytes()))
-
-
-def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON brings them back: lists become tuples again."""
-    return {
-        name: _sections(value)
-        if isinstance(value, Mapping)
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-        for name, value in values.items()
-    }
-
-
-def _differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in _sections(second).items():
-        other = _sections(first).get(name)
-        if isinstance(value, dict) and isinstance(other, dict):
-            yield from _differences(other, value, f"{prefix}{name}.")
-        elif value != other:
-            yield f"{prefix}{name}: {other!r}, now {value!r}"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat

@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
 
 from seg4diff.magnet.commands import Train, overrides, run_train, settings_of
 from seg4diff.magnet.settings import PRESETS, TrainSettings, build_settings, read_settings
@@ -39,32 +41,40 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     assert settings.mask.layers == (1, 2)
     assert settings.out == str(tmp_path)
     assert overrides(("a.b=1", "a.c=x y")) == {"a": {"b": 1, "c": "x y"}}
-    with pytest.raises(ValueError, match="'steps' is no KEY=VALUE"):
-        overrides(("steps",))
+    assert overrides(('a=C:\\x "y" é🙂',)) == {"a": 'C:\\x "y" é🙂'}
+    for word in ("steps", "=3", "a b=c"):
+        with pytest.raises(ValueError, match=f"{word!r} is not KEY=VALUE"):
+            overrides((word,))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("step = 5", r"'step' is no setting; did you mean 'steps'\?"),
-        ("zzz = 5", "'zzz' is no setting; known: model, out"),
-        ("[mask]\nweigth = 1", r"'mask.weigth' is no setting; did you mean 'mask.weight'\?"),
+        ("stpes = 5", r"unknown setting 'stpes'; did you mean 'steps'\?"),
+        ("zzz = 5", "unknown setting 'zzz'; accepted: model, out"),
+        ("[mask]\nweigth = 1", r"unknown setting 'mask.weigth'; did you mean 'mask.weight'\?"),
         ("mask = 3", r"mask=3 must be a table: \[mask\]"),
-        ('steps = "5"', "steps='5' must be a int"),
-        ("steps = true", "steps=True must be a int"),
-        ("steps = 0", "steps=0 must be positive"),
-        ("[mask]\nlayers = 3", "mask.layers=3 must be a list"),
-        ('[mask]\npairing = "word"', "mask.pairing='word' is unknown; accepted: 'class', 'token', 'head'"),
-        ("[data]\ncaption_dropout = 1.0", r"data.caption_dropout=1.0 must lie in \[0, 1\)"),
+        ("steps = 0\n[mask]\nweight = -1", "steps=0 must be greater than 0; mask.weight=-1 must be greater"),
+        ('steps = "5"', "steps='5' must be a valid integer"),
+        ("steps = true", "steps=True must be a valid integer"),
+        ("steps = 5.0", "steps=5.0 must be a valid integer"),
+        ("fm_weight = true", "fm_weight=True must be a valid number"),
+        ("[lora]\nblocks = [1, true]", "lora.blocks=True must be a valid integer"),
+        ("[mask]\nconvolutional_head = 1", "mask.convolutional_head=1 must be a valid boolean"),
+        ("[mask]\nlayers = 3", "mask.layers=3 must be a valid list"),
+        ("[mask]\nlayers = [-1]", "mask.layers=-1 must be greater than or equal to 0"),
+        ('[mask]\npairing = "word"', "mask.pairing='word' must be 'class', 'token' or 'head'"),
+        ("[data]\ncaption_dropout = 1.0", "data.caption_dropout=1.0 must be less than 1"),
         ("fm_weight = 0.0", "caption_dropout=0.1 with fm_weight=0"),
         ("fm_weight = 0.0\n[mask]\nweight = 0.0", "nothing to train"),
-        ("fm_weight = -1.0", "fm_weight=-1.0 must not be negative"),
         ("[mask]\nfocal_weight = 0.0\ndice_weight = 0.0", "are both 0"),
-        ("[optimizer]\nbetas = [0.9]", "must be two numbers"),
-        ('[optimizer]\nname = "adamw8bit"\noffload = true', "choose one of the two"),
-        ("[lora]\ntargets = []", "lora.targets is empty"),
+        ("[optimizer]\nbetas = [0.9]", r"optimizer.betas=\[0.9\] must have at least 2 items"),
+        ("[optimizer]\nbetas = [0.9, 1]", "optimizer.betas=1 must be less than 1"),
+        ("[lora]\ntargets = []", r"lora.targets=\[\] must have at least 1 item"),
+        ('device = "bogus"', "device='bogus' must be 'auto' or 'cpu'"),
+        ('out = ""', "out='' must have at least 1 character"),
         ('preset = "best"', "preset='best' is unknown; accepted: 'default', 'reference', 'paper'"),
-        ("steps = ", "is no TOML"),
+        ("steps = ", "is not TOML"),
     ],
 )
 def test_wrong_settings(text: str, message: str, tmp_path: Path) -> None:
@@ -81,10 +91,55 @@ def test_missing_file() -> None:
         read_settings("nowhere.toml")
 
 
-def test_identity_is_of_what_decides_the_weights() -> None:
+def numbers() -> list[tuple[str, type]]:
+    """Name and type of every setting that is a number, or a list of numbers."""
+    listed = [(name, value[0] if name == "optimizer.betas" else value) for name, value in SETTINGS.items()]
+    listed += [("lora.blocks", 1), ("mask.layers", 1)]
+    return [(name, type(value)) for name, value in listed if type(value) in (int, float)]
+
+
+SETTINGS = TrainSettings().by_name()
+
+
+@pytest.mark.parametrize(("name", "kind"), numbers())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1, -1e-9, 10**400])
+def test_numbers_out_of_range(name: str, kind: type, value: float) -> None:
+    if name == "noise.mean" and -1 <= value < 0:
+        return  # the one number that may be negative
+    given = [value, value] if isinstance(SETTINGS[name], tuple) else value
+    table: Any = given
+    for part in reversed(name.split(".")):
+        table = {part: table}
+    with pytest.raises(ValueError, match=f"{name}=.*must be"):
+        build_settings(table)
+    with pytest.raises(ValueError, match="must be|should be"):
+        TrainSettings().replaced(**table)
+
+
+def test_what_a_resumed_run_may_change() -> None:
     settings = TrainSettings()
-    assert settings.replaced(out="elsewhere", keep=9, data={"cache": "x"}).identity() == settings.identity()
-    assert settings.replaced(mask={"weight": 2.0}).identity() != settings.identity()
+    assert settings.changed_in(settings.replaced(out="elsewhere", keep=9, data={"cache": "x"})) == {}
+    changed = settings.changed_in(settings.replaced(steps=3, mask={"weight": 2.0}))
+    assert changed == {"steps": (1000, 3), "mask.weight": (1.0, 2.0)}
+
+
+def test_tyro_parses_nested_settings() -> None:
+    words = [
+        "--mask.weight",
+        "2",
+        "--mask.layers",
+        "3",
+        "4",
+        "--optimizer.betas",
+        "0.5",
+        "0.9",
+        "--steps",
+        "7",
+    ]
+    settings = tyro.cli(TrainSettings, args=words)
+    assert settings == TrainSettings().replaced(
+        steps=7, mask={"weight": 2.0, "layers": [3, 4]}, optimizer={"betas": [0.5, 0.9]}
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from seg4diff.magnet import train
 from seg4diff.magnet.checkpoints import latest_checkpoint
-from seg4diff.magnet.optimizers import OffloadedAdamW, learning_rate
+from seg4diff.magnet.optimizers import learning_rate
 from seg4diff.magnet.settings import OptimizerSettings
 from tests.support import runs
 from tests.support.paths import ROOT
@@ -209,7 +209,6 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
         {"mask": {"pairing": "head", "layers": [0, 2]}},
         {"mask": {"convolutional_head": True, "focal": "reference", "normalisation": "none"}},
         {"ema": 0.9},
-        {"optimizer": {"offload": True}},
         {"data": {"text": "classes"}},
         {"noise": {"shift": 3.0}, "select": "mask"},
         {"memory": {"gradient_checkpointing": False}},
@@ -226,13 +225,6 @@ def test_every_switch_trains(changes: dict[str, Any], cache: Path, tmp_path: Pat
     weights = load_file(result.lora)
     assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)
     assert all(weight.isfinite().all() for weight in weights.values())
-
-
-def test_offloaded_optimizer_is_the_same_optimizer(cache: Path, whole: Path, tmp_path: Path) -> None:
-    result = train(
-        runs.settings(tmp_path, cache, optimizer={"offload": True}), pipe=runs.pipeline(), progress=False
-    )
-    assert_same_bits(load_file(result.last), load_file(whole / "last" / "pytorch_lora_weights.safetensors"))
 
 
 def test_bfloat16_weights_and_float32_adapters(cache: Path, tmp_path: Path) -> None:
@@ -401,9 +393,3 @@ def test_learning_rate() -> None:
     assert rates[8] == pytest.approx(0.5)
     assert all(first >= second for first, second in itertools.pairwise(rates[4:]))
     assert learning_rate(0, 2, OptimizerSettings(warm_up=100)) == pytest.approx(0.5e-4)
-
-
-def test_offloaded_optimizer_takes_no_closure() -> None:
-    weight = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="closure"):
-        OffloadedAdamW([weight]).step(lambda: 0.0)
