@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections import defaultdict
@@ -43,6 +44,34 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+class DamagedFileError(ValueError):
+    """A sealed file was cut off or altered."""
+
+
+SEAL_BYTES = hashlib.sha256().digest_size
+"""Length of the hash that ends a sealed file."""
+
+
+def write_sealed(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write ``data`` and then its SHA-256, see :func:`write_atomically`."""
+    seal = hashlib.sha256(data).digest()
+    return write_atomically(path, lambda temporary: temporary.write_bytes(data + seal))
+
+
+def read_sealed(path: str | os.PathLike[str]) -> memoryview:
+    """The data of a file that :func:`write_sealed` wrote, after a comparison with its hash.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: a bit of it, of the data or of the hash, is not as it was written.
+    """
+    content = memoryview(Path(path).read_bytes())
+    data, seal = content[:-SEAL_BYTES], content[-SEAL_BYTES:]
+    if hashlib.sha256(data).digest() != seal:
+        raise DamagedFileError(f"{str(path)!r} is damaged: it was cut off or altered after it was written")
+    return data
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from seg4diff.saving import check_outputs, checked_name, distinct_stems, write_atomically
+from seg4diff.saving import (
+    DamagedFileError,
+    check_outputs,
+    checked_name,
+    distinct_stems,
+    read_sealed,
+    write_atomically,
+    write_sealed,
+)
 
 
 def test_writes_and_makes_folders(tmp_path):
@@ -123,3 +131,20 @@ def test_names_that_lead_outside(name):
 @pytest.mark.parametrize("name", ["a", "a/b.c", "a..b", "..a", "a b", "2007_000033", "ä/猫"])
 def test_names_that_stay_inside(name):
     assert checked_name(name, "list.txt") == name
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_noticed(tmp_path):
+    data = bytes(range(200))
+    path = write_sealed(tmp_path / "a.bin", data)
+    assert read_sealed(path) == data
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        altered = bytearray(whole)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        with pytest.raises(DamagedFileError, match="a.bin' is damaged"):
+            read_sealed(path)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedFileError):
+            read_sealed(path)

@@ -1,11 +1,12 @@
-"""Pictures, masks and captions as the transformer takes them: encoded once, kept in verified files.
+"""Images, masks and captions as the transformer takes them: encoded once, kept in sealed files.
 
-Called by the trainer before training, so that neither VAE nor text encoders occupy memory while it runs,
-and by the samples during it. It hides the files: a cache that is stale, truncated or half built is
-completed before use.
+Encoding precedes training, so that neither VAE nor text encoders occupy memory while it runs. A cache that
+is stale, cut off or half built is completed before use.
 
-A cache is a folder of shards, each one safetensors file with a checksum and an identity in its header: a
-    hash of the encoders' weights, the source's files and every setting that decides what is stored.
+A cache is a folder of shards. A shard is a safetensors file with an identity in its header: a hash of the
+encoders' weights, the source's files and every setting that decides what is stored. Its last 32 bytes are
+the SHA-256 of all before them. A process compares that hash when it first uses the shard. At the start only
+sizes, identities and descriptions are compared: a cache of a large data set has hundreds of gigabytes.
 """
 
 from __future__ import annotations
@@ -16,30 +17,34 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from seg4diff.backbones import find_backbone
 from seg4diff.magnet.settings import DataSettings
 from seg4diff.magnet.sources import Example, Source, UnusableExampleError
-from seg4diff.magnet.verified_files import DamagedFileError, read_metadata, verify, write_verified
 from seg4diff.masks import decode_mask, run_lengths
+from seg4diff.saving import SEAL_BYTES, DamagedFileError, read_sealed, write_sealed
 from seg4diff.segmentation.recipe import find_preset
 from seg4diff.segmentation.zero_shot import plan_prompts
 from seg4diff.tokens import TextEncoding, columns_of_characters, find_words
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "seg4diff-magnet-encodings-1"
+_FORMAT = "seg4diff-magnet-encodings-2"
 _MASK_SIDE = 256  # masks are kept at the picture's resolution, but no larger than this
 _THUMBNAIL = 128
+_SEAL = "~seal"  # the tensor that ends a shard; safetensors sorts by dtype, then by name
+_OPEN_FILES = 32
 CUT_OFF = "class words cut off by the length of a prompt"
 
 
@@ -78,65 +83,129 @@ class Description:
 
 
 class Encodings:
-    """A complete cache, open for reading. Pickles, so that processes can read ahead."""
+    """A complete cache, open for reading. Pickles, so that processes can read ahead.
 
-    def __init__(self, folder: Path, shards: Sequence[Path]) -> None:
-        self._folder = folder
-        self.descriptions: list[Description] = []
-        self.skipped: Counter[str] = Counter()
-        self._places: list[tuple[Path, int]] = []
-        for path in shards:
-            metadata = read_metadata(path)
-            self.skipped.update(json.loads(metadata["skipped"]))
-            for position, entry in enumerate(json.loads(metadata["examples"])):
-                entry = {
-                    name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
-                }
-                self.descriptions.append(Description(**entry))
-                self._places.append((path, position))
+    Its methods raise DamagedFileError, with the remedy, where a shard is not as it was written.
+    """
+
+    def __init__(self, shards: Sequence[_Shard], empty: _Shard) -> None:
+        self.descriptions = [description for shard in shards for description in shard.descriptions]
+        self.skipped = sum((shard.skipped for shard in shards), Counter[str]())
+        self._places = [(shard.path, row) for shard in shards for row in range(len(shard.descriptions))]
+        self._empty = empty
 
     def __len__(self) -> int:
         return len(self.descriptions)
 
     def latents(self, index: int) -> Tensor:
         """Clean latents [C, height, width]."""
-        return self._tensor(index, "latents")
+        path, row = self._places[index]
+        return _tensor(path, f"{row}.latents")
 
     def thumbnail(self, index: int) -> Tensor:
-        """The picture in small, [height, width, 3] uint8."""
-        return self._tensor(index, "thumbnail")
+        """The image in small, [height, width, 3] uint8."""
+        path, row = self._places[index]
+        return _tensor(path, f"{row}.thumbnail")
 
     def text(self, index: int, number: int) -> EncodedText:
-        """Prompt ``number`` of a picture."""
-        entry = self.descriptions[index].texts[number]
-        arguments = {
-            name: _restored(self._tensor(index, f"text.{number}.{name}"), shape)
-            for name, shape in entry["shapes"].items()
-        }
-        classes = {name: tuple(columns) for name, columns in entry["classes"].items()}
-        return EncodedText(entry["text"], tuple(entry["content"]), classes, arguments)
+        """Prompt ``number`` of an image."""
+        path, row = self._places[index]
+        return _text(path, row, self.descriptions[index], number)
 
     def empty_text(self) -> EncodedText:
         """The empty prompt."""
-        path = self._folder / "empty-prompt.safetensors"
-        shapes = json.loads(read_metadata(path)["shapes"])
-        with safe_open(path, "pt") as file:
-            arguments = {
-                name: _restored(file.get_tensor(name).clone(), shape) for name, shape in shapes.items()
-            }
-        return EncodedText("", (), {}, arguments)
+        return _text(self._empty.path, 0, self._empty.descriptions[0], 0)
 
-    def _tensor(self, index: int, name: str) -> Tensor:
-        path, position = self._places[index]
-        with safe_open(path, "pt") as file:
-            tensor: Tensor = file.get_tensor(f"{position}.{name}")
-        return tensor.clone()  # what is mapped from a file vanishes with it
+
+@dataclass(frozen=True)
+class _Shard:
+    """What is known of a shard without reading its tensors."""
+
+    path: Path
+    descriptions: tuple[Description, ...]
+    skipped: Counter[str]
+
+
+def _read_shard(path: Path, identity: str) -> _Shard | None:
+    """A shard if it is there, of this identity, and as long as it was; else a warning says why not."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:  # compares the length of the file with its header
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != identity:
+                logger.warning(
+                    "%s was made from another model, other data or settings; it is built again", path
+                )
+                return None
+            stored = file.get_tensor("descriptions").numpy().tobytes()
+        if hashlib.sha256(stored).hexdigest() != metadata["descriptions"]:
+            raise ValueError("other descriptions than were written")
+        content = json.loads(stored)
+    except (SafetensorError, ValueError, KeyError) as error:
+        logger.warning("%r is damaged (%s); it is built again", str(path), error)
+        return None
+    descriptions = tuple(
+        Description(entry["name"], tuple(entry["classes"]), tuple(entry["masks"]), tuple(entry["texts"]))
+        for entry in content["examples"]
+    )
+    return _Shard(path, descriptions, Counter(content["skipped"]))
+
+
+def _save_shard(
+    path: Path,
+    identity: str,
+    descriptions: Sequence[Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+    skipped: Mapping[str, int],
+) -> None:
+    stored = json.dumps({"examples": descriptions, "skipped": skipped}).encode()
+    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    whole["descriptions"] = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+    whole[_SEAL] = torch.zeros(SEAL_BYTES, dtype=torch.uint8)
+    metadata = {"identity": identity, "descriptions": hashlib.sha256(stored).hexdigest()}
+    data = save(whole, metadata)
+    if any(data[-SEAL_BYTES:]):
+        raise RuntimeError(f"safetensors did not store {_SEAL!r} last")
+    write_sealed(path, data[:-SEAL_BYTES])
+
+
+@cache
+def _verify(path: Path, changed: int) -> None:
+    """Compare a shard with its hash, once for each process and time of the file's last change."""
+    try:
+        read_sealed(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{error}; remove it and start again: this file alone is encoded again, and the run goes on"
+        ) from None
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _opened(path: Path, changed: int) -> Any:
+    _verify(path, changed)
+    return safe_open(path, "pt")
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    tensor: Tensor = _opened(path, path.stat().st_mtime_ns).get_tensor(name)
+    return tensor.clone()  # the file's memory is not to outlive its handle
+
+
+def _text(path: Path, row: int, description: Description, number: int) -> EncodedText:
+    entry = description.texts[number]
+    arguments = {
+        name: _restored(_tensor(path, f"{row}.text.{number}.{name}"), shape)
+        for name, shape in entry["shapes"].items()
+    }
+    classes = {name: tuple(columns) for name, columns in entry["classes"].items()}
+    return EncodedText(entry["text"], tuple(entry["content"]), classes, arguments)
 
 
 def encode(
     pipe: Any, source: Source, data: DataSettings, folder: Path, *, progress: bool = True
 ) -> Encodings:
-    """Open the cache in ``folder``, after building whatever of it is missing, stale or damaged.
+    """Open the cache in ``folder``, after building whatever of it is missing, stale or cut off.
 
     Shards are written whole, one after the other: an interrupted build goes on where it stopped.
 
@@ -163,18 +232,25 @@ def encode(
     identity = cache_identity(pipe, source, data)
     shards = [folder / f"shard-{number:05d}.safetensors" for number in range(-(-count // data.shard))]
     empty = folder / "empty-prompt.safetensors"
-    wanting = [path for path in (empty, *shards) if not _usable(path, identity)]
+    found = {path: _read_shard(path, identity) for path in (empty, *shards)}
     encoder = _Encoder(pipe, data)
     try:
-        if empty in wanting:
-            tensors, shapes = _trimmed_arguments(encoder.encode_texts([""])[0])
-            write_verified(empty, tensors, {"identity": identity, "shapes": json.dumps(shapes)})
-        missing = [(number, path) for number, path in enumerate(shards) if path in wanting]
-        numbers = [range(number * data.shard, min((number + 1) * data.shard, count)) for number, _ in missing]
+        if found[empty] is None:
+            text, tensors = encoder.texts([{"text": "", "content": [], "classes": {}}])
+            description = {"name": "", "classes": [], "masks": [], "texts": text}
+            _save_shard(empty, identity, [description], {f"0.{n}": t for n, t in tensors.items()}, {})
+        numbers = {
+            path: range(number * data.shard, min((number + 1) * data.shard, count))
+            for number, path in enumerate(shards)
+            if found[path] is None
+        }
         with tqdm(
-            total=sum(map(len, numbers)), desc="encoding", unit="picture", disable=None if progress else True
+            total=sum(map(len, numbers.values())),
+            desc="encoding",
+            unit="image",
+            disable=None if progress else True,
         ) as bar:
-            for (_, path), indices in zip(missing, numbers, strict=True):
+            for path, indices in numbers.items():
                 _write_shard(path, identity, encoder, source, indices, bar)
     except OSError as error:
         raise OSError(
@@ -182,16 +258,14 @@ def encode(
             "another folder, and start again: what is complete is kept"
         ) from error
     for path in set(folder.glob("shard-*.safetensors")) - set(shards):  # of a larger data set, once
-        path.unlink()
-    encodings = Encodings(folder, shards)
+        path.unlink(missing_ok=True)
+    whole = {path: shard or _read_shard(path, identity) for path, shard in found.items()}
+    complete = [shard for shard in whole.values() if shard is not None]
+    if len(complete) < len(whole):
+        raise DamagedFileError(f"the cache in {str(folder)!r} changed while it was built; start again")
+    encodings = Encodings(complete[1:], complete[0])
     _report(encodings, count)
     return encodings
-
-
-def open_encodings(folder: Path, data: DataSettings, source: Source) -> Encodings:
-    """Open a cache that another process has just completed."""
-    count = min(len(source), data.limit or len(source))
-    return Encodings(folder, [folder / f"shard-{n:05d}.safetensors" for n in range(-(-count // data.shard))])
 
 
 def cache_identity(pipe: Any, source: Source, data: DataSettings) -> str:
@@ -243,18 +317,14 @@ class _Encoder:
             UnusableExampleError: nothing to train on is left.
         """
         fitted = _fit(example, self._data)
-        texts, left_out = self._texts(fitted)
-        if not texts:
+        chosen, left_out = self._chosen_texts(fitted)
+        if not chosen:
             raise UnusableExampleError("no text to train on", example.name)
+        texts, tensors = self.texts(chosen)
         pixels = torch.from_numpy(np.array(fitted.image)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
         latents = self._backbone.latents(self._pipe, pixels)[0]
         small = fitted.image.resize((min(_THUMBNAIL, fitted.image.width),) * 2)
-        tensors = {"latents": latents, "thumbnail": torch.from_numpy(np.array(small))}
-        for number, (entry, arguments) in enumerate(
-            zip(texts, self.encode_texts([entry["text"] for entry in texts]), strict=True)
-        ):
-            trimmed, entry["shapes"] = _trimmed_arguments(arguments)
-            tensors.update({f"text.{number}.{name}": tensor for name, tensor in trimmed.items()})
+        tensors |= {"latents": latents, "thumbnail": torch.from_numpy(np.array(small))}
         description = {
             "name": example.name,
             "classes": fitted.classes,
@@ -264,12 +334,17 @@ class _Encoder:
         return description, tensors, left_out
 
     @torch.no_grad()
-    def encode_texts(self, texts: list[str]) -> list[dict[str, Tensor]]:
-        """Transformer arguments of each text, without the batch axis."""
-        arguments = self._backbone.encode_text(self._pipe, texts)
-        return [{name: tensor[row] for name, tensor in arguments.items()} for row in range(len(texts))]
+    def texts(self, entries: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Entries with the shapes of their texts' transformer arguments, and those arguments, trimmed."""
+        arguments = self._backbone.encode_text(self._pipe, [entry["text"] for entry in entries])
+        texts, tensors = [], {}
+        for number, entry in enumerate(entries):
+            trimmed, shapes = _trimmed_arguments({name: tensor[number] for name, tensor in arguments.items()})
+            texts.append({**entry, "shapes": shapes})
+            tensors.update({f"text.{number}.{name}": tensor for name, tensor in trimmed.items()})
+        return texts, tensors
 
-    def _texts(self, example: Example) -> tuple[list[dict[str, Any]], Counter[str]]:
+    def _chosen_texts(self, example: Example) -> tuple[list[dict[str, Any]], Counter[str]]:
         left_out: Counter[str] = Counter()
         names = list(dict.fromkeys(name for name in example.classes if name))
         if self._data.text == "classes":
@@ -341,23 +416,7 @@ def _write_shard(
             descriptions.append(description)
             skipped.update(left_out)
         bar.update()
-    metadata = {"identity": identity, "examples": json.dumps(descriptions), "skipped": json.dumps(skipped)}
-    write_verified(path, tensors, metadata)
-
-
-def _usable(path: Path, identity: str) -> bool:
-    """Whether a file of the cache is whole and of this identity; if not, a message says why."""
-    if not path.is_file():
-        return False
-    try:
-        found = verify(path).get("identity")
-    except DamagedFileError as error:
-        logger.warning("%s; it is built again", error)
-        return False
-    if found != identity:
-        logger.warning("%s was made from another model, other data or settings; it is built again", path)
-        return False
-    return True
+    _save_shard(path, identity, descriptions, tensors, skipped)
 
 
 def _report(encodings: Encodings, count: int) -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from seg4diff.backbones import transformer_of
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
-from seg4diff.magnet.encoding import Encodings, encode, open_encodings
+from seg4diff.magnet.encoding import Encodings, encode
 from seg4diff.magnet.objective import Batch, Losses, Magnet, mask_layers
 from seg4diff.magnet.optimizers import learning_rate, make_optimizer
 from seg4diff.magnet.pictures import SamplePrompts, mask_overlays
@@ -180,11 +180,11 @@ class _Run:
         data = self._settings.data
         folder = Path(data.cache) if data.cache else self._out / "cache"
         source = open_source(data)
-        with self._accelerator.local_main_process_first():
-            if not self._accelerator.is_local_main_process:
-                return open_encodings(folder, data, source)
-            with _encoders_on(pipe, self._accelerator.device):
-                return encode(pipe, source, data, folder, progress=self._progress)
+        with (
+            self._accelerator.local_main_process_first(),
+            _encoders_on(pipe, self._accelerator.device),
+        ):
+            return encode(pipe, source, data, folder, progress=self._progress)
 
     def _resume(self) -> int:
         """Load the latest checkpoint; returns the number of steps done."""

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from seg4diff.backbones import find_backbone
+from seg4diff.magnet import encoding
 from seg4diff.magnet.encoding import CUT_OFF, encode
 from seg4diff.magnet.sampling import HeldOutSamples, Positions, TrainingSamples, collate, split
 from seg4diff.magnet.settings import DataSettings, TrainSettings
 from seg4diff.magnet.sources import Example, UnusableExampleError
+from seg4diff.saving import DamagedFileError
 from tests.support import runs, tiny
 
 
@@ -95,7 +98,7 @@ def test_built_once(pipe: Any, tmp_path: Path) -> None:
     assert [d.name for d in found.descriptions] == [f"picture-{number}" for number in range(5)]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "empty"])
+@pytest.mark.parametrize("damage", ["cut off", "longer", "missing", "empty", "header", "description"])
 def test_a_damaged_shard_is_built_again_and_alone(
     damage: str, pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,14 +110,80 @@ def test_a_damaged_shard_is_built_again_and_alone(
     if damage == "missing":
         shard.unlink()
     else:
-        altered = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
-        shard.write_bytes({"truncated": content[:-40], "altered": altered, "empty": b""}[damage])
+        altered = {
+            "cut off": content[:-40],
+            "longer": content + b"x",
+            "empty": b"",
+            "header": content.replace(b'"dtype"', b'"dtypf"', 1),
+            "description": content.replace(b'"name": "picture-3"', b'"name": "picture-2"'),
+        }
+        assert altered[damage] != content
+        shard.write_bytes(altered[damage])
     source.loaded.clear()
     with caplog.at_level(logging.WARNING, logger="seg4diff"):
         found = encode(pipe, source, DATA, tmp_path, progress=False)
     assert source.loaded == [2, 3]
     assert ("built again" in caplog.text) == (damage != "missing")
     assert torch.equal(found.latents(3), expected)
+
+
+def test_an_altered_shard_is_noticed_when_it_is_first_used(pipe: Any, tmp_path: Path) -> None:
+    source = Examples([example(number) for number in range(4)])
+    latents = encode(pipe, source, DATA, tmp_path, progress=False).latents(0).numpy().tobytes()
+    shard = tmp_path / "shard-00000.safetensors"
+    content = shard.read_bytes()
+    place = content.index(latents)
+    shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    found = encode(pipe, source, DATA, tmp_path, progress=False)  # reads no tensor
+    assert found.latents(2).isfinite().all()
+    for use in (lambda: found.latents(1), lambda: found.text(1, 0), lambda: found.thumbnail(0)):
+        with pytest.raises(
+            DamagedFileError, match=r"shard-00000.safetensors' is damaged.*remove it and start"
+        ):
+            use()
+    shard.unlink()
+    source.loaded.clear()
+    assert encode(pipe, source, DATA, tmp_path, progress=False).latents(0).numpy().tobytes() == latents
+    assert source.loaded == [0, 1]
+
+
+def test_every_flipped_bit_of_a_shard_is_noticed(pipe: Any, tmp_path: Path) -> None:
+    """In the header, the descriptions, the tensors or the seal: before use, or at the first."""
+    encode(pipe, Examples([example(0)]), DATA, tmp_path, progress=False)
+    shard = tmp_path / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    with safe_open(shard, "pt") as file:
+        identity = file.metadata()["identity"]
+    header = 8 + int.from_bytes(whole[:8], "little")
+    positions = {*range(0, header, 5), *range(header, len(whole), 997), *range(len(whole) - 40, len(whole))}
+    at_start = 0
+    for position in sorted(positions):
+        altered = bytearray(whole)
+        altered[position] ^= 1 << position % 8
+        path = tmp_path / f"{position}.safetensors"
+        path.write_bytes(altered)
+        read = encoding._read_shard(path, identity)
+        at_start += read is None
+        if read is not None:
+            with pytest.raises(DamagedFileError):
+                encoding.Encodings([read], read).text(0, 0)
+        path.unlink()
+    assert 0 < at_start < len(positions)
+
+
+def test_a_shard_is_opened_and_verified_once(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = encode(pipe, Examples([example(number) for number in range(4)]), DATA, tmp_path, progress=False)
+    opened, verified = [], []
+    whole_open, whole_read = encoding.safe_open, encoding.read_sealed
+    monkeypatch.setattr(encoding, "safe_open", lambda p, kind: (opened.append(p), whole_open(p, kind))[1])
+    monkeypatch.setattr(encoding, "read_sealed", lambda p: (verified.append(p), whole_read(p))[1])
+    for index in (0, 1, 2, 3, 0, 1):
+        found.latents(index)
+        found.text(index, 0)
+    expected = [tmp_path / f"shard-0000{number}.safetensors" for number in range(2)]
+    assert opened == verified == expected
 
 
 @pytest.mark.parametrize("change", ["model", "files", "resolution", "text"])

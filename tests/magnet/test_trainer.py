@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 
 from seg4diff.magnet import train
-from seg4diff.magnet.checkpoints import latest_checkpoint
+from seg4diff.magnet.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from seg4diff.magnet.optimizers import learning_rate
-from seg4diff.magnet.settings import OptimizerSettings
+from seg4diff.magnet.settings import OptimizerSettings, TrainSettings, build_settings
 from tests.support import runs
 from tests.support.paths import ROOT
 
@@ -111,7 +111,7 @@ def test_a_cut_checkpoint_is_passed_over(
 
     with pytest.raises(KeyboardInterrupt):
         train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False, after_step=stop)
-    latest = tmp_path / "checkpoints" / "checkpoint-0000004.safetensors"
+    latest = tmp_path / "checkpoints" / "checkpoint-0000004.pt"
     latest.write_bytes(latest.read_bytes()[:kept])
     steps: list[int] = []
     with caplog.at_level(logging.WARNING, logger="seg4diff"):
@@ -119,6 +119,37 @@ def test_a_cut_checkpoint_is_passed_over(
     assert steps == [3, 4, 5]
     assert "the one before it is used" in caplog.text
     assert_same_run(tmp_path, whole)
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    weight = torch.randn(3, 5, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    progress = {"best": 1.25, "best_step": 7, "held_out": {"flow": 0.5}}
+    written = Checkpoint(
+        step=7,
+        weights={"a": weight.detach()},
+        average={},
+        optimizer=optimizer.state_dict(),
+        progress=progress,
+        settings=dataclasses.asdict(TrainSettings()),
+    )
+    path = write_checkpoint(tmp_path, written, keep=2)
+    whole = path.read_bytes()
+    read = latest_checkpoint(tmp_path)
+    assert read is not None
+    assert (read.step, read.progress, read.settings) == (7, progress, written.settings)
+    assert build_settings(read.settings) == TrainSettings()
+    assert_same_bits(read.optimizer["state"][0], optimizer.state_dict()["state"][0])
+    assert_same_bits(read.weights, written.weights)
+    positions = {*range(0, len(whole), 37), *range(40), *range(len(whole) - 40, len(whole))}
+    for position in sorted(positions):
+        altered = bytearray(whole)
+        altered[position] ^= 1 << position % 8
+        path.write_bytes(altered)
+        assert latest_checkpoint(tmp_path) is None, position
+        assert path.with_suffix(".damaged").is_file()
 
 
 def test_a_finished_run_trains_no_further(cache: Path, whole: Path) -> None:
@@ -361,7 +392,7 @@ def test_full_disk(
         train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False, after_step=stop)
     assert "could not save" in caplog.text
     assert "No space left" in caplog.text
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-0000002.safetensors"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-0000002.pt"]
     full = False
     train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False)
     assert_same_run(tmp_path, whole)
