@@ -95,19 +95,18 @@ def add_adapters(
         init_lora_weights="gaussian",
         target_modules=names,
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws weights that are drawn again below
+    with torch.random.fork_rng(devices=[]):
         transformer.add_adapter(config, adapter_name=adapter)
+    # Drawn again: what peft draws depends on its version and on the dtype of the frozen weights.
     generator = torch.Generator().manual_seed(seed)
     trained = []
     for name, weight in transformer.named_parameters():
         if f".{adapter}." not in name:
             continue
         weight.data = weight.data.float()
-        if weight.device.type != "meta":
-            drawn = torch.zeros(weight.shape)
-            if ".lora_A." in name:
-                drawn.normal_(std=1.0 / lora.rank, generator=generator)
-            weight.data.copy_(drawn)
+        if ".lora_A." in name:
+            drawn = torch.randn(weight.shape, generator=generator, device="cpu")
+            weight.data.copy_(drawn / lora.rank)
         weight.requires_grad_(True)
         trained.append(weight)
     return trained

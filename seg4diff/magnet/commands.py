@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class Train:
     """Fine-tune a model with MAGNET, so that its attention follows masks; writes a LoRA that diffusers loads.
 
         seg4diff train --config magnet.toml
-        seg4diff train --config magnet.toml --estimate --memory 8GiB
+        seg4diff train --config magnet.toml --estimate --memory 8
         seg4diff train --demo
 
     The same command goes on where an interrupted one stopped. On several GPUs or machines:
@@ -49,8 +50,8 @@ class Train:
     """Tune the small bundled model on drawn scenes, minutes on a CPU, and show numbers before and after."""
     estimate: bool = False
     """Print the memory that training would take, part by part, and do not train."""
-    memory: _Text = None
-    """With --estimate: what there is, such as 8GiB; the cheapest change that fits is named."""
+    memory: Annotated[float | None, tyro.conf.arg(metavar="GIB", help_behavior_hint="")] = None
+    """With --estimate: GiB that there are; it is an error if no configuration of the table fits."""
     out: _Path = None
     """Folder of the run; overrides the file."""
     debug: bool = False
@@ -95,7 +96,9 @@ def run_train(options: Train) -> None:
 
     console = Console()
     if options.memory is not None and not options.estimate:
-        raise ValueError(f"--memory {options.memory} goes with --estimate only")
+        raise ValueError(f"--memory {options.memory:g} goes with --estimate only")
+    if options.memory is not None and not 0 < options.memory < math.inf:
+        raise ValueError(f"--memory {options.memory:g} must be a positive number of GiB")
     if options.demo and (options.config is not None or options.estimate):
         raise ValueError("--demo has its own settings; leave out --config and --estimate")
     if options.demo:
@@ -105,9 +108,16 @@ def run_train(options: Train) -> None:
         return
     settings = settings_of(options)
     if options.estimate:
-        from seg4diff.magnet.estimate import parse_memory, report
+        from seg4diff.magnet.estimate import estimate_variants, report
 
-        console.print(report(settings, None if options.memory is None else parse_memory(options.memory)))
+        found = estimate_variants(settings)
+        console.print(report(found))
+        smallest, peak = min(((name, e.peak / 2**30) for name, e in found.items()), key=lambda pair: pair[1])
+        if options.memory is not None and peak > options.memory:
+            raise RuntimeError(
+                f"nothing fits in --memory {options.memory:g} GiB: the smallest peak is {peak:.2f} GiB "
+                f"({smallest}); lower data.resolution or batch"
+            )
         return
     if options.config is None and not options.set:
         raise ValueError("nothing to train on: name a configuration with --config, or try --demo")

@@ -8,36 +8,34 @@ What surrounds the tensors (the driver's context, some hundred MiB, and fragment
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seg4diff.backbones import find_backbone
+from seg4diff.kernels import aten
 from seg4diff.kernels.api import backend
 from seg4diff.kernels.aten import backward, forward
+from seg4diff.kernels.operators import Inputs, Request
 from seg4diff.kernels.types import Inputs, Request
-from seg4diff.magnet import objective
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.matching import mask_costs
-from seg4diff.magnet.objective import Batch, Magnet
+from seg4diff.magnet.objective import Batch, Magnet, mask_layers
 from seg4diff.magnet.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +43,7 @@ logger = logging.getLogger(__name__)
 Device = Literal["cuda", "cpu"]
 
 PARTS = ("weights", "LoRA", "gradients", "optimizer", "saved activations", "attention", "maps", "backward")
-_MIB, _GIB = 2**20, 2**30
+_GIB = 2**30
 _TYPICAL_MASKS = 8  # masks of one picture, where the settings allow as many
 
 # Transformers whose shape is known without a file: SD3-medium, as published in its config.json.
@@ -119,7 +117,7 @@ def estimate_memory(
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     with torch.device("meta"), _quiet():
         transformer: Any = SD3Transformer2DModel.from_config(dict(config)).to(dtype).eval()
-        layers = objective.mask_layers(transformer, settings.mask) if settings.mask.weight > 0 else ()
+        layers = mask_layers(transformer, settings.mask) if settings.mask.weight > 0 else ()
         stop_after = layers[-1] if settings.fm_weight == 0 else None
         quantised = _nf4_savings(transformer, dtype) if settings.memory.quantise == "nf4" else 0
         add_adapters(transformer, settings.lora, stop_after=stop_after)
@@ -127,6 +125,7 @@ def estimate_memory(
     with backend("aten"), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         for patched in _without_data():
             stack.enter_context(patched)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         trained = _made_fake(transformer)
         if settings.memory.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -155,71 +154,59 @@ def estimate_memory(
     return Estimate({name: int(parts.get(name, 0)) for name in PARTS}, settings)
 
 
-def cheapest_fit(
-    find: Callable[[TrainSettings], Estimate], settings: TrainSettings, memory: int
-) -> tuple[str, Estimate] | None:
-    """The cheapest and fewest switches, in time and quality, that bring a run into ``memory``.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "as configured": {},
+    "memory.gradient_checkpointing=true": {"memory": {"gradient_checkpointing": True}},
+    "memory.quantise='nf4'": {"memory": {"gradient_checkpointing": True, "quantise": "nf4"}},
+    "fm_weight=0": {
+        "memory": {"gradient_checkpointing": True},
+        "fm_weight": 0.0,
+        "data": {"caption_dropout": 0.0},
+    },
+    "memory.quantise='nf4', fm_weight=0": {
+        "memory": {"gradient_checkpointing": True, "quantise": "nf4"},
+        "fm_weight": 0.0,
+        "data": {"caption_dropout": 0.0},
+    },
+}
 
-    Args:
-        find: estimates settings.
-        settings: of the run as it is; does not fit.
-        memory: bytes.
 
-    Returns:
-        What to change, in words of a configuration, and the estimate then; None if nothing helps.
+def estimate_variants(settings: TrainSettings) -> dict[str, Estimate]:
+    """Estimates of a run as it is configured, and with what saves memory, by the settings that change.
+
+    Raises:
+        FileNotFoundError: see :func:`model_shape`.
+        ValueError: see :func:`estimate_memory`.
     """
-    applicable = [(words, change) for words, change in _SWITCHES if change(settings) is not None]
-    tried: list[tuple[str, Estimate]] = []
-    for words, change in applicable:
-        changed = change(settings)
-        assert changed is not None
-        found = find(changed)
-        if found.peak <= memory:
-            return words, found
-        tried.append((words, found))
-    together, names = settings, []
-    for words, change in applicable:
-        changed = change(together)
-        if changed is None:
-            continue
-        together = changed
-        names.append(words)
-        if len(names) > 1:
-            found = find(together)
-            if found.peak <= memory:
-                return ", ".join(names), found
-    return None
-
-
-def report(settings: TrainSettings, memory: int | None = None) -> Group:
-    """What ``seg4diff train --estimate`` prints."""
     config, text_tokens, pixels = model_shape(settings.model)
+    found: dict[str, Estimate] = {}
+    for name, changes in _VARIANTS.items():
+        if settings.mask.weight == 0 and "fm_weight" in changes:
+            continue  # nothing would be left to train
+        changed = settings.replaced(**changes)
+        if all(changed != estimate.settings for estimate in found.values()):
+            found[name] = estimate_memory(config, changed, text_tokens=text_tokens, pixels_per_latent=pixels)
+    return found
 
-    def find(changed: TrainSettings) -> Estimate:
-        return estimate_memory(config, changed, text_tokens=text_tokens, pixels_per_latent=pixels)
 
-    found = find(settings)
-    side = settings.data.resolution
+def report(found: Mapping[str, Estimate]) -> Group:
+    """What ``seg4diff train --estimate`` prints of the estimates of :func:`estimate_variants`."""
+    first, *_ = found.values()
+    settings, side = first.settings, first.settings.data.resolution
     title = f"{settings.model}, {side} x {side} pixels, batch {settings.batch}: predicted peak memory"
-    table = Table()
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
-    for name, size in found.parts.items():
-        table.add_row(name, f"{size / _GIB:.2f}")
-    table.add_section()
-    table.add_row("peak", f"{found.peak / _GIB:.2f}", style="bold")
-    lines = ["On a GPU, without its driver's context (some hundred MiB) and fragmentation."]
-    if memory is not None and found.peak <= memory:
-        lines.append(f"Fits in {memory / _GIB:.2f} GiB.")
-    elif memory is not None:
-        fit = cheapest_fit(find, settings, memory)
-        if fit is None:
-            lines.append(
-                f"Does not fit in {memory / _GIB:.2f} GiB, whatever is switched; use a smaller resolution."
-            )
-        else:
-            lines.append(f"To fit in {memory / _GIB:.2f} GiB: {fit[0]} ({fit[1].peak / _GIB:.2f} GiB).")
-    return Group(Text(title), table, *map(Text, lines))
+    tables = []
+    for head, sizes in (
+        ("part", first.parts),
+        ("configuration", {name: estimate.peak for name, estimate in found.items()}),
+    ):
+        table = Table()
+        table.add_column(head)
+        table.add_column("GiB", justify="right")
+        for name, size in sizes.items():
+            table.add_row(name, f"{size / _GIB:.2f}")
+        tables.append(table)
+    note = "On a GPU, without its driver's context (some hundred MiB) and fragmentation."
+    return Group(Text(title), *tables, Text(note))
 
 
 def model_shape(model: str) -> tuple[dict[str, Any], int, int]:
@@ -255,54 +242,6 @@ def model_shape(model: str) -> tuple[dict[str, Any], int, int]:
     return configs["transformer"], 154, 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
 
 
-def parse_memory(text: str) -> int:
-    """Bytes from words such as ``8GiB``, ``24GB`` or ``512MiB``.
-
-    Raises:
-        ValueError: it is no such word.
-    """
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": _MIB, "GIB": _GIB}
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in units:
-        raise ValueError(f"memory={text!r} is no size; use 8GiB, 24GB, 512MiB, ...")
-    return int(float(found[1]) * units[found[2].upper()])
-
-
-def _switch(**changes: Any) -> Callable[[TrainSettings], TrainSettings | None]:
-    def change(settings: TrainSettings) -> TrainSettings | None:
-        try:
-            changed = settings.replaced(**changes)
-        except ValueError:
-            return None
-        return None if changed == settings else changed
-
-    return change
-
-
-def _smaller_batch(settings: TrainSettings) -> TrainSettings | None:
-    if settings.batch == 1:
-        return None
-    return settings.replaced(batch=1, accumulation=settings.accumulation * settings.batch)
-
-
-def _smaller_pictures(settings: TrainSettings) -> TrainSettings | None:
-    if settings.data.resolution < 512:
-        return None
-    return settings.replaced(data={"resolution": settings.data.resolution // 2})
-
-
-# From the cheapest to the dearest, in time and then in what is learned.
-_SWITCHES: tuple[tuple[str, Callable[[TrainSettings], TrainSettings | None]], ...] = (
-    ("memory.precision='bfloat16'", _switch(memory={"precision": "bfloat16"})),
-    ("batch=1 with more accumulation", _smaller_batch),
-    ("optimizer.name='adamw8bit'", _switch(optimizer={"name": "adamw8bit"})),
-    ("memory.gradient_checkpointing=true", _switch(memory={"gradient_checkpointing": True})),
-    ("memory.quantise='nf4'", _switch(memory={"quantise": "nf4"})),
-    ("half the data.resolution", _smaller_pictures),
-    ("fm_weight=0", _switch(fm_weight=0.0, data={"caption_dropout": 0.0})),
-)
-
-
 class _Tracker(TorchDispatchMode):
     """Books the storage of every tensor that is made while it is on, by the part it belongs to."""
 
@@ -317,8 +256,10 @@ class _Tracker(TorchDispatchMode):
         self._counts_workspace = counts_workspace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         name = func.name()
+        if name == "aten::_local_scalar_dense":  # a look at a value; there are none
+            return 0.0
+        ours = name.startswith("seg4diff::")
         if self._counts_workspace and name.startswith("seg4diff::aten_"):
             with self.labelled("attention"), self:
                 if name.endswith("forward"):
@@ -331,9 +272,14 @@ class _Tracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         attention = name.startswith("seg4diff::") or "scaled_dot_product" in name
         for position, tensor in enumerate(tree_leaves(result)):
+                return _run_aten(name, dict(zip((a.name for a in func._schema.arguments), args, strict=True)))
+        result = func(*args, **(kwargs or {}))
+        tensors = tree_leaves(result)
+        returns = [returned.name for returned in func._schema.returns] if ours else [""] * len(tensors)
+        attention = ours or "scaled_dot_product" in name
+        for returned, tensor in zip(returns, tensors, strict=True):
             if isinstance(tensor, Tensor):
-                is_map = name.startswith("seg4diff::") and name.endswith("forward") and position == 3
-                self._book(tensor, "maps" if is_map else "attention" if attention else self.label)
+                self._book(tensor, "maps" if returned == "maps" else "attention" if attention else self.label)
         return result
 
     def leave_out(self, tensors: Sequence[Tensor]) -> None:
@@ -368,8 +314,20 @@ class _Tracker(TorchDispatchMode):
         self.live[part] -= size
 
 
+def _run_aten(name: str, arguments: Mapping[str, Any]) -> Any:
+    """The function behind an operator of the aten backend, whose workspace is then seen."""
+
+    def part(cls: type) -> Any:
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
+
+    if name.endswith("forward"):
+        return aten.forward(part(Inputs), part(Request))
+    others = {of: arguments[of] for of in ("d_image", "d_text", "d_maps", "image", "text", "lse")}
+    return aten.backward(inputs=part(Inputs), request=part(Request), **others)
+
+
 class _Observed(Magnet):
-    """The objective, its maps and mask losses booked as such."""
+    """The objective without data, its maps and mask losses booked as such."""
 
     def __init__(self, transformer: nn.Module, settings: TrainSettings, tracker: _Tracker) -> None:
         layers = settings.mask
@@ -379,6 +337,11 @@ class _Observed(Magnet):
     def _mask_losses(self, maps: Tensor, grid: tuple[int, int], batch: Batch) -> tuple[Tensor, Tensor]:
         with self._tracker.labelled("maps"):
             return super()._mask_losses(maps, grid, batch)
+
+    def _match(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        mask_costs(prediction, target, preset=self.mask.focal)
+        chosen = torch.arange(min(len(prediction), len(target)))
+        return chosen, chosen
 
 
 def _batch(
@@ -424,22 +387,6 @@ def _made_fake(transformer: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in trained if weight is not None]
 
 
-def _without_data() -> list[Any]:
-    """Stand-ins for the few places that look at values."""
-
-    def match(
-        prediction: Tensor, target: Tensor, *, preset: Any = "default", **_: Any
-    ) -> tuple[Tensor, Tensor]:
-        mask_costs(prediction, target, preset=preset)
-        chosen = torch.arange(min(len(prediction), len(target)))
-        return chosen, chosen
-
-    return [
-        mock.patch.object(FakeTensor, "tolist", lambda tensor: [0.0] * tensor.numel()),
-        mock.patch.object(objective, "match", match),
-    ]
-
-
 def _nf4_savings(transformer: Any, dtype: torch.dtype) -> int:
     """Bytes that NF4 weights save: 4 bits a weight, 8 bits a scale of 64 (Dettmers 2023)."""
     linear = {
@@ -473,8 +420,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
-
-
-def shape_of(transformer: Any) -> dict[str, Any]:
-    """Configuration of a transformer in memory, for :func:`estimate_memory`."""
-    return copy.deepcopy(dict(transformer.config))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from seg4diff.backbones import find_backbone
@@ -181,7 +182,8 @@ class Magnet(nn.Module):
         """Mask logits [M', P] and the masks [M', P] they stand for, from one row's map [(H,) N, T']."""
         candidates = normalise(
             gather_columns(maps, columns), self.mask.normalisation, sharpness=self.mask.sharpness
-        ).unflatten(1, grid)
+        )
+        candidates = rearrange(candidates, "k (h w) -> k h w", h=grid[0])
         if self.head is not None:
             candidates = self.head(candidates)
         size = tuple(masks.shape[-2:])
@@ -194,15 +196,19 @@ class Magnet(nn.Module):
         compared = candidates.detach().nan_to_num(posinf=0.0, neginf=0.0)
         compared = resize(compared, size) if fine else compared
         coarse = target if fine else F.interpolate(target[None], size=grid, mode="area")[0]
-        rows, columns_ = match(
-            compared.flatten(1),
-            coarse.flatten(1),
+        rows, columns_ = self._match(compared.flatten(1), coarse.flatten(1))
+        rows, columns_ = rows.to(maps.device), columns_.to(maps.device)
+        return resize(candidates[rows], size).flatten(1), target[columns_].flatten(1)
+
+    def _match(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`seg4diff.magnet.matching.match`."""
+        return match(
+            prediction,
+            target,
             preset=self.mask.focal,
             focal_weight=self.mask.match_focal_weight,
             dice_weight=self.mask.match_dice_weight,
         )
-        rows, columns_ = rows.to(maps.device), columns_.to(maps.device)
-        return resize(candidates[rows], size).flatten(1), target[columns_].flatten(1)
 
 
 class ConvolutionalHead(nn.Module):
@@ -248,7 +254,7 @@ def gather_columns(maps: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
     groups = maps.new_zeros(maps.shape[-1], len(columns))
     for position, group in enumerate(columns):
         groups[list(group), position] = 1.0 / len(group)
-    return (maps @ groups).movedim(-1, -2).reshape(-1, maps.shape[-2])
+    return rearrange(maps @ groups, "... n k -> (... k) n")
 
 
 def normalise(maps: Tensor, how: str, *, sharpness: float) -> Tensor:

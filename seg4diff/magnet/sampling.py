@@ -76,7 +76,7 @@ class TrainingSamples(Dataset[Batch]):
         return _sample(self._encodings, index, text, settings, generator)
 
 
-class HeldOutSamples(Dataset[Batch]):
+class HeldOutSamples:
     """The held-out pictures, each with one prompt, noise and noise level that never change."""
 
     def __init__(self, encodings: Encodings, indices: Sequence[int], settings: TrainSettings) -> None:

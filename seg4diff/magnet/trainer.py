@@ -8,13 +8,12 @@ a checkpoint holds.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib.util
 import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +35,7 @@ from seg4diff.magnet.sampling import HeldOutSamples, Positions, TrainingSamples,
 from seg4diff.magnet.settings import TrainSettings, build_settings
 from seg4diff.magnet.sources import open_source
 from seg4diff.magnet.weights import FILE_NAME, save_lora
+from seg4diff.saving import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class _Run:
         self._training = TrainingSamples(encodings, training, settings)
         self._held_out = HeldOutSamples(encodings, held_out, settings)
         del pipe
-        gc.collect()
+        _free_memory()
 
         if settings.memory.quantise == "nf4":
             from seg4diff.magnet.quantisation import quantise_nf4
@@ -162,7 +162,6 @@ class _Run:
             "bad": 0,
             "held_out": {},
         }
-        self._unsaved = 0
 
     # Before training
 
@@ -256,7 +255,7 @@ class _Run:
             batch = next(batches).to(accelerator.device)
             names += batch.names
             last = forward == settings.accumulation - 1
-            with accelerator.no_sync(self._prepared) if not last else _nothing():
+            with accelerator.no_sync(self._prepared) if not last else nullcontext():
                 losses = self._prepared(batch)
                 (losses.total / settings.accumulation).backward()
             seen.append(Losses(*(value.detach() for value in losses)))
@@ -380,7 +379,6 @@ class _Run:
         try:
             save()
         except OSError as error:
-            self._unsaved += 1
             logger.error(
                 "could not save (%s); what was saved before is untouched, training goes on. Free some space "
                 "in %s before the next checkpoint",
@@ -398,7 +396,7 @@ class _Run:
                     save_lora(self._magnet.transformer, last)
                     best = self._out / "best" / FILE_NAME
                     chosen = best if best.is_file() and self._state["best_step"] else last
-                    _copy(chosen, lora)
+                    write_atomically(lora, lambda temporary: temporary.write_bytes(chosen.read_bytes()))
                 except OSError as error:
                     raise OSError(
                         f"the adapters could not be written to {str(self._out)!r} ({error}); free space and "
@@ -466,15 +464,10 @@ def _encoders_on(pipe: Any, device: torch.device) -> Iterator[None]:
         pipe.maybe_free_model_hooks()
         pipe.remove_all_hooks()
         pipe.to("cpu")
-        torch.cuda.empty_cache()
+        _free_memory()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _free_memory() -> None:
+    from diffusers.training_utils import free_memory
 
-
-def _copy(source: Path, target: Path) -> None:
-    from seg4diff.saving import write_atomically
-
-    write_atomically(target, lambda temporary: temporary.write_bytes(source.read_bytes()))
+    free_memory()

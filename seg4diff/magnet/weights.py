@@ -6,9 +6,9 @@ loaded from a file of which a single key does not fit the model.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from seg4diff.backbones import transformer_of
@@ -47,7 +47,6 @@ def save_lora(
     transformer: nn.Module,
     path: str | os.PathLike[str],
     *,
-    weights: Mapping[str, Tensor] | None = None,
     adapter: str = ADAPTER,
 ) -> Path:
     """Write an adapter so that ``pipe.load_lora_weights(path)`` of stock diffusers loads it.
@@ -56,7 +55,6 @@ def save_lora(
         transformer: has the adapter.
         path: a ``.safetensors`` file, or a folder, in which it is called as diffusers expects. A file that is
             there is replaced by a whole one or not at all.
-        weights: other values for the adapter's parameters, by their name in ``transformer``.
         adapter: its name.
 
     Returns:
@@ -72,8 +70,7 @@ def save_lora(
     configurations: Any = getattr(transformer, "peft_config", {})
     if adapter not in configurations:
         raise ValueError(f"the transformer has no adapter {adapter!r}; it has {sorted(configurations)}")
-    state = {**transformer.state_dict(), **(weights or {})}
-    layers = get_peft_model_state_dict(transformer, state_dict=state, adapter_name=adapter)
+    layers = get_peft_model_state_dict(transformer, adapter_name=adapter)
     layers = {name: tensor.detach().float().cpu().contiguous() for name, tensor in layers.items()}
     config = configurations[adapter]
     # The few settings that every version of peft knows, and those that every version of diffusers asks for.
@@ -88,12 +85,15 @@ def save_lora(
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
 
     def write(temporary: Path) -> None:
-        StableDiffusion3Pipeline.save_lora_weights(
-            str(temporary.parent),
-            transformer_lora_layers=layers,
-            transformer_lora_adapter_metadata=metadata,
-            weight_name=temporary.name,
-        )
+        try:
+            StableDiffusion3Pipeline.save_lora_weights(
+                str(temporary.parent),
+                transformer_lora_layers=layers,
+                transformer_lora_adapter_metadata=metadata,
+                weight_name=temporary.name,
+            )
+        except SafetensorError as error:  # of a full disk, for example
+            raise OSError(f"{str(file)!r} cannot be written ({error})") from error
 
     return write_atomically(file, write)
 
@@ -133,7 +133,11 @@ def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | No
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(out_of_memory_remedy(f"loading {str(file)!r}")) from error
-        raise
+        # Keys, shapes and numbers fit: what is left is damaged metadata, which diffusers does not check.
+        raise ValueError(
+            f"LoRA {str(file)!r} is refused by diffusers ({type(error).__name__}: {error}); "
+            "get a whole copy of it"
+        ) from error
     finally:
         log.setLevel(level)
     return pipe
@@ -169,21 +173,28 @@ def _file(path: Path) -> Path:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
+    data = file.read_bytes()
+    content: Any
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+            content = load(data)
+        else:
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"LoRA {str(file)!r} is damaged ({error}); get a whole copy of it") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
-        # What PyTorch says here is advice to run whatever the file holds.
+    except Exception as error:  # PyTorch raises errors of a dozen types here
+        if is_out_of_memory(error):
+            raise MemoryError(out_of_memory_remedy(f"loading {str(file)!r}")) from error
+        # What PyTorch says is advice to run whatever the file holds.
         raise ValueError(
             f"LoRA {str(file)!r} is damaged, or holds more than weights, and reading that would run it; "
             "get a whole copy, or one in safetensors"
         ) from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in content.items()
+    ):
         raise ValueError(f"LoRA {str(file)!r} holds no table of weights; a file of LoRA weights is expected")
     return content
 
@@ -219,11 +230,13 @@ def _check(parts: Mapping[str, Mapping[str, Tensor]], pipe: Any, file: Path) -> 
             problems.append(f"{name} (no such layer)")
         elif both.keys() != {"A", "B"}:
             problems.append(f"{name} (lora_{'B' if 'A' in both else 'A'} is missing)")
+        elif not all(t.is_floating_point() and t.isfinite().all() for t in both.values()):
+            problems.append(f"{name} (values that are not finite numbers)")
         else:
             rank = both["A"].shape[0] if both["A"].dim() == 2 else 0
             expected = [rank, module.in_features], [module.out_features, rank]
             shapes = list(both["A"].shape), list(both["B"].shape)
-            if shapes != expected:
+            if rank == 0 or shapes != expected:
                 problems.append(
                     f"{name} (A {shapes[0]}, B {shapes[1]}; the layer is {module.in_features} -> "
                     f"{module.out_features})"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks.memory import peak_bytes
+from seg4diff.cli import main
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.estimate import (
     SD3_MEDIUM,
     Estimate,
-    cheapest_fit,
     estimate_memory,
+    estimate_variants,
     model_shape,
-    parse_memory,
-    shape_of,
+    report,
 )
 from seg4diff.magnet.objective import Batch, Magnet
 from seg4diff.magnet.settings import TrainSettings, build_settings
@@ -79,12 +81,12 @@ def test_within_ten_percent_of_the_measurement(changes: dict[str, Any]) -> None:
     transformer = tiny.transformer(layers=3, heads=2, head_dim=32, sample_size=32)
     if chosen.memory.precision == "bfloat16":
         transformer.to(torch.bfloat16)
-    predicted = estimate_memory(shape_of(transformer), chosen, device="cpu", text_tokens=TEXT, masks=MASKS)
+    predicted = estimate_memory(transformer.config, chosen, device="cpu", text_tokens=TEXT, masks=MASKS)
     assert predicted.peak == pytest.approx(measured(transformer, chosen), rel=0.1)
 
 
 def test_switches_save_what_they_should() -> None:
-    config = shape_of(tiny.transformer(layers=2, heads=2, head_dim=32))
+    config = tiny.transformer(layers=2, heads=2, head_dim=32).config
 
     def peak(**changes: Any) -> Estimate:
         return estimate_memory(config, settings(**changes), text_tokens=TEXT)
@@ -100,32 +102,6 @@ def test_switches_save_what_they_should() -> None:
     assert peak(mask={"convolutional_head": True}).parts["LoRA"] > whole.parts["LoRA"]
 
 
-def test_cheapest_switch() -> None:
-    sizes = {"whole": 100, "checkpointed": 60, "nf4": 50, "both": 20}
-
-    def find(chosen: TrainSettings) -> Estimate:
-        checkpointed = chosen.memory.gradient_checkpointing
-        nf4 = chosen.memory.quantise == "nf4"
-        name = (
-            "both" if checkpointed and nf4 else "nf4" if nf4 else "checkpointed" if checkpointed else "whole"
-        )
-        return Estimate({"weights": sizes[name]}, chosen)
-
-    start = settings(memory={"gradient_checkpointing": False})
-    fit = cheapest_fit(find, start, 70)
-    assert fit is not None
-    assert fit[0] == "memory.gradient_checkpointing=true"
-    fit = cheapest_fit(find, start, 55)
-    assert fit is not None
-    assert fit[0] == "memory.quantise='nf4'"
-    fit = cheapest_fit(find, start, 30)
-    assert fit is not None
-    assert fit[0].endswith("memory.quantise='nf4'")
-    assert "gradient_checkpointing" in fit[0]
-    assert fit[1].peak == 20
-    assert cheapest_fit(find, start, 10) is None
-
-
 def test_known_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     config, text, pixels = model_shape("stabilityai/stable-diffusion-3-medium-diffusers")
     assert (config, text, pixels) == (SD3_MEDIUM, 154, 8)
@@ -133,26 +109,32 @@ def test_known_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         model_shape(str(tmp_path))
 
 
-def test_report_names_a_switch_that_fits(tmp_path: Any) -> None:
-    from rich.console import Console
-
-    from seg4diff.magnet.estimate import report
-
-    tiny.pipeline(layers=2).save_pretrained(tmp_path)
+def test_report_and_exit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    tiny.pipeline(layers=2).save_pretrained(model)
+    chosen = settings(model=str(model), memory={"gradient_checkpointing": False})
+    found = estimate_variants(chosen)
+    assert list(found) == [
+        "as configured",
+        "memory.gradient_checkpointing=true",
+        "memory.quantise='nf4'",
+        "fm_weight=0",
+        "memory.quantise='nf4', fm_weight=0",
+    ]
+    peaks = [estimate.peak for estimate in found.values()]
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[4]
+    assert peaks[1] > peaks[3] > peaks[4]
+    plain = estimate_variants(settings(model=str(model), mask={"weight": 0.0}))
+    assert list(plain) == ["as configured", "memory.quantise='nf4'"]
     console = Console(record=True, width=120)
-    chosen = settings(model=str(tmp_path), memory={"precision": "float32", "gradient_checkpointing": False})
-    console.print(report(chosen, parse_memory("1MiB")))
+    console.print(report(found))
     text = console.export_text()
     assert "saved activations" in text
-    assert "Does not fit in 0.00 GiB" in text or "To fit in 0.00 GiB" in text
-    console.print(report(chosen, parse_memory("8GiB")))
-    assert "Fits in 8.00 GiB" in console.export_text()
+    assert "memory.quantise='nf4', fm_weight=0" in text
 
-
-def test_parse_memory() -> None:
-    assert parse_memory("8GiB") == 8 * 2**30
-    assert parse_memory(" 1.5 gb") == 1_500_000_000
-    assert parse_memory("512MiB") == 2**29
-    for text in ("", "8 bits", "lots", "-1GB"):
-        with pytest.raises(ValueError, match="is no size"):
-            parse_memory(text)
+    words = ["train", "--estimate", "--set", f"model={model}", "data.resolution=256", "mask.layers=[1]"]
+    assert main([*words, "--memory", "8"]) == 0
+    assert main([*words, "--memory", "0.0001"]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "nothing fits in --memory 0.0001 GiB: the smallest peak is" in message
+    assert "(memory.quantise='nf4', fm_weight=0)" in message

@@ -145,7 +145,8 @@ def test_tyro_parses_nested_settings() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Train(memory="8GiB"), "goes with --estimate only"),
+        (Train(memory=8.0), "goes with --estimate only"),
+        (Train(memory=float("nan"), estimate=True), "must be a positive number of GiB"),
         (Train(demo=True, estimate=True), "--demo has its own settings"),
         (Train(), "name a configuration with --config, or try --demo"),
     ],

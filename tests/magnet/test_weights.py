@@ -173,10 +173,84 @@ def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
     before = load_file(file)
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        save_lora(pipe.transformer, tmp_path, weights={})
+        save_lora(pipe.transformer, tmp_path)
     assert {name: tensor.sum() for name, tensor in load_file(file).items()} == {
         n: t.sum() for n, t in before.items()
     }
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(ValueError, match="no adapter 'other'"):
         save_lora(pipe.transformer, tmp_path, adapter="other")
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    """safetensors has its own type for it, which no caller expects."""
+    import resource
+
+    pipe = tuned()
+    file = save_lora(pipe.transformer, tmp_path)
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{FILE_NAME}' cannot be written"):
+            save_lora(pipe.transformer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_altered_files_are_refused_by_name(suffix: str, tmp_path: Path) -> None:
+    """Or loaded, where the altered bits are weights: neither format has a hash."""
+    pipe = tuned()
+    path = (tmp_path / "a").with_suffix(suffix)
+    if suffix == ".pth":
+        torch.save(authors(pipe), path)
+    else:
+        save_lora(pipe.transformer, path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little") if suffix == ".safetensors" else len(whole)
+    refused = 0
+    pipe = tiny.pipeline()
+    for number in range(20):
+        altered = bytearray(whole)
+        altered[header * number // 20] ^= 1 << number % 8
+        path.write_bytes(altered)
+        try:
+            load_lora(pipe, path)
+        except ValueError as error:
+            message = str(error)
+        else:
+            pipe = tiny.pipeline()
+            continue
+        refused += 1
+        assert f"{path.name}'" in message
+        assert not any(".lora_" in name for name, _ in pipe.transformer.named_parameters())
+    assert refused > 0
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", "3", '{"transformer.r": {}}'])
+def test_damaged_metadata(metadata: str, tmp_path: Path) -> None:
+    state = load_file(save_lora(tuned().transformer, tmp_path))
+    path = tmp_path / "a.safetensors"
+    save_file(state, path, metadata={"format": "pt", "lora_adapter_metadata": metadata})
+    with pytest.raises(ValueError, match="a.safetensors' is refused by diffusers"):
+        load_lora(tiny.pipeline(), path)
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
+    state = load_file(save_lora(tuned().transformer, tmp_path))
+    key = next(iter(state))
+    changes: dict[str, tuple[torch.Tensor, str]] = {
+        "nan": (state[key] * float("nan"), "not finite numbers"),
+        "integers": (state[key].to(torch.int32), "not finite numbers"),
+        "rank 0": (state[key][:0], "no such layer|A "),
+    }
+    for value, message in changes.values():
+        save_file({**state, key: value}, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_lora(tiny.pipeline(), tmp_path / "a.safetensors")
+    torch.save({0: torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="no table of weights"):
+        load_lora(tiny.pipeline(), tmp_path / "a.pth")
