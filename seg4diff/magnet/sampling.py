@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from seg4diff.magnet.encoding import Description, EncodedText, Encodings, areas, decode_masks, union
 from seg4diff.magnet.objective import Batch
@@ -94,22 +94,10 @@ class HeldOutSamples:
         return _sample(self._encodings, index, self._encodings.text(index, 0), self._settings, generator)
 
 
-class Positions(Sampler[list[int]]):
-    """The positions of one process, a list for each forward, from optimizer step ``start`` to ``stop``."""
-
-    def __init__(self, settings: TrainSettings, *, process: int, processes: int, start: int) -> None:
-        self._settings = settings
-        self._process, self._processes = process, processes
-        self._start = start
-
-    def __len__(self) -> int:
-        return (self._settings.steps - self._start) * self._settings.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        settings = self._settings
-        for forward in range(self._start * settings.accumulation, settings.steps * settings.accumulation):
-            first = (forward * self._processes + self._process) * settings.batch
-            yield list(range(first, first + settings.batch))
+def positions(forwards: range, batch: int, *, process: int = 0, processes: int = 1) -> list[list[int]]:
+    """Positions of the samples of one process, a list of ``batch`` for each of its forwards."""
+    starts = ((forward * processes + process) * batch for forward in forwards)
+    return [list(range(start, start + batch)) for start in starts]
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

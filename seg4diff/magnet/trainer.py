@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from seg4diff.magnet.encoding import Encodings, encode
 from seg4diff.magnet.objective import Batch, Losses, Magnet, mask_layers
 from seg4diff.magnet.optimizers import learning_rate, make_optimizer
 from seg4diff.magnet.pictures import SamplePrompts, mask_overlays
-from seg4diff.magnet.sampling import HeldOutSamples, Positions, TrainingSamples, collate, split
+from seg4diff.magnet.sampling import HeldOutSamples, TrainingSamples, collate, positions, split
 from seg4diff.magnet.settings import TrainSettings, build_settings
 from seg4diff.magnet.sources import open_source
 from seg4diff.magnet.weights import FILE_NAME, save_lora
@@ -116,6 +116,25 @@ def _check_packages(settings: TrainSettings) -> None:
             raise ImportError(f"{setting} needs {package}: pip install '{install}'")
 
 
+@dataclass
+class _Progress:
+    """What a run has come to so far; part of a checkpoint.
+
+    Attributes:
+        best: lowest score on the held-out split.
+        best_step: the step that it is of; 0 before the first evaluation.
+        skipped: steps left out for a NaN or infinite gradient.
+        bad: how many of them were the latest, without one in between that was not.
+        held_out: the latest losses on the held-out split.
+    """
+
+    best: float = math.inf
+    best_step: int = 0
+    skipped: int = 0
+    bad: int = 0
+    held_out: dict[str, float] = field(default_factory=dict)
+
+
 class _Run:
     """One process of a run."""
 
@@ -155,13 +174,7 @@ class _Run:
         if settings.ema > 0:
             self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._optimizer = make_optimizer(list(self._weights.values()), settings.optimizer)
-        self._state: dict[str, Any] = {
-            "best": math.inf,
-            "best_step": 0,
-            "skipped": 0,
-            "bad": 0,
-            "held_out": {},
-        }
+        self._state = _Progress()
 
     # Before training
 
@@ -204,7 +217,7 @@ class _Run:
             for name, average in self._average.items():
                 average.copy_(checkpoint.average[name])
         self._optimizer.load_state_dict(checkpoint.optimizer)
-        self._state.update(checkpoint.progress)
+        self._state = _Progress(**checkpoint.progress)
         logger.info("going on after step %d of the run in %s", checkpoint.step, self._out)
         return checkpoint.step
 
@@ -215,8 +228,11 @@ class _Run:
         start = self._resume()
         loader: DataLoader[Batch] = DataLoader(
             self._training,
-            batch_sampler=Positions(
-                settings, process=accelerator.process_index, processes=accelerator.num_processes, start=start
+            batch_sampler=positions(
+                range(start * settings.accumulation, settings.steps * settings.accumulation),
+                settings.batch,
+                process=accelerator.process_index,
+                processes=accelerator.num_processes,
             ),
             collate_fn=collate,
             num_workers=settings.data.workers,
@@ -263,7 +279,7 @@ class _Run:
         norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.optimizer.clip))
         if math.isfinite(norm):
             self._optimizer.step()
-            self._state["bad"] = 0
+            self._state.bad = 0
             self._update_average(step)
         else:
             self._skip_step(step, names)
@@ -273,12 +289,13 @@ class _Run:
 
     def _skip_step(self, step: int, names: Sequence[str]) -> None:
         """Leave out an update whose gradient is not finite; it is the same on every process."""
-        self._state["skipped"] += 1
-        self._state["bad"] += 1
+        made = self._state
+        made.skipped += 1
+        made.bad += 1
         where = f"step {step + 1} ({', '.join(names[:4])})"
-        if self._state["bad"] >= self._settings.bad_steps:
+        if made.bad >= self._settings.bad_steps:
             raise FloatingPointError(
-                f"the gradient was NaN or infinite in {self._state['bad']} consecutive steps, the last one "
+                f"the gradient was NaN or infinite in {made.bad} consecutive steps, the last one "
                 f"{where}; lower optimizer.learning_rate={self._settings.optimizer.learning_rate:g} or "
                 "mask.weight, or use memory.precision='float32'. Weights and checkpoints are as before"
             )
@@ -317,15 +334,16 @@ class _Run:
                 sums += torch.stack(list(losses)).double()
             means = accelerator.reduce(sums, reduction="sum") / len(self._held_out)
             values = dict(zip(Losses._fields, means.tolist(), strict=True))
-            self._state["held_out"] = values
+            made = self._state
+            made.held_out = values
             mask = self._settings.mask
             score = {
                 "total": values["total"],
                 "flow": values["flow"],
                 "mask": mask.focal_weight * values["focal"] + mask.dice_weight * values["dice"],
             }[self._settings.select]
-            if score < self._state["best"] or self._state["best_step"] == 0:
-                self._state.update(best=score, best_step=done)
+            if score < made.best or made.best_step == 0:
+                made.best, made.best_step = score, done
                 if accelerator.is_main_process:
                     self._try_saving(lambda: save_lora(self._magnet.transformer, self._out / "best"))
             if self._settings.report != "none":
@@ -368,7 +386,7 @@ class _Run:
             weights={name: weight.detach() for name, weight in self._weights.items()},
             average=self._average,
             optimizer=self._optimizer.state_dict(),
-            progress=self._state,
+            progress=dataclasses.asdict(self._state),
             settings=dataclasses.asdict(self._settings),
         )
         self._try_saving(
@@ -389,13 +407,13 @@ class _Run:
     def _finish(self) -> TrainResult:
         settings = self._settings
         last, lora = self._out / "last" / FILE_NAME, self._out / FILE_NAME
-        best_step = self._state["best_step"] or settings.steps
+        made = self._state
         if self._accelerator.is_main_process:
             with self._averaged():
                 try:
                     save_lora(self._magnet.transformer, last)
                     best = self._out / "best" / FILE_NAME
-                    chosen = best if best.is_file() and self._state["best_step"] else last
+                    chosen = best if best.is_file() and made.best_step else last
                     write_atomically(lora, lambda temporary: temporary.write_bytes(chosen.read_bytes()))
                 except OSError as error:
                     raise OSError(
@@ -407,9 +425,9 @@ class _Run:
             lora=lora,
             last=last,
             steps=settings.steps,
-            best_step=best_step,
-            held_out=dict(self._state["held_out"]),
-            skipped_steps=self._state["skipped"],
+            best_step=made.best_step or settings.steps,
+            held_out=made.held_out,
+            skipped_steps=made.skipped,
             unusable=Counter(self._unusable),
         )
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seg4diff.magnet import train
+from seg4diff.magnet import TrainResult, train
 from seg4diff.magnet.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from seg4diff.magnet.optimizers import learning_rate
 from seg4diff.magnet.settings import OptimizerSettings, TrainSettings, build_settings
@@ -231,24 +231,55 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert any(weight.abs().max() > 1e-4 for name, weight in expected.items() if "lora_B" in name)
 
 
+@pytest.fixture(scope="module")
+def two_steps(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Trained weights after two steps with the settings as they are."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("magnet") / "two-steps"
+    train(runs.settings(out, cache, steps=2), pipe=runs.pipeline(), progress=False)
+    return state_of(out).weights
+
+
+def state_of(out: Path) -> Checkpoint:
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint
+
+
+def blocks_of(state: Checkpoint) -> set[str]:
+    return {name.split("transformer_blocks.")[1][0] for name in state.weights if "transformer_blocks" in name}
+
+
+Effect = Callable[[TrainResult, Checkpoint], bool]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "effect"),
     [
-        {"fm_weight": 0.0, "data": {"caption_dropout": 0.0}},
-        {"mask": {"weight": 0.0}},
-        {"mask": {"pairing": "token"}},
-        {"mask": {"pairing": "head", "layers": [0, 2]}},
-        {"mask": {"convolutional_head": True, "focal": "reference", "normalisation": "none"}},
-        {"ema": 0.9},
-        {"data": {"text": "classes"}},
-        {"noise": {"shift": 3.0}, "select": "mask"},
-        {"memory": {"gradient_checkpointing": False}},
-        {"data": {"held_out": 0.0}},
-        {"data": {"workers": 1}},
+        (
+            {"fm_weight": 0.0, "data": {"caption_dropout": 0.0}},
+            lambda result, state: result.held_out["flow"] == 0 and blocks_of(state) == {"0", "1"},
+        ),
+        (
+            {"mask": {"weight": 0.0}},
+            lambda result, state: result.held_out["dice"] == 0 and blocks_of(state) == {"0", "1", "2"},
+        ),
+        ({"mask": {"pairing": "token"}}, None),
+        ({"mask": {"pairing": "head", "layers": [0, 2]}}, None),
+        (
+            {"mask": {"convolutional_head": True, "focal": "reference", "normalisation": "none"}},
+            lambda result, state: any("head.layers" in name and w.any() for name, w in state.weights.items()),
+        ),
+        ({"noise": {"shift": 3.0}}, None),
+        ({"data": {"held_out": 0.0}}, lambda result, state: result.held_out == {}),
+        ({"data": {"text": "classes"}}, None),
+        ({"optimizer": {"weight_decay": 0.5}}, None),
     ],
     ids=str,
 )
-def test_every_switch_trains(changes: dict[str, Any], cache: Path, tmp_path: Path) -> None:
+def test_every_switch_trains_and_has_an_effect(
+    changes: dict[str, Any], effect: Effect | None, cache: Path, two_steps: Any, tmp_path: Path
+) -> None:
     own_cache = cache if "text" not in changes.get("data", {}) else tmp_path / "cache"
     result = train(
         runs.settings(tmp_path / "run", own_cache, **changes, steps=2), pipe=runs.pipeline(), progress=False
@@ -256,6 +287,45 @@ def test_every_switch_trains(changes: dict[str, Any], cache: Path, tmp_path: Pat
     weights = load_file(result.lora)
     assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)
     assert all(weight.isfinite().all() for weight in weights.values())
+    state = state_of(tmp_path / "run")
+    assert any(
+        not torch.equal(state.weights[name], two_steps[name]) for name in state.weights.keys() & two_steps
+    )
+    assert effect is None or effect(result, state)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"memory": {"gradient_checkpointing": False}}, {"data": {"workers": 1}}], ids=str
+)
+def test_switches_of_time_and_memory_change_no_bit(
+    changes: dict[str, Any], cache: Path, two_steps: Any, tmp_path: Path
+) -> None:
+    train(runs.settings(tmp_path, cache, **changes, steps=2), pipe=runs.pipeline(), progress=False)
+    assert_same_bits(state_of(tmp_path).weights, two_steps)
+
+
+def test_the_average_is_what_is_saved(cache: Path, two_steps: Any, tmp_path: Path) -> None:
+    pipe = runs.pipeline()
+    result = train(runs.settings(tmp_path, cache, ema=0.9, steps=2), pipe=pipe, progress=False)
+    state = state_of(tmp_path)
+    assert_same_bits(state.weights, two_steps)
+    saved = load_file(result.last)
+    for name, average in state.average.items():
+        key = name.removeprefix("transformer.").replace(".magnet.", ".")
+        assert torch.equal(saved[f"transformer.{key}"], average)
+    assert any(not torch.equal(state.average[name], weight) for name, weight in two_steps.items())
+
+
+@pytest.mark.parametrize("select", ["mask", "flow"])
+def test_the_best_is_chosen_by_what_is_selected(select: str, cache: Path, tmp_path: Path) -> None:
+    settings = runs.settings(tmp_path, cache, select=select, steps=2)
+    result = train(settings, pipe=runs.pipeline(), progress=False)
+    held_out, mask = result.held_out, settings.mask
+    expected = {
+        "flow": held_out["flow"],
+        "mask": mask.focal_weight * held_out["focal"] + mask.dice_weight * held_out["dice"],
+    }
+    assert state_of(tmp_path).progress["best"] == pytest.approx(expected[select], rel=1e-12)
 
 
 def test_bfloat16_weights_and_float32_adapters(cache: Path, tmp_path: Path) -> None:

@@ -52,11 +52,10 @@ def train_until_killed(out: str, cache: str, moment: str, step: int) -> None:
     Args:
         out, cache: folders.
         moment: ``"after"`` a step, ``"within"`` its optimizer step, or while the checkpoint that follows it
-            is
-            ``"writing"``.
+            is ``"writing"``.
         step: which.
     """
-    from seg4diff.magnet import optimizers, trainer
+    from seg4diff.magnet import trainer
 
     torch.set_num_threads(1)
 
@@ -87,7 +86,6 @@ def train_until_killed(out: str, cache: str, moment: str, step: int) -> None:
             die()
         return whole_write(self, data)
 
-    assert optimizers.make_optimizer is not None
     torch.optim.AdamW.step = cut_step  # type: ignore[method-assign, assignment]
     Path.write_bytes = cut_write  # type: ignore[method-assign, assignment]
     trainer.train(settings(Path(out), Path(cache)), pipe=pipeline(), progress=False, after_step=after_step)
