@@ -4,10 +4,9 @@
 >>> result = magnet.train(magnet.read_settings("magnet.toml"))        # doctest: +SKIP
 >>> pipe = seg4diff.load_lora(pipe, result.lora)                      # doctest: +SKIP
 
-The files, in the order in which a run meets them: ``settings`` (what it is told), ``sources`` and
-    ``encoding`` (pictures, masks and captions, encoded once), ``adapters`` and ``objective`` (what is
-    trained, on which loss; ``losses`` and ``matching`` below it), ``trainer`` and ``checkpoints``,
-    ``weights`` (in and out), ``estimate`` (memory, without running).
+The modules, in the order in which a run uses them: `settings`, `sources` and `encoding` (images, masks and
+captions, encoded once), `adapters` and `objective` (what is trained, on which loss; `losses` and `matching`),
+`trainer` and `checkpoints`, `weights` (in and out), `estimate` (memory, without running).
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path
     buffer = io.BytesIO()
     torch.save(vars(checkpoint), buffer)
     path = write_sealed(folder / f"checkpoint-{checkpoint.step:07d}.pt", buffer.getvalue())
-    for old in sorted(folder.glob(PATTERN))[:-keep]:
+    for old in [*sorted(folder.glob(PATTERN))[:-keep], *folder.glob(f".{PATTERN}")]:  # and of killed writes
         old.unlink(missing_ok=True)
     return path
 

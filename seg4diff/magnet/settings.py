@@ -25,7 +25,7 @@ Normalisation = Literal["none", "minmax", "standard"]
 # Strict: "5", 5.0 and true are not integers, and true is not a number.
 _Flag = Annotated[bool, Field(strict=True)]
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
-_CountOrNone = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Whole = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 _Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _Number = Annotated[float, Field(strict=True)]
 _Positive = Annotated[float, Field(strict=True, gt=0)]
@@ -49,7 +49,7 @@ class LoraSettings:
     rank: _Count = 16
     alpha: _Weight = 0.0
     targets: Annotated[tuple[_Name, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
-    blocks: tuple[_CountOrNone, ...] = ()
+    blocks: tuple[_Whole, ...] = ()
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -81,7 +81,7 @@ class MaskSettings:
     focal_weight: _Weight = 1.0
     dice_weight: _Weight = 1.0
     focal: Literal["default", "reference"] = "default"
-    layers: tuple[_CountOrNone, ...] = ()
+    layers: tuple[_Whole, ...] = ()
     pairing: Pairing = "class"
     scores: Scores = "logit"
     normalisation: Normalisation = "standard"
@@ -121,7 +121,7 @@ class OptimizerSettings:
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
     learning_rate: _Positive = 1e-4
-    warm_up: _CountOrNone = 100
+    warm_up: _Whole = 100
     betas: Annotated[tuple[_Share, ...], Field(min_length=2, max_length=2)] = (0.9, 0.999)
     epsilon: _Positive = 1e-8
     weight_decay: _Weight = 1e-4
@@ -162,13 +162,13 @@ class DataSettings:
     text: Literal["captions", "classes"] = "captions"
     caption_dropout: _Share = 0.1
     held_out: _Share = 0.02
-    held_out_limit: _CountOrNone = 64
-    limit: _CountOrNone = 0
+    held_out_limit: _Whole = 64
+    limit: _Whole = 0
     cache: str = ""
     shard: _Count = 64
-    workers: _CountOrNone = 0
+    workers: _Whole = 0
     scenes: _Count = 512
-    first_scene: _CountOrNone = 5_000_000
+    first_scene: _Whole = 5_000_000
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -221,7 +221,7 @@ class TrainSettings:
     ema: _Share = 0.0
     checkpoint_every: _Count = 250
     keep: _Count = 2
-    evaluate_every: _CountOrNone = 250
+    evaluate_every: _Whole = 250
     select: Literal["total", "mask", "flow"] = "total"
     resume: Literal["latest", "never"] = "latest"
     bad_steps: _Count = 5

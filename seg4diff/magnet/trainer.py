@@ -148,6 +148,17 @@ class _Run:
         transformer: Any = transformer_of(pipe)
         layers = mask_layers(transformer, settings.mask) if settings.mask.weight > 0 else ()
         stop_after = layers[-1] if settings.fm_weight == 0 else None
+        self._set_up_data(pipe)
+        del pipe
+        _free_memory()
+        self._set_up_model(transformer, stop_after)
+        self._optimizer = make_optimizer(list(self._weights.values()), settings.optimizer)
+        self._state = _Progress()
+
+    # Before training
+
+    def _set_up_data(self, pipe: Any) -> None:
+        settings = self._settings
         encodings = self._encodings(pipe)
         self._samples = SamplePrompts(pipe, settings.sample_prompts) if settings.sample_prompts else None
         training, held_out, unusable = split(encodings, settings)
@@ -155,9 +166,9 @@ class _Run:
         self._encodings_used = encodings
         self._training = TrainingSamples(encodings, training, settings)
         self._held_out = HeldOutSamples(encodings, held_out, settings)
-        del pipe
-        _free_memory()
 
+    def _set_up_model(self, transformer: Any, stop_after: int | None) -> None:
+        settings, accelerator = self._settings, self._accelerator
         if settings.memory.quantise == "nf4":
             from seg4diff.magnet.quantisation import quantise_nf4
 
@@ -173,10 +184,6 @@ class _Run:
         self._average: dict[str, Tensor] = {}
         if settings.ema > 0:
             self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._optimizer = make_optimizer(list(self._weights.values()), settings.optimizer)
-        self._state = _Progress()
-
-    # Before training
 
     def _check_folder(self) -> None:
         if self._out.exists() and not self._out.is_dir():

@@ -97,8 +97,10 @@ def test_killed_and_resumed_is_bit_identical(
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "last").exists()
+    assert (len(list((tmp_path / "checkpoints").glob(".*"))) == 1) == (moment == "writing")
     train(runs.settings(tmp_path, cache), pipe=runs.pipeline(), progress=False)
     assert_same_run(tmp_path, whole)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["checkpoint-0000004.pt", "checkpoint-0000005.pt"]
 
 
 @pytest.mark.parametrize("kept", [0, 7, 200, -1])
