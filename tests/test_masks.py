@@ -14,7 +14,7 @@ from pycocotools import mask as coco_masks
 
 from seg4diff.magnet.encoding import areas, decode_masks, union
 from seg4diff.masks import decode_mask
-from tests.evaluation import miniature
+from tests.support import miniature
 
 ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH = 30, 40

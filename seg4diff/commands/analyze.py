@@ -84,7 +84,7 @@ def run_analyze(options: Analyze) -> None:
     listed = [] if options.prompts_file is None else [options.prompts_file]
     inputs: list[str | Path] = [*options.images, *listed, *model_files(options)]
     names = ["report.safetensors", "report.json", "ranking.json", "layers.png"]
-    for figure in ("budget", "value-norms", "projections"):
+    for figure in ("attention-mass", "value-norms", "projections"):
         names += [f"{figure}-{level}.png" for level in options.noise_levels]
     outputs = [options.out / name for name in names]
     if options.dataset is None:

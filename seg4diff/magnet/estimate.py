@@ -28,10 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seg4diff.backbones import find_backbone
-from seg4diff.kernels import aten
 from seg4diff.kernels.api import backend
 from seg4diff.kernels.aten import backward, forward
-from seg4diff.kernels.operators import Inputs, Request
 from seg4diff.kernels.types import Inputs, Request
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.matching import mask_costs
@@ -122,10 +120,7 @@ def estimate_memory(
         quantised = _nf4_savings(transformer, dtype) if settings.memory.quantise == "nf4" else 0
         add_adapters(transformer, settings.lora, stop_after=stop_after)
     tracker = _Tracker(counts_workspace=device == "cpu")
-    with backend("aten"), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
-        for patched in _without_data():
-            stack.enter_context(patched)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with backend("aten"), FakeTensorMode(allow_non_fake_inputs=True):
         trained = _made_fake(transformer)
         if settings.memory.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -262,16 +257,6 @@ class _Tracker(TorchDispatchMode):
         ours = name.startswith("seg4diff::")
         if self._counts_workspace and name.startswith("seg4diff::aten_"):
             with self.labelled("attention"), self:
-                if name.endswith("forward"):
-                    result: Any = forward.forward(Inputs(*args[:7]), Request(*args[7:]))
-                else:
-                    inputs, request = Inputs(*args[3:10]), Request(*args[13:])
-                    image, text, lse = args[10:13]
-                    result = backward.backward(args[0], args[1], args[2], inputs, image, text, lse, request)
-            return result
-        result = func(*args, **kwargs)
-        attention = name.startswith("seg4diff::") or "scaled_dot_product" in name
-        for position, tensor in enumerate(tree_leaves(result)):
                 return _run_aten(name, dict(zip((a.name for a in func._schema.arguments), args, strict=True)))
         result = func(*args, **(kwargs or {}))
         tensors = tree_leaves(result)
@@ -321,9 +306,9 @@ def _run_aten(name: str, arguments: Mapping[str, Any]) -> Any:
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     if name.endswith("forward"):
-        return aten.forward(part(Inputs), part(Request))
+        return forward.forward(part(Inputs), part(Request))
     others = {of: arguments[of] for of in ("d_image", "d_text", "d_maps", "image", "text", "lse")}
-    return aten.backward(inputs=part(Inputs), request=part(Request), **others)
+    return backward.backward(inputs=part(Inputs), request=part(Request), **others)
 
 
 class _Observed(Magnet):

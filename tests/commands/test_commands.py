@@ -188,17 +188,17 @@ def test_wrong_input_is_2_and_one_line(
     ("words", "name"),
     [
         ("regions PICTURE", "photo.png"),
-        ("analyze --images PICTURE --noise-levels 4", "budget-4.png"),
+        ("analyze --images PICTURE --noise-levels 4", "attention-mass-4.png"),
         ("analyze --prompts-file PICTURE", "report.json"),
         ("generate a --lora PICTURE", "000.png"),
         ("generate a b --save-maps --lora PICTURE", "001-maps.png"),
     ],
 )
 def test_what_is_read_is_not_replaced(
-    words: str, name: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, name: str, image_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / name
-    source.write_bytes(Path(picture).read_bytes() if source.suffix == ".png" else b"a cat")
+    source.write_bytes(Path(image_file).read_bytes() if source.suffix == ".png" else b"a cat")
     before = source.read_bytes()
     assert main([*words.replace("PICTURE", str(source)).split(), "--out", str(tmp_path)]) == 2
     assert f"{source}' would replace the input '{source}'" in capsys.readouterr().err
