@@ -10,12 +10,19 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$python; exit; fi; \
 	done; echo python3)
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
-EXTRAS := demo,dev,eval,train,viz
-PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+EXTRAS := eval,train,viz,quant
 # Each worker keeps to one thread, and nothing is fetched but packages.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-oldest lint bench gpu train-demo clean
+# Runs tests with the Python of an environment and options of pytest: once as it is, and once with Triton's
+# interpreter in place of its compiler, which is chosen when the kernels are imported.
+define run-tests
+@$(TEST_ENVIRONMENT) $(1)/bin/python $(PYTEST) $(2)
+@$(TEST_ENVIRONMENT) TRITON_INTERPRET=1 $(1)/bin/python $(PYTEST) $(2) tests/kernels/interpreted
+endef
+
+.PHONY: help demo test test-all test-oldest lint bench gpu train-demo clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,17 +30,20 @@ help:  ## list the targets
 demo: .venv/.installed  ## segment scenes with the bundled model: pictures in demo-output/, numbers here
 	@HF_HUB_OFFLINE=1 .venv/bin/python -m seg4diff demo --out demo-output
 
-test: .venv/.installed  ## the whole test suite
-	@$(TEST_ENVIRONMENT) .venv/bin/python $(PYTEST)
-	@$(TEST_ENVIRONMENT) TRITON_INTERPRET=1 .venv/bin/python $(PYTEST) tests/kernels/interpreted
+test: .venv/.installed  ## tests that are not slow, with no optional package: minutes
+	$(call run-tests,.venv,-m 'not slow')
 
-test-oldest: .venv-oldest/.installed  ## the same suite with the oldest supported versions
-	@$(TEST_ENVIRONMENT) .venv-oldest/bin/python $(PYTEST) --deselect tests/test_packaging.py::test_mypy
-	@$(TEST_ENVIRONMENT) TRITON_INTERPRET=1 .venv-oldest/bin/python $(PYTEST) tests/kernels/interpreted
+test-all: .venv/.complete  ## the rest: slow tests, and those of optional packages
+	$(call run-tests,.venv,-m 'slow or extra')
 
-lint: .venv/.installed  ## ruff and mypy
+test-oldest: .venv-oldest/.complete  ## all tests with the oldest supported versions
+	$(call run-tests,.venv-oldest,-W default)
+
+lint: .venv/.complete  ## ruff, mypy and pyright
 	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m mypy
+	@PYRIGHT_PYTHON_GLOBAL_NODE=0 .venv/bin/python -m pyright --pythonpath .venv/bin/python
 
 bench: .venv/.installed  ## the benchmarks
 	@.venv/bin/python -m pytest benchmarks/
@@ -42,7 +52,7 @@ gpu:  ## on a GPU, with the Python and packages already there: gpu tests, tuning
 	@# What fails is told at the end: time on a GPU is dear, the other parts still run.
 	@mkdir -p gpu-results; status=0; \
 	run() { $(PYTHON) -m "$${@:2}" 2>&1 | tee "gpu-results/$$1.log" || status=1; }; \
-	run tests pytest -m gpu tests/kernels; \
+	run tests pytest -m gpu -W default tests/kernels; \
 	run tuning benchmarks.sweep_tuning --out gpu-results; \
 	run benchmarks pytest -s benchmarks/test_joint_attention.py --results gpu-results; \
 	if $(PYTHON) -c 'import diffusers, peft' 2>/dev/null; then \
@@ -56,19 +66,24 @@ train-demo: .venv/.installed  ## train the bundled model again
 clean:  ## remove the environments and what the targets wrote
 	rm -rf .venv .venv-oldest demo-output build dist *.egg-info
 
-# The stamp is written last: an interrupted installation is taken up again. torch and triton come first, by exact
+# A stamp is written last: an interrupted installation is taken up again. torch and triton come first, by exact
 # version, so that nothing else chooses them.
-.venv/.installed: CONSTRAINTS := .ci/constraints.txt
-.venv/.installed: .ci/constraints.txt
-.venv-oldest/.installed: CONSTRAINTS := .ci/constraints-oldest.txt
-.venv-oldest/.installed: .ci/constraints-oldest.txt
+.venv/%: CONSTRAINTS := .ci/constraints.txt
+.venv-oldest/%: CONSTRAINTS := .ci/constraints-oldest.txt
+.venv/.installed .venv/.complete: .ci/constraints.txt
+.venv-oldest/.installed .venv-oldest/.complete: .ci/constraints-oldest.txt
+INSTALL = $(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
+
 .venv/.installed .venv-oldest/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	    "seg4diff needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; use make PYTHON=/path/to/it")'
 	@echo "Installing into $(@D)"
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	@$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) triton
-	@$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools wheel
-	@$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(INSTALL) torch triton setuptools wheel
+	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+.venv/.complete .venv-oldest/.complete: %/.complete: %/.installed
+	@echo "Installing optional packages into $(@D)"
+	@$(INSTALL) --no-build-isolation --editable '.[dev,lint,$(EXTRAS)]'
 	@touch $@

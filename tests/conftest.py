@@ -12,6 +12,12 @@ import seg4diff
 from tests.support import tiny
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("extra"):
+        extra, module = mark.args
+        pytest.importorskip(module, reason=f"needs {module}: pip install 'seg4diff[{extra}]'")
+
+
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     """A patched pipeline of three layers; a module that changes it has a `pipe` of its own."""

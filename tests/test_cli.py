@@ -16,6 +16,7 @@ import seg4diff
 from seg4diff.cli import main
 from seg4diff.segmentation.result import Segmentation
 from tests.support import tiny
+from tests.support.images import size_of
 from tests.support.paths import ROOT
 
 
@@ -97,7 +98,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path, calls):
         Image.new("RGB", (width, 5)).save(paths[-1])
     words = ["segment", *map(str, paths), str(paths[0]), "--classes", "a", "b", "--batch-size", "2"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    sizes = {name: Image.open(tmp_path / "out" / f"{name}.png").width for name in ("x", "x-2", "x-3")}
+    sizes = {name: size_of(tmp_path / "out" / f"{name}.png")[0] for name in ("x", "x-2", "x-3")}
     assert sizes == {"x": 10, "x-2": 20, "x-3": 30}
     assert len(os.listdir(tmp_path / "out")) == 6
     assert [call["images"] for call in calls[1:]] == [2, 1]

@@ -120,7 +120,10 @@ print(os.path.realpath(importlib.util.find_spec("seg4diff.kernels.api").origin))
 """
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable", "editable compat"])
+@pytest.mark.parametrize(
+    "kind",
+    ["wheel", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sdist", "editable", "editable compat"))],
+)
 def test_installed_package_imports_from_everywhere(kind, source, built, tmp_path):
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
@@ -166,14 +169,3 @@ def test_import_is_light():
         "assert {'patch', 'segment', 'capture'} <= set(dir(seg4diff))\n"
     )
     run(sys.executable, "-c", code, cwd=ROOT)
-
-
-def test_ruff():
-    pytest.importorskip("ruff")
-    run(sys.executable, "-m", "ruff", "check", "--no-cache", ".", cwd=ROOT)
-
-
-def test_mypy(tmp_path):
-    pytest.importorskip("mypy")
-    cache = Path(os.environ.get("MYPY_CACHE_DIR", ROOT / ".mypy_cache"))
-    run(sys.executable, "-m", "mypy", "--cache-dir", cache, cwd=ROOT)

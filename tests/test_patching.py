@@ -281,6 +281,7 @@ def test_unsupported_states_are_refused() -> None:
         seg4diff.patch(pipe)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 def test_unsupported_models_are_refused_by_name() -> None:
     from diffusers import FluxTransformer2DModel, UNet2DModel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from seg4diff.analysis.principal import principal_components
 from seg4diff.kernels.testing import assert_accurate, error_ratio
 from tests.support import tiny
 from tests.support.hooked import hooked_projections
-from tests.support.images import random_image
+from tests.support.images import random_image, size_of
 
 MODELS = {"sd3": {}, "sd3.5": {"dual": (0,), "qk_norm": "rms_norm"}}
 
@@ -246,7 +247,7 @@ def test_damaged_reports_are_named(report: Report, tmp_path: Path) -> None:
 def test_table_holds_the_numbers(report: Report) -> None:
     from rich.console import Console
 
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.table(noise_level=3))
     text = console.export_text()
     assert "3 steps left (timestep 1000.0), 1 picture" in text
@@ -259,9 +260,8 @@ def test_table_holds_the_numbers(report: Report) -> None:
     assert cells[9] == pytest.approx(float(measures.value_norm_ratio[1, 2]), rel=0.01)
 
 
+@pytest.mark.extra("viz", "matplotlib")
 def test_figures_show_every_layer(report: Report, tmp_path: Path) -> None:
-    from PIL import Image
-
     from seg4diff.analysis.report import save_figures
 
     figures = {
@@ -275,7 +275,7 @@ def test_figures_show_every_layer(report: Report, tmp_path: Path) -> None:
     assert list(lines[1].get_ydata()) == report.by_layer.text_value_norm[1].tolist()
     assert sum(len(axes.images) for axes in figures["projections"].axes) == 9
     for path in save_figures(figures, tmp_path / "figures"):
-        assert Image.open(path).size[0] > 300
+        assert size_of(path)[0] > 300
 
 
 def test_matplotlib_is_asked_for_when_it_is_missing(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,24 @@ def test_order_and_best() -> None:
     assert ranking.best == (9, 28)
 
 
-def test_table_figure_and_file(tmp_path: Path) -> None:
+SCORES = torch.tensor([[0.125, 0.5], [0.25, 0.375]], dtype=torch.float64)
+RANKING = Ranking("miou", (3, 7), (8, 28), (515.1, 1000.0), SCORES, 4)
+
+
+@pytest.mark.extra("viz", "matplotlib")
+def test_figure() -> None:
+    assert list(RANKING.plot().axes[0].lines[1].get_ydata()) == [0.25, 0.375]
+
+
+def test_table_and_file(tmp_path: Path) -> None:
     from rich.console import Console
 
-    scores = torch.tensor([[0.125, 0.5], [0.25, 0.375]], dtype=torch.float64)
-    ranking = Ranking("miou", (3, 7), (8, 28), (515.1, 1000.0), scores, 4)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(ranking.table())
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(RANKING.table())
     lines = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
     assert lines.index(["7", "50.0", "37.5"]) < lines.index(["3", "12.5", "25.0"])
-    assert list(ranking.plot().axes[0].lines[1].get_ydata()) == [0.25, 0.375]
-    document = json.loads(ranking.save(tmp_path / "ranking.json").read_text())
-    assert document["scores"] == scores.tolist()
+    document = json.loads(RANKING.save(tmp_path / "ranking.json").read_text())
+    assert document["scores"] == SCORES.tolist()
     assert document["order"] == [7, 3]
 
 

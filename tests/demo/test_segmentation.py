@@ -70,6 +70,7 @@ def test_shuffled_names_find_nothing(score: Callable[..., Score], scenes: list[S
     assert oracle.miou > 0.5
 
 
+@pytest.mark.slow
 def test_the_expert_layer_stands_out(pipe: Any, score: Callable[..., Score], scenes: list[Scene]) -> None:
     (expert,) = pipe.transformer.config["_seg4diff_expert_layers"]
     names = [s.classes for s in scenes]

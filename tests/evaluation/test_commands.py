@@ -179,6 +179,7 @@ def test_a_lora_changes_figures_and_settings(model: Path, lora: Path, tmp_path: 
     assert plain["rates"] != adapted["rates"]
 
 
+@pytest.mark.extra("eval", "torchmetrics")
 def test_generation_with_and_without_a_lora(
     model: Path,
     lora: Path,
@@ -186,7 +187,6 @@ def test_generation_with_and_without_a_lora(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("torchmetrics")
     load = generation._tensor_clip
     asked: list[Any] = []
     monkeypatch.setattr(generation, "_tensor_clip", lambda clip: asked.append(clip) or load(tiny.clip))

@@ -34,6 +34,7 @@ def miou(out: Path, protocol: str) -> float:
     return float(json.loads((out / "scenes" / "report.json").read_text())["rates"][protocol]["miou"])
 
 
+@pytest.mark.slow
 def test_the_whole_vocabulary_keeps_most_of_what_the_oracle_reaches(out: Path) -> None:
     oracle, full = miou(out, "oracle"), miou(out, "full")
     print(f"mIoU over {SCENES} scenes: oracle {oracle:.3f}, full vocabulary {full:.3f}")
@@ -42,6 +43,7 @@ def test_the_whole_vocabulary_keeps_most_of_what_the_oracle_reaches(out: Path) -
     assert (out / "report.md").read_text().count("| demo scenes |") == 3  # side by side
 
 
+@pytest.mark.slow
 def test_regions_without_names(out: Path) -> None:
     """Better than one region for the whole picture, which gets the largest class of each right."""
     dataset = open_dataset("scenes")
@@ -56,6 +58,7 @@ def test_regions_without_names(out: Path) -> None:
     assert miou(out, "unsupervised") > one_region + 0.05
 
 
+@pytest.mark.slow
 def test_predictions_on_disk_are_what_was_counted(out: Path) -> None:
     hits = total = 0
     for sample in open_dataset("scenes").samples[:SCENES]:
@@ -70,9 +73,9 @@ def test_predictions_on_disk_are_what_was_counted(out: Path) -> None:
     assert hits / total > 0.8
 
 
+@pytest.mark.extra("eval", "torchmetrics")
 def test_pictures_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo model draws what it is told: lava is red, water is not. Scored by a tiny random CLIP."""
-    pytest.importorskip("torchmetrics")
     load = generation._tensor_clip
     monkeypatch.setattr(generation, "_tensor_clip", lambda _: load(tiny.clip))
     prompts = tmp_path / "prompts.txt"

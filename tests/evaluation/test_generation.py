@@ -101,9 +101,9 @@ def test_the_progress_bar_of_the_pipeline_is_as_before(pipe: Any, drawn: Path) -
     assert pipe._progress_bar_config == {"disable": True}  # as the tiny pipeline is made
 
 
+@pytest.mark.extra("eval", "torchmetrics")
 def test_clip_score_is_the_mean_cosine(drawn: Path) -> None:
     """Against the cosines of the model's own features."""
-    pytest.importorskip("torchmetrics")
     score = clip_score(PROMPTS, drawn, SETTINGS, tiny.clip, progress=False)
     model, processor = tiny.clip()
     cosines = []

@@ -122,9 +122,11 @@ def random_labels(classes: int, shape: tuple[int, ...], seed: int, void: float =
     return labels
 
 
+@pytest.mark.extra("eval", "torchmetrics")
 def test_rates_are_those_of_torchmetrics() -> None:
     """On the same predictions: pictures of several sizes, void pixels, a class that does not occur."""
-    classification = pytest.importorskip("torchmetrics.classification")
+    from torchmetrics import classification
+
     classes = 7
     shapes = [(31, 17), (8, 40), (23, 23)]
     actual = [random_labels(classes - 1, shape, seed, void=0.2) for seed, shape in enumerate(shapes)]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 import seg4diff
 from seg4diff.evaluation import runner
@@ -21,6 +20,7 @@ from seg4diff.evaluation.report import choose, markdown, speed_line, write_conta
 from seg4diff.evaluation.results import Result, Tally
 from seg4diff.evaluation.runner import Report, Settings, Speed, evaluate, make_evaluator
 from tests.support import miniature, tiny
+from tests.support.images import size_of
 from tests.support.painted import CLASSES, LABELS, PerfectMaps
 
 RATES = Rates(0.8765, 0.7, 0.9, 0.85, 0.5, (0.8, math.nan))
@@ -135,7 +135,7 @@ def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(pipe, dataset, tmp_path / "out", settings, progress=False)
     path = write_contact_sheet(make_evaluator(pipe, dataset, settings), dataset, tmp_path / "out")
     assert path == tmp_path / "out" / "contact-sheet.png"
-    sheet = Image.open(path)
-    assert sheet.width > 4 * 192  # picture, truth and two predictions
-    assert sheet.height > 4 * 192 / 2
+    width, height = size_of(path)
+    assert width > 4 * 192  # picture, truth and two predictions
+    assert height > 4 * 192 / 2
     assert write_contact_sheet(make_evaluator(pipe, dataset, settings), dataset, tmp_path / "empty") is None

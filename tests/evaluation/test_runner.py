@@ -403,6 +403,7 @@ def test_bad_settings(pipe: Any, tmp_path: Path, settings: dict[str, Any], messa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(pipe: Any, uninterrupted: tuple[Path, Report], tmp_path: Path) -> None:
     """Through `accelerate launch` and the command line; each picture is evaluated by one of the two."""
     pipe.save_pretrained(tmp_path / "model")

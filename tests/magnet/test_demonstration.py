@@ -14,6 +14,8 @@ from seg4diff.magnet import demonstration
 from seg4diff.magnet.demonstration import Demonstration, show, zero_shot
 from seg4diff.magnet.weights import FILE_NAME
 
+pytestmark = pytest.mark.slow  # a training, shared by the tests
+
 SCENES = 12
 
 

@@ -85,6 +85,7 @@ def test_within_ten_percent_of_the_measurement(changes: dict[str, Any]) -> None:
     assert predicted.peak == pytest.approx(measured(transformer, chosen), rel=0.1)
 
 
+@pytest.mark.slow
 def test_switches_save_what_they_should() -> None:
     config = tiny.transformer(layers=2, heads=2, head_dim=32).config
 
@@ -109,6 +110,7 @@ def test_known_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         model_shape(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_report_and_exit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     tiny.pipeline(layers=2).save_pretrained(model)

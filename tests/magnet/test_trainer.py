@@ -85,7 +85,14 @@ def assert_same_run(out: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "step"), [("after", 1), ("within", 3), ("after", 4), ("writing", 4), ("writing", 5)]
+    ("moment", "step"),
+    [
+        ("within", 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("after", 1), ("after", 4), ("writing", 4), ("writing", 5)]
+        ),
+    ],
 )
 def test_killed_and_resumed_is_bit_identical(
     moment: str, step: int, cache: Path, whole: Path, tmp_path: Path, forkserver: Any
@@ -184,6 +191,7 @@ def test_accumulation_equals_a_larger_batch(cache: Path, tmp_path: Path) -> None
         torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     runs.pipeline().save_pretrained(tmp_path / "model")
     config = tmp_path / "magnet.toml"
@@ -340,9 +348,9 @@ def test_bfloat16_weights_and_float32_adapters(cache: Path, tmp_path: Path) -> N
     assert result.skipped_steps == 0
 
 
+@pytest.mark.extra("quant", "bitsandbytes")
 @pytest.mark.parametrize("switch", ["adamw8bit", "nf4"])
 def test_bitsandbytes(switch: str, cache: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     pipe = runs.pipeline()
     changes: dict[str, Any] = {"optimizer": {"name": "adamw8bit"}}
     if switch == "nf4":
@@ -357,8 +365,8 @@ def test_bitsandbytes(switch: str, cache: Path, tmp_path: Path) -> None:
     fresh.load_lora_weights(str(result.last.parent), weight_name=result.last.name)
 
 
+@pytest.mark.extra("train", "tensorboard")
 def test_tensorboard_gets_losses_and_pictures(cache: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(

@@ -75,6 +75,7 @@ def test_authors_layout(nested: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(output(loaded), output(pipe), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_pickles_run_nothing(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:

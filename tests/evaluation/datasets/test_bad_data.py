@@ -285,7 +285,8 @@ def test_palette_does_not_change_values(tmp_path: Path) -> None:
     values = [[0, 1, 1, 255]]
     miniature.write_folder(tmp_path, ["a", "b"], {"x": values, "y": values})
     miniature.write_labels(tmp_path / "labels" / "y.png", values, palette=True)
-    assert Image.open(tmp_path / "labels" / "y.png").mode == "P"
+    with Image.open(tmp_path / "labels" / "y.png") as stored:
+        assert stored.mode == "P"
     grey, coloured = (sample.read_labels() for sample in open_dataset("folder", tmp_path).samples)
     assert np.array_equal(grey, coloured)
     assert grey.tolist() == values

@@ -13,7 +13,7 @@ from seg4diff.segmentation.recipe import find_preset
 from seg4diff.tokens import TextEncoding
 from tests.support import miniature, tiny
 
-h5py = pytest.importorskip("h5py")
+pytestmark = pytest.mark.extra("eval", "h5py")
 
 
 def test_pictures_labels_and_names(tmp_path: Path) -> None:
@@ -44,6 +44,8 @@ def test_each_picture_is_asked_for_its_own_object(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    import h5py
+
     with pytest.raises(IncompleteDatasetError, match="missing: gtsegs_ijcv.mat, words.txt. Get"):
         open_dataset("imagenet-seg", tmp_path)
     miniature.write_imagenet(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -129,7 +129,16 @@ def judge(case: Case, actual: JointAttention, exact: JointAttention, baseline: J
         assert_accurate(*results, name=f"{name} of {case}")
 
 
-@pytest.mark.parametrize("case", FORWARD, ids=str)
+def sample(cases: Sequence[Any], every: int = 4) -> list[Any]:
+    """All cases; those between every fourth, or ``every``, are marked slow."""
+    arguments = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*given, marks=pytest.mark.slow if index % every else [])
+        for index, given in enumerate(arguments)
+    ]
+
+
+@pytest.mark.parametrize("case", sample(FORWARD), ids=str)
 def test_forward(case: Case) -> None:
     inputs = case.inputs()
     options: dict[str, Any] = {"maps": case.maps, "scale": case.scale, "statistics": True}
@@ -185,7 +194,7 @@ def fused_views(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return views
 
 
-@pytest.mark.parametrize("layout", ["fused", "heads-first", "channels-strided", "broadcast-batch"])
+@pytest.mark.parametrize("layout", sample(["fused", "heads-first", "channels-strided", "broadcast-batch"]))
 def test_strides(layout: str) -> None:
     """The same numbers through other strides give the same bits, gradients included."""
     inputs = attention_inputs(2, 63, 33, 2, 32, torch.float16)
@@ -264,17 +273,13 @@ def gradients(
     return dict(zip(leaves, found, strict=True))
 
 
-def pairs() -> list[Any]:
+def pairs() -> list[tuple[Case, str]]:
     """Every case with both gradients, and with one of the other choices of upstream gradient in turn."""
     others = [name for name in UPSTREAM if name != "both"]
-    chosen = []
-    for index, case in enumerate(GRADIENT):
-        for given in ("both", others[index % len(others)]):
-            chosen.append(pytest.param(case, given, id=f"{case}-{given}"))
-    return chosen
+    return [(c, g) for i, c in enumerate(GRADIENT) for g in ("both", others[i % len(others)])]
 
 
-@pytest.mark.parametrize(("case", "given"), pairs())
+@pytest.mark.parametrize(("case", "given"), sample(pairs(), every=5), ids=str)
 def test_gradients(case: Case, given: str) -> None:
     judge_gradients(case, upstream(case, UPSTREAM[given]), case.inputs(), maps=case.maps, scale=case.scale)
 
@@ -327,6 +332,7 @@ def test_two_runs_are_bitwise_equal() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tiles", [(16, 16), (32, 128), (128, 32)], ids=lambda tiles: f"{tiles[0]}x{tiles[1]}"
 )
@@ -349,6 +355,7 @@ def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
     judge_gradients(case, given, inputs, **options)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # of NumPy
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["query", "text_key", "value"])
 def test_what_is_not_a_number_spreads_as_in_pytorch(name: str, bad: float) -> None:
