@@ -31,6 +31,7 @@ from benchmarks.memory import peak_bytes
 from seg4diff.kernels.api import backend, joint_attention
 from seg4diff.kernels.testing import assert_accurate, attention_inputs, attention_rows
 from seg4diff.kernels.types import Backend, MapRequest
+from tests.support.materialised import joint_scores
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -98,8 +99,9 @@ def sdpa(inputs: Inputs) -> tuple[Tensor, ...]:
 def materialising(inputs: Inputs) -> tuple[Tensor, ...]:
     """The map out of the whole matrix of probabilities, and the attention once more for its output."""
     tokens = inputs["query"].shape[1]
-    query, key, _ = concatenated(inputs)
-    probability = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)  # [B, H, S, S]
+    scores = joint_scores(*(inputs[name] for name in ("query", "key", "text_query", "text_key")))
+    probability = scores.softmax(dim=-1)  # [B, H, S, S]
+    del scores
     maps = probability.mean(dim=1)[:, :tokens, tokens:][..., MAP.text]
     del probability
     return *sdpa(inputs), maps

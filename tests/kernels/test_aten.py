@@ -19,6 +19,7 @@ from seg4diff.kernels.testing import (
     pytorch_attention,
 )
 from seg4diff.kernels.types import AttentionMaps, JointAttention, MapRequest
+from tests.support.materialised import joint_scores
 
 KINDS = ["probability", "logit", "text_probability"]
 HEADS = ["mean", "each"]
@@ -60,9 +61,9 @@ def materialised(inputs: dict[str, Tensor], request: MapRequest) -> Tensor:
     On the CPU, PyTorch's flash attention in half precision calculates exponentials, and so its log-sum-exp,
     to 20 bits: a map from it cannot be as exact as a float32 softmax, which holds everywhere else.
     """
-    query, keys = inputs["query"], torch.cat([inputs["key"], inputs["text_key"]], dim=1)
-    scores = query.shape[-1] ** -0.5 * (query.transpose(1, 2) @ keys.permute(0, 2, 3, 1))  # [B, H, N, S]
-    entries = scores.float().softmax(dim=-1)[..., query.shape[1] :]
+    tokens = inputs["query"].shape[1]
+    scores = joint_scores(*(inputs[name] for name in ("query", "key", "text_query", "text_key")))
+    entries = scores[:, :, :tokens].float().softmax(dim=-1)[..., tokens:]
     entries = entries[..., request.text]
     return entries.mean(dim=1) if request.heads == "mean" else entries
 

@@ -13,44 +13,22 @@ from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.objective import Batch, Magnet, gather_columns, normalise
 from seg4diff.magnet.settings import LoraSettings, MaskSettings
 from tests.support import tiny
+from tests.support.materialised import MaterialisedProcessor
 
 TEXT = 9
 
 
-class Materialised:
-    """Stock joint attention with the matrix in memory, in the dtype of the model."""
-
-    def __init__(self, scores: str) -> None:
-        self.scores = scores
-        self.maps: torch.Tensor | None = None  # [B, H, N, T]
-
-    def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
-        def project(names: tuple[str, str, str], states: torch.Tensor) -> list[torch.Tensor]:
-            return [
-                getattr(attn, name)(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for name in names
-            ]
-
-        q, k, v = project(("to_q", "to_k", "to_v"), hidden_states)
-        tq, tk, tv = project(("add_q_proj", "add_k_proj", "add_v_proj"), encoder_hidden_states)
-        tokens = q.shape[2]
-        scores = torch.cat([q, tq], 2) @ torch.cat([k, tk], 2).mT * q.shape[-1] ** -0.5
-        probability = scores.softmax(-1)
-        entries = {
-            "logit": scores[:, :, :tokens, tokens:],
-            "probability": probability[:, :, :tokens, tokens:],
-            "text_probability": scores[:, :, :tokens, tokens:].softmax(-1),
-        }
-        self.maps = entries[self.scores]
-        out = (probability @ torch.cat([v, tv], 2)).transpose(1, 2).flatten(2)
-        image, text = out[:, :tokens], out[:, tokens:]
-        if not attn.context_pre_only:
-            text = attn.to_add_out(text)
-        return attn.to_out[0](image), text
+def map_entries(scores: torch.Tensor, kind: str, tokens: int) -> torch.Tensor:
+    """Of [B, H, S, S] scores, the image-to-text entries that the mask loss sees: [B, H, N, T]."""
+    if kind == "probability":
+        scores = scores.softmax(dim=-1)
+    entries = scores[:, :, :tokens, tokens:]
+    return entries.softmax(dim=-1) if kind == "text_probability" else entries
 
 
 def float64_losses(model: Any, batch: Batch, mask: MaskSettings, fm_weight: float) -> torch.Tensor:
     """The total loss, written out once more and without any of the library's code."""
-    processors = {layer: Materialised(mask.scores) for layer in mask.layers}
+    processors = {layer: MaterialisedProcessor() for layer in mask.layers}
     for layer, processor in processors.items():
         model.transformer_blocks[layer].attn.processor = processor
     sigma = batch.sigma.double().view(-1, 1, 1, 1)
@@ -64,8 +42,9 @@ def float64_losses(model: Any, batch: Batch, mask: MaskSettings, fm_weight: floa
     total = fm_weight * ((velocity - (noise - latents)) ** 2).mean()
     grid = (latents.shape[2] // 2, latents.shape[3] // 2)
     for layer in mask.layers:
-        maps = processors[layer].maps
-        assert maps is not None
+        scores = processors[layer].scores
+        assert scores is not None
+        maps = map_entries(scores, mask.scores, grid[0] * grid[1])
         for row in range(len(latents)):
             if len(batch.masks[row]) == 0:
                 continue

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.materialised import joint_scores
+
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 NORMS = {"to_q": "norm_q", "to_k": "norm_k", "add_q_proj": "norm_added_q", "add_k_proj": "norm_added_k"}
 
@@ -48,7 +50,7 @@ def hooked_projections(transformer: Any) -> Iterator[dict[int, dict[str, Tensor]
 
 def image_to_text(projections: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
     """Softmax over all keys, image rows and text columns of every head: [B, H, N, T]."""
-    query = projections["to_q"].to(dtype)
-    keys = torch.cat([projections["to_k"], projections["add_k_proj"]], dim=1).to(dtype)
-    scores = torch.einsum("bnhd,bshd->bhns", query, keys) / query.shape[-1] ** 0.5
-    return scores.softmax(dim=-1)[..., query.shape[1] :]
+    names = ("to_q", "to_k", "add_q_proj", "add_k_proj")
+    tokens = projections["to_q"].shape[1]
+    scores = joint_scores(*(projections[name].to(dtype) for name in names))
+    return scores.softmax(dim=-1)[:, :, :tokens, tokens:]

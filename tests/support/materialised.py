@@ -1,6 +1,7 @@
 """Joint attention the plain way: the whole matrix in memory, edited in place, on a stock model.
 
-Independent of the library's own path; shares no code with it.
+Independent of the library's own path; shares no code with it. Tests and benchmarks compare with it where the
+loops of `tests/kernels/test_reference.py` are too slow.
 """
 
 from __future__ import annotations
@@ -16,34 +17,52 @@ Edit = Callable[[Tensor], Tensor]
 """From the image-to-text probabilities [B, H, N, T] to what takes their place."""
 
 
-class MaterialisedProcessor:
-    """A diffusers attention processor that edits the image-to-text block of its softmax."""
+def joint_scores(query: Tensor, key: Tensor, text_query: Tensor, text_key: Tensor) -> Tensor:
+    """Scaled scores of all tokens with all, image before text: [B, tokens, H, D] each to [B, H, S, S].
 
-    def __init__(self, edit: Edit) -> None:
+    In the dtype of the inputs.
+    """
+    queries = torch.cat([query, text_query], dim=1).transpose(1, 2)  # [B, H, S, D]
+    keys = torch.cat([key, text_key], dim=1).transpose(1, 2)
+    return queries @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+
+
+class MaterialisedProcessor:
+    """A diffusers attention processor that edits the image-to-text block of its softmax.
+
+    Attributes:
+        scores: of its last call, [B, H, S, S], with their graph.
+    """
+
+    def __init__(self, edit: Edit | None = None) -> None:
         self.edit = edit
+        self.scores: Tensor | None = None
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         tokens = hidden_states.shape[1]
 
-        def joined(image: Any, text: Any, norm: Any, text_norm: Any) -> Tensor:
-            parts = []
-            for projection, states, norm_of in (
-                (image, hidden_states, norm),
-                (text, encoder_hidden_states, text_norm),
-            ):
-                split = projection(states).unflatten(-1, (attn.heads, -1))
-                parts.append(split if norm_of is None else norm_of(split))
-            return torch.cat(parts, dim=1).transpose(1, 2)  # [B, H, S, D]
+        def projected(projection: Any, states: Tensor, norm: Any = None) -> Tensor:
+            split = projection(states).unflatten(-1, (attn.heads, -1))
+            return split if norm is None else norm(split)
 
-        query = joined(attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q)
-        key = joined(attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k)
-        value = joined(attn.to_v, attn.add_v_proj, None, None)
-        probabilities = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
-        edited = probabilities.clone()
-        edited[:, :, :tokens, tokens:] = self.edit(probabilities[:, :, :tokens, tokens:])
-        output = (edited @ value).transpose(1, 2).flatten(2)
+        self.scores = joint_scores(
+            projected(attn.to_q, hidden_states, attn.norm_q),
+            projected(attn.to_k, hidden_states, attn.norm_k),
+            projected(attn.add_q_proj, encoder_hidden_states, attn.norm_added_q),
+            projected(attn.add_k_proj, encoder_hidden_states, attn.norm_added_k),
+        )
+        values = [
+            projected(attn.to_v, hidden_states),
+            projected(attn.add_v_proj, encoder_hidden_states),
+        ]
+        probabilities = self.scores.softmax(dim=-1)
+        if self.edit is not None:
+            edited = probabilities.clone()
+            edited[:, :, :tokens, tokens:] = self.edit(probabilities[:, :, :tokens, tokens:])
+            probabilities = edited
+        output = (probabilities @ torch.cat(values, dim=1).transpose(1, 2)).transpose(1, 2).flatten(2)
         text = output[:, tokens:]
         return attn.to_out[0](output[:, :tokens]), text if attn.context_pre_only else attn.to_add_out(text)
 
