@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import seg4diff
 from seg4diff.guidance import guide
@@ -312,9 +313,14 @@ def test_compiled_transformer_is_guided() -> None:
     pipe = seg4diff.patch(tiny.pipeline(layers=2).to(torch.float64))
     call = {**CALL, "num_inference_steps": 2}
     expected = guide(pipe, PROMPT, layers=1, **call, generator=seeded()).images
-    pipe.transformer.compile(backend="eager")
+    counter = CompileCounter()
+    pipe.transformer.compile(backend=counter, fullgraph=True)
     output = guide(pipe, PROMPT, layers=1, **call, generator=seeded()).images
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    settled = counter.frame_count
+    assert settled > 0
+    guide(pipe, PROMPT, layers=1, **call, generator=seeded())
+    assert counter.frame_count == settled
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import seg4diff
 from tests.support import tiny
@@ -219,17 +220,6 @@ def test_autocast() -> None:
         torch.testing.assert_close(captured.records[0].maps, exact.records[0].maps, rtol=0.1, atol=0)
 
 
-def compile_counter() -> tuple[Any, list[int]]:
-    """A torch.compile backend that counts graphs and runs them uncompiled."""
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    return backend, graphs
-
-
 @pytest.mark.parametrize("how", ["wrapper", "in place", "blocks"])
 @torch.no_grad()
 def test_torch_compile(how: str) -> None:
@@ -237,7 +227,7 @@ def test_torch_compile(how: str) -> None:
     expected, expected_map = draw(expected_pipe), cat_map(expected_pipe, [1, 2])
     pipe = seg4diff.patch(tiny.pipeline(layers=4))
     torch._dynamo.reset()
-    backend, graphs = compile_counter()
+    backend = CompileCounter()
     if how == "wrapper":
         pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
     elif how == "in place":
@@ -250,11 +240,31 @@ def test_torch_compile(how: str) -> None:
     with seg4diff.capture(pipe, [1, 2], steps="each") as captured:
         torch.testing.assert_close(draw(pipe), expected)
     assert len(captured.records) == 4
-    settled = len(graphs)
-    assert settled <= 6, f"{settled} graphs"
+    settled = backend.frame_count
+    assert 0 < settled <= 6, f"{settled} graphs"
     torch.testing.assert_close(cat_map(pipe, [1, 2]), expected_map)
     draw(pipe)
-    assert len(graphs) == settled, "a second capture compiled again"
+    assert backend.frame_count == settled, "a second capture compiled again"
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # its imports
+@torch.no_grad()
+def test_inductor() -> None:
+    """The compiler that users get; everywhere else its front end alone is tested."""
+    transformer = seg4diff.patch(tiny.transformer())
+    inputs = tiny.transformer_inputs()
+    with seg4diff.capture(transformer, [0, 1]) as expected:
+        output = transformer(**inputs).sample
+    torch._dynamo.reset()
+    transformer.compile(fullgraph=True)
+    with seg4diff.capture(transformer, [0, 1]) as captured:
+        torch.testing.assert_close(transformer(**inputs).sample, output)
+    for ours, theirs in zip(captured.records, expected.records, strict=True):
+        torch.testing.assert_close(ours.maps, theirs.maps, rtol=1e-4, atol=0)
     torch._dynamo.reset()
 
 

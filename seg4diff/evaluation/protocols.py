@@ -88,7 +88,7 @@ class Protocol:
             )
         if not 0 < threshold < 1:
             raise ValueError(f"background threshold {threshold} must lie between 0 and 1")
-        self.name = name
+        self.name: ProtocolName = name
         self._dataset = dataset
         self._preset = preset
         self._encoding = encoding

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -36,14 +36,20 @@ def test_groups_come_in_order_whatever_is_read_first() -> None:
 
 def test_the_next_group_is_read_before_it_is_asked_for() -> None:
     read: list[str] = []
-    samples = [Sample(str(i), lambda i=i: read.append(str(i)) or Image.new("RGB", (1, 1)),  # type: ignore[misc]
-                      lambda: np.zeros((1, 1), np.uint8)) for i in range(8)]  # fmt: skip
+    third = threading.Event()
+
+    def read_image(name: str) -> Image.Image:
+        read.append(name)
+        if len(read) == 3:
+            third.set()
+        return Image.new("RGB", (1, 1))
+
+    samples = [
+        Sample(str(i), partial(read_image, str(i)), lambda: np.zeros((1, 1), np.uint8)) for i in range(8)
+    ]
     loader = load_ahead(samples, [[i] for i in range(8)], threads=1, ahead=2)
     next(loader)
-    for _ in range(100):
-        if len(read) == 3:
-            break
-        time.sleep(0.01)
+    assert third.wait(timeout=60)
     assert read == ["0", "1", "2"]  # the one asked for and two ahead, no more
     loader.close()
     assert len(read) <= 3

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -87,16 +85,6 @@ def test_taking_maps_again_matters() -> None:
     assert len(reference) == len(paper) == 2
     assert torch.equal(reference[0], paper[0])
     assert reference[1].max() < paper[1].max()
-
-
-def test_77_maps_of_64_x_64_take_milliseconds(figures: dict[str, torch.Tensor]) -> None:
-    attention = figures["unsup.attention"][0, 0]
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        group_attention(attention, grid=(64, 64), threshold=0.001, preset="reference")
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.1  # about 0.01 s on one core
 
 
 @pytest.mark.parametrize(

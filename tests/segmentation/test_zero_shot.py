@@ -32,6 +32,23 @@ def picture(width: int = 70, height: int = 50, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def by_hand(
+    pipe: Any, projections: dict[str, torch.Tensor], names: list[str], size: tuple[int, int], geometric: bool
+) -> torch.Tensor:
+    """Scores of names on a 4 x 4 grid, from a layer's projections: means over heads and columns, resized."""
+    maps = image_to_text(projections).mean(dim=1)[0]  # [N, T]
+    columns: list[list[int]] = [[] for _ in names]
+    first = 1  # after the begin-of-text token
+    for found, name in zip(columns, names, strict=True):
+        length = len(pipe.tokenizer(name).input_ids) - 2
+        found += range(first, first + length)
+        first += length
+    scores = torch.stack([maps[:, found].mean(dim=1).reshape(4, 4) for found in columns])[None]
+    if geometric:
+        return F.interpolate(scores.log(), size=size, mode="bilinear")[0].exp()
+    return F.interpolate(scores, size=size, mode="bilinear")[0]
+
+
 @torch.no_grad()
 def test_the_recipe_by_hand(pipe: Any) -> None:
     """The same steps with diffusers alone: posterior mean, noise at timesteps[-8] of 28, one forward."""
@@ -60,14 +77,8 @@ def test_the_recipe_by_hand(pipe: Any) -> None:
             pooled_projections=pooled,
             timestep=scheduler.timesteps[-8].reshape(1),
         )
-    maps = image_to_text(projections[2]).mean(dim=1)[0]  # [N, T]
-    lengths = [len(pipe.tokenizer(name).input_ids) - 2 for name in CLASSES]
-    assert lengths[0] == 1
-    first, scores = 1, []  # after the begin-of-text token
-    for length in lengths:
-        scores.append(maps[:, first : first + length].mean(dim=1).reshape(4, 4))
-        first += length
-    exact = F.interpolate(torch.stack(scores).log()[None], size=(64, 64), mode="bilinear")[0].exp()
+    assert len(pipe.tokenizer("cat").input_ids) == 3
+    exact = by_hand(pipe, projections[2], CLASSES, (64, 64), geometric=True)
     torch.testing.assert_close(result.scores.double(), exact, rtol=1e-4, atol=0)
     assert torch.equal(result.labels, result.scores.argmax(dim=0))
     assert result.classes == tuple(CLASSES)
@@ -190,13 +201,16 @@ def test_presets(pipe: Any) -> None:
     torch.testing.assert_close(
         paper.scores, seg4diff.segment(pipe, centre, CLASSES, layers=0, preset="paper").scores
     )
-    reference = seg4diff.segment(pipe, image, ["cat-merged", "sofa"], layers=0, preset="reference")
+    with hooked_projections(pipe.transformer) as projections:
+        reference = seg4diff.segment(pipe, image, ["cat-merged", "sofa"], layers=0, preset="reference")
     assert reference.metadata["prompts"] == ["cat sofa"]
     assert reference.metadata["size"] == (64, 64)
     assert reference.classes == ("cat-merged", "sofa")
     assert tuple(reference.labels.shape) == (50, 90)
-    default = seg4diff.segment(pipe, image, ["cat", "sofa"], layers=0)
-    assert not torch.allclose(default.scores, reference.scores, rtol=1e-3)
+    exact = by_hand(pipe, projections[0], ["cat", "sofa"], (50, 90), geometric=False)
+    torch.testing.assert_close(reference.scores.double(), exact, rtol=1e-4, atol=0)
+    wrong = by_hand(pipe, projections[0], ["cat", "sofa"], (50, 90), geometric=True)
+    assert (wrong / exact - 1).abs().max() > 1e-3
 
 
 def test_half_precision() -> None:
@@ -232,10 +246,15 @@ def test_out_of_memory_names_the_remedies(pipe: Any) -> None:
 
 def test_t5_reads_the_names_too() -> None:
     pipe = seg4diff.patch(tiny.pipeline(t5=True))
-    result = seg4diff.segment(pipe, picture(), CLASSES, layers=1)
-    assert result.scores.shape[0] == 3
-    without = seg4diff.segment(seg4diff.patch(tiny.pipeline()), picture(), CLASSES, layers=1)
-    assert not torch.allclose(result.scores, without.scores, rtol=1e-3)
+    asked: list[list[int]] = []
+    pipe.text_encoder_3.register_forward_pre_hook(lambda _, given: asked.append(given[0][0].tolist()))
+    with hooked_projections(pipe.transformer) as projections:
+        result = seg4diff.segment(pipe, picture(64, 64), CLASSES, layers=1)
+    words = pipe.tokenizer_3("cat red sofa purple unicorn").input_ids
+    assert [ids[: len(words)] for ids in asked] == [words]
+    assert projections[1]["add_k_proj"].shape[1] > 77
+    exact = by_hand(pipe, projections[1], CLASSES, (64, 64), geometric=True)
+    torch.testing.assert_close(result.scores.double(), exact, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

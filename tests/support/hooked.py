@@ -50,7 +50,6 @@ def hooked_projections(transformer: Any) -> Iterator[dict[int, dict[str, Tensor]
 
 def image_to_text(projections: dict[str, Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
     """Softmax over all keys, image rows and text columns of every head: [B, H, N, T]."""
-    names = ("to_q", "to_k", "add_q_proj", "add_k_proj")
-    tokens = projections["to_q"].shape[1]
-    scores = joint_scores(*(projections[name].to(dtype) for name in names))
-    return scores.softmax(dim=-1)[:, :, :tokens, tokens:]
+    query, key, text_key = (projections[name].to(dtype) for name in ("to_q", "to_k", "add_k_proj"))
+    scores = joint_scores(query, key, query[:, :0], text_key)  # of image rows alone
+    return scores.softmax(dim=-1)[..., query.shape[1] :]

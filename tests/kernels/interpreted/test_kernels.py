@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import (
@@ -385,13 +386,14 @@ def test_compiles_as_one_graph() -> None:
         result = joint_attention(**streams, maps=MapRequest(), statistics=True)
         return result.image.sum() + result.maps.square().sum() + result.statistics.image_to_text.sum()
 
-    losses, found = [], []
-    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+    losses, found, counter = [], [], CompileCounter()
+    for function in (model, torch.compile(model, fullgraph=True, backend=counter)):
         scale = torch.tensor(1.5, requires_grad=True)
         losses.append(function(scale, **inputs))
         found.append(torch.autograd.grad(losses[-1], scale)[0])
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(found[0], found[1])
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(
