@@ -141,9 +141,8 @@ def label_overlay(
         picture = picture.resize(
             (picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST
         )
-    panel = _legend(
-        [(names[index], palette(len(names))[index]) for index in np.unique(indices).tolist()], picture
-    )
+    present = [int(index) for index in np.unique(indices)]
+    panel = _legend([(names[index], palette(len(names))[index]) for index in present], picture)
     sheet = Image.new("RGB", (max(picture.width, panel.width), picture.height + panel.height), _PAPER)
     sheet.paste(picture, (0, 0))
     sheet.paste(panel, (0, picture.height))

@@ -91,7 +91,7 @@ def add_adapters(
     alpha = lora.alpha or float(lora.rank)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # pyright: ignore[reportArgumentType]
         init_lora_weights="gaussian",
         target_modules=names,
     )
