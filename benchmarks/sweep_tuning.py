@@ -1,8 +1,8 @@
 """Times alternatives to the tuning table on this GPU: ``python -m benchmarks.sweep_tuning --out FOLDER``.
 
 For each heavy kernel, at Stable Diffusion 3's 1024 px and with a map, every candidate is compiled, its result
-compared with that of the table's own entry, and timed. ``SEG4DIFF_TUNING=FOLDER/tuning.json`` lets the
-library choose the fastest of them on this kind of GPU; for everybody, the table is edited by hand.
+compared with that of the table's own entry, and timed. All of it goes to ``FOLDER/tuning.json``; the rows
+with the fastest candidates are printed, to be written into ``kernels/triton/tuning.py`` by hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,8 +26,8 @@ import triton
 from torch import Tensor
 
 from seg4diff.kernels.testing import attention_inputs
-from seg4diff.kernels.triton import backward, forward, maps, registration
-from seg4diff.kernels.triton.launching import Launch
+from seg4diff.kernels.triton import backend, backward, tuning
+from seg4diff.kernels.triton.launch import Launch
 from seg4diff.kernels.triton.tuning import Config, Tuning, target_of, tuning_of
 from seg4diff.kernels.types import Inputs, Request
 
@@ -57,15 +57,13 @@ def candidates(kind: str, current: Config) -> Iterator[Config]:
 
 
 @contextmanager
-def using(tuning: Tuning) -> Iterator[None]:
-    """Let host code choose its configurations from ``tuning``."""
-    with ExitStack() as stack:
-        for module in (forward, maps, backward):
-            stack.enter_context(patch.object(module, "tuning_for", lambda tensor: tuning))
+def using(configs: Tuning) -> Iterator[None]:
+    """Let host code choose its configurations from ``configs``."""
+    with patch.object(tuning, "tuning_for", lambda tensor: configs):
         yield
 
 
-def launch_of(kind: str, tuning: Tuning, run: Callable[[], object]) -> Launch:
+def launch_of(kind: str, configs: Tuning, run: Callable[[], object]) -> Launch:
     """The launch of one kernel among those that ``run`` makes; the others run, this one as well."""
     made: list[Launch] = []
     start = Launch.start
@@ -75,7 +73,7 @@ def launch_of(kind: str, tuning: Tuning, run: Callable[[], object]) -> Launch:
             made.append(launch)
         start(launch)
 
-    with using(tuning), patch.object(Launch, "start", watched):
+    with using(configs), patch.object(Launch, "start", watched):
         run()
     return made[0]
 
@@ -96,10 +94,9 @@ def microseconds(launch: Launch) -> float:
     return median(times)
 
 
-def outputs(launch: Launch, tensors: tuple[str, ...]) -> list[Tensor]:
-    return [
-        launch.arguments[name].clone() for name in tensors if isinstance(launch.arguments.get(name), Tensor)
-    ]
+def outputs(launch: Launch, names: tuple[str, ...]) -> list[Tensor]:
+    tensors = [launch.arguments[name].data for name in names if name in launch.arguments]
+    return [tensor.clone() for tensor in tensors if tensor is not None]
 
 
 def sweep(head_dim: int, seconds: float) -> list[dict[str, Any]]:
@@ -112,10 +109,10 @@ def sweep(head_dim: int, seconds: float) -> list[dict[str, Any]]:
     drawn = attention_inputs(1, 4096, 154, 24, head_dim, torch.bfloat16, device="cuda", edited=True)
     inputs = Inputs(**drawn)
     request = Request(head_dim**-0.5, "probability", "mean", 0, 154)
-    image, text, lse, entries = registration.forward(inputs, request)
+    image, text, lse, entries = backend.forward(inputs, request)
 
     def run() -> None:
-        registration.forward(inputs, request)
+        backend.forward(inputs, request)
         backward.backward(image, text, entries, inputs, image, text, lse, request)
 
     written = ("image", "text", "d_query", "d_key", "d_text_key", "d_value", "maps")
@@ -161,14 +158,14 @@ def fastest(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return best
 
 
-def rows(best: dict[str, dict[str, Any]], target: str) -> dict[int, dict[str, dict[str, int]]]:
+def rows(best: dict[str, dict[str, Any]], target: str) -> dict[int, Tuning]:
     """By head dim the configurations of all kernels, the table's own where none was measured."""
-    found: dict[int, dict[str, dict[str, int]]] = {}
+    found: dict[int, Tuning] = {}
     for record in best.values():
         head_dim = record["head_dim"]
-        own = dataclasses.asdict(tuning_of(target, head_dim, torch.bfloat16))
-        fields = [field.name for field in dataclasses.fields(Config)]
-        found.setdefault(head_dim, own)[record["kernel"]] = {name: record[name] for name in fields}
+        own = found.get(head_dim, tuning_of(target, head_dim, torch.bfloat16))
+        config = Config(**{field.name: record[field.name] for field in dataclasses.fields(Config)})
+        found[head_dim] = dataclasses.replace(own, **{record["kernel"]: config})
     return found
 
 
@@ -188,7 +185,6 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(),
         "triton": triton.__version__,
-        "table": {target: rows(best, target)},
         "best": best,
         "all": found,
     }
@@ -196,6 +192,8 @@ def main() -> None:
     for name, record in best.items():
         mark = "in the table" if record["in_table"] else "NOT in the table"
         log.info("%s: %.1f us, %s: %s", name, record["microseconds"], mark, record)
+    for head_dim, row in rows(best, target).items():
+        log.info("%s, %d: %s", target, head_dim, row)
 
 
 if __name__ == "__main__":

@@ -222,16 +222,16 @@ def _attend_of(name: Backend, query: Tensor) -> Attend:
         refusal = _triton_refusal(query)
         if refusal is not None:
             raise ValueError(f'backend("triton") cannot run this: {refusal}; backend("aten") can')
-        from .triton import registration
+        from .triton import backend as triton
 
-        return registration.attend
+        return triton.attend
     return aten.attend if name == "aten" else reference.attend
 
 
 def _triton_refusal(query: Tensor) -> str | None:
     """Why the Triton backend cannot take tensors like ``query``, or None if it can."""
     try:
-        from .triton import registration
+        from .triton import backend as triton
     except ImportError as error:
         return f"Triton is not importable ({error})"
-    return registration.refusal(query)
+    return triton.refusal(query)

@@ -20,6 +20,7 @@ run.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,61 +30,48 @@ from torch import Tensor
 
 from ..operators import empty_gradients
 from ..types import Inputs, Request
-from .launching import Launch, readable, readable_inputs, strides
-from .maps import text_log_sum_exp, winning_head
-from .tiles import (
+from . import tuning
+from .launch import Launch, readable, readable_inputs, strided, strided_by_head
+from .maps import text_log_sum_exp
+from .primitives import (
     LOG2_E,
-    float32,
-    head_parts,
+    at,
     inner_products,
     load_tile,
+    row_products,
+    scaled,
     store_tile,
     weighted_sums,
-    zero_tile,
+    zeros_like,
 )
-from .tuning import tuning_for
 
 
 @triton.jit
 def _map_gradient(
     d_maps,
     d_maps_token,
-    winner,
-    winner_token,
-    head,
     row_count,
     column,
     columns_given,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
     """What the map's gradient says of one head's entries in a tile; zero where no entry was asked for.
 
-    ``d_maps`` and ``winner`` point at the tile's first row; ``column`` is the tile's first text column.
+    ``d_maps`` points at the tile's first row; ``column`` is the tile's first text column.
     """
     rows = tl.arange(0, ROWS)[:, None]
     columns = (column + tl.arange(0, COLUMNS))[None, :]
     inside = (rows < row_count) & (columns < columns_given)
-    gradient = tl.load(d_maps + rows * d_maps_token + columns, mask=inside, other=0.0)  # [ROWS, COLUMNS]
-    if HEADS == "max":
-        held_by = tl.load(winner + rows * winner_token + columns, mask=inside, other=-1)
-        gradient = tl.where(held_by == head, gradient, 0.0)
-    return gradient
+    return tl.load(d_maps + rows * d_maps_token + columns, mask=inside, other=0.0)  # [ROWS, COLUMNS]
 
 
 @triton.jit
-def _map_term(
-    scores,
-    gradient,
-    norm,
-    row_sum,
-    SCORES: tl.constexpr,
-):
+def _map_term(scores, gradient, norm, row_sum, KIND: tl.constexpr):
     """X of a tile from its scaled scores and the gradient of its entries; norms and sums to broadcast."""
-    if SCORES == "probability":
+    if KIND == "probability":
         term = tl.exp2((scores - norm) * LOG2_E) * gradient
-    elif SCORES == "text_probability":
+    elif KIND == "text_probability":
         term = tl.exp2((scores - norm) * LOG2_E) * (gradient - row_sum)
     else:
         term = gradient
@@ -93,34 +81,12 @@ def _map_term(
 @triton.jit
 def delta_kernel(
     query,
-    query_batch,
-    query_token,
-    query_head,
     text_key,
-    text_key_batch,
-    text_key_token,
-    text_key_head,
     out,
-    out_batch,
-    out_token,
-    out_head,
     d_out,
-    d_out_batch,
-    d_out_token,
-    d_out_head,
-    norm,
-    norm_batch,
-    norm_head,
+    map_lse,
     d_maps,
-    d_maps_batch,
-    d_maps_token,
-    d_maps_head,
-    winner,
-    winner_batch,
-    winner_token,
     delta,
-    delta_batch,
-    delta_head,
     map_sum,
     tokens,
     text_tokens,
@@ -129,18 +95,15 @@ def delta_kernel(
     scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
-    SCORES: tl.constexpr,
-    HEADS: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Row sums that the gradient of a softmax subtracts, for one tile of rows of one head.
 
-    ``delta``: of dO * O if OUTPUT, plus dM * P~ if SCORES is "probability". ``map_sum`` [B, H, tokens]: of
-    dM * P_t if SCORES is "text_probability". ``norm`` is the log-sum-exp that P~ or P_t is normalised by.
-    SCORES is "" without a gradient of the map.
+    ``delta``: of dO * O if OUTPUT, plus dM * P~ if KIND is "probability". ``map_sum``: of dM * P_t if KIND is
+    "text_probability". ``map_lse`` is the log-sum-exp that P~ or P_t is normalised by. KIND is "" without a
+    gradient of the map.
     """
     tiles = tl.cdiv(tokens, ROWS)
     row = (tl.program_id(0) % tiles * ROWS).to(tl.int64)
@@ -150,59 +113,41 @@ def delta_kernel(
     here = tl.arange(0, ROWS)
     total = tl.zeros([ROWS], dtype=tl.float32)
     if OUTPUT:
-        o = out + batch * out_batch + head * out_head + row * out_token
-        d_o = d_out + batch * d_out_batch + head * d_out_head + row * d_out_token
-        a, a_rest = load_tile(o, out_token, count, ROWS, WIDTH, REST, D, True)
-        b, b_rest = load_tile(d_o, d_out_token, count, ROWS, WIDTH, REST, D, True)
-        total += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
-        if REST > 0:
-            total += tl.sum(a_rest.to(tl.float32) * b_rest.to(tl.float32), 1)
-    if SCORES != "":
-        rows = query + batch * query_batch + head * query_head + row * query_token
-        q, q_rest = load_tile(rows, query_token, count, ROWS, WIDTH, REST, D, True)
-        norms = norm + batch * norm_batch + head * norm_head + row
-        lse = tl.load(norms + here, mask=here < count, other=float("inf"))
-        gradients = d_maps + batch * d_maps_batch + head * d_maps_head + row * d_maps_token
-        held_by = winner
-        if HEADS == "max":
-            held_by = winner + batch * winner_batch + row * winner_token
-        keys = text_key + batch * text_key_batch + head * text_key_head
+        o = load_tile(at(out, batch, head, row), out.token, count, ROWS, D, True)
+        d_o = load_tile(at(d_out, batch, head, row), d_out.token, count, ROWS, D, True)
+        total += row_products(o, d_o)
+    if KIND != "":
+        q = load_tile(at(query, batch, head, row), query.token, count, ROWS, D, True)
+        norm = tl.load(at(map_lse, batch, head, row) + here, mask=here < count, other=float("inf"))
+        gradients = at(d_maps, batch, head, row)
+        keys = at(text_key, batch, head, 0)
         mass = tl.zeros([ROWS], dtype=tl.float32)
         for column in range(0, text_tokens, COLUMNS):
-            k, k_rest = load_tile(keys, text_key_token, text_tokens - column, COLUMNS, WIDTH, REST, D, True)
-            scores = inner_products(q, q_rest, k, k_rest, REST) * scale - lse[:, None]  # [ROWS, COLUMNS]
+            k = load_tile(keys, text_key.token, text_tokens - column, COLUMNS, D, True)
+            scores = inner_products(q, k) * scale - norm[:, None]  # [ROWS, COLUMNS]
             inside = (column + tl.arange(0, COLUMNS) < text_tokens)[None, :]
             shown = tl.where(inside, tl.exp2(scores * LOG2_E), 0.0)
-            gradient = _map_gradient(
-                gradients, d_maps_token, held_by, winner_token, head, count, column, columns_given,
-                ROWS, COLUMNS, HEADS,
-            )  # fmt: skip
+            gradient = _map_gradient(gradients, d_maps.token, count, column, columns_given, ROWS, COLUMNS)
             mass += tl.sum(gradient * shown, 1)
-            keys += COLUMNS * text_key_token
-        if SCORES == "text_probability":
-            tl.store(map_sum + (batch * heads + head) * tokens + row + here, mass, mask=here < count)
+            keys += COLUMNS * text_key.token
+        if KIND == "text_probability":
+            tl.store(at(map_sum, batch, head, row) + here, mass, mask=here < count)
         else:
             total += mass
-    tl.store(delta + batch * delta_batch + head * delta_head + row + here, total, mask=here < count)
+    tl.store(at(delta, batch, head, row) + here, total, mask=here < count)
 
 
 @triton.jit
-def _base_two(lse, residue, inside):
-    """Natural log-sum-exp of rows in units of log 2; infinite, so that no probability is left, outside.
-
-    ``residue`` makes up for the rounding of the factor that the scores are multiplied by.
-    """
-    return tl.where(inside, lse * LOG2_E + lse * residue, float("inf"))
+def _base_two_norm(lse, inside):
+    """log2 of the sum of the exponentials of rows; infinite, so that no probability is left, outside."""
+    return tl.load(lse, mask=inside, other=float("inf")) * LOG2_E
 
 
 @triton.jit
 def _query_gradient(
     sums,
-    sums_rest,
     q,
-    q_rest,
     d_o,
-    d_o_rest,
     norm,
     row_sum,
     key,
@@ -212,81 +157,40 @@ def _query_gradient(
     count,
     factor,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add dS K of one tile of keys, without terms of a map."""
-    k, k_rest = load_tile(key, key_token, count, COLUMNS, WIDTH, REST, D, MASKED)
-    scores = inner_products(q, q_rest, k, k_rest, REST) * factor - norm[:, None]  # [ROWS, COLUMNS]
+    k = load_tile(key, key_token, count, COLUMNS, D, MASKED)
+    scores = inner_products(q, k) * factor - norm[:, None]  # [ROWS, COLUMNS]
     if MASKED:  # keys of zeros add nothing, unless their probability overflows
         scores = tl.where((tl.arange(0, COLUMNS) < count)[None, :], scores, float("-inf"))
     probability = tl.exp2(scores)
     if OUTPUT:
-        v, v_rest = load_tile(value, value_token, count, COLUMNS, WIDTH, REST, D, MASKED)
-        d_scores = probability * (inner_products(d_o, d_o_rest, v, v_rest, REST) - row_sum[:, None])
+        v = load_tile(value, value_token, count, COLUMNS, D, MASKED)
+        d_scores = probability * (inner_products(d_o, v) - row_sum[:, None])
     else:
         d_scores = -probability * row_sum[:, None]
-    return weighted_sums(d_scores, k, k_rest, sums, sums_rest, REST)
+    return weighted_sums(d_scores, k, sums)
 
 
 @triton.jit
 def query_gradient_kernel(
     query,
-    query_batch,
-    query_token,
-    query_head,
     key,
-    key_batch,
-    key_token,
-    key_head,
     value,
-    value_batch,
-    value_token,
-    value_head,
     text_query,
-    text_query_batch,
-    text_query_token,
-    text_query_head,
     text_key,
-    text_key_batch,
-    text_key_token,
-    text_key_head,
     text_value,
-    text_value_batch,
-    text_value_token,
-    text_value_head,
     edited,
-    edited_batch,
-    edited_token,
-    edited_head,
     d_image,
-    d_image_batch,
-    d_image_token,
-    d_image_head,
     d_text,
-    d_text_batch,
-    d_text_token,
-    d_text_head,
     lse,
-    lse_batch,
-    lse_head,
     delta,
-    delta_batch,
-    delta_head,
     map_lse,
-    map_lse_batch,
-    map_lse_head,
     map_sum,
     d_maps,
-    d_maps_batch,
-    d_maps_token,
-    d_maps_head,
-    winner,
-    winner_batch,
-    winner_token,
     d_query,
     d_text_query,
     image_tiles,
@@ -297,21 +201,17 @@ def query_gradient_kernel(
     heads,
     scale,
     factor,
-    residue,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    SCORES: tl.constexpr,
-    HEADS: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """dQ of one tile of image or text rows of one head.
 
     OUTPUT: a gradient reaches the output of these rows; SOFTMAX: the softmax over all keys takes part;
-    SCORES: the kind of map whose gradient is given, "" for none.
+    KIND: the kind of map whose gradient is given, "" for none.
     """
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -321,45 +221,39 @@ def query_gradient_kernel(
     count = tl.where(from_text, text_tokens, tokens) - row
     here = tl.arange(0, ROWS)
     if from_text:
-        rows = text_query + batch * text_query_batch + head * text_query_head + row * text_query_token
-        out = d_text_query + ((batch * text_tokens + row) * heads + head) * D
+        rows = at(text_query, batch, head, row)
+        out = at(d_text_query, batch, head, row)
     else:
-        rows = query + batch * query_batch + head * query_head + row * query_token
-        out = d_query + ((batch * tokens + row) * heads + head) * D
-    q, q_rest = load_tile(
-        rows, tl.where(from_text, text_query_token, query_token), count, ROWS, WIDTH, REST, D, True
-    )
-    d_o, d_o_rest = q, q_rest
-    values, text_values, text_values_token = key, text_key, text_key_token  # never read without OUTPUT
+        rows = at(query, batch, head, row)
+        out = at(d_query, batch, head, row)
+    q = load_tile(rows, tl.where(from_text, text_query.token, query.token), count, ROWS, D, True)
+    # Never read without OUTPUT.
+    d_o, values, text_values, text_values_token = q, key.data, text_key.data, text_key.token
     if OUTPUT:
-        values = value + batch * value_batch + head * value_head
+        values = at(value, batch, head, 0)
         if from_text:
-            d_rows = d_text + batch * d_text_batch + head * d_text_head + row * d_text_token
-            text_values = text_value + batch * text_value_batch + head * text_value_head
+            d_rows = at(d_text, batch, head, row)
+            text_values = at(text_value, batch, head, 0)
         else:
-            d_rows = d_image + batch * d_image_batch + head * d_image_head + row * d_image_token
-            text_values = edited + batch * edited_batch + head * edited_head
-        text_values_token = tl.where(from_text, text_value_token, edited_token)
-        d_o, d_o_rest = load_tile(
-            d_rows, tl.where(from_text, d_text_token, d_image_token), count, ROWS, WIDTH, REST, D, True
-        )
-    sums, sums_rest = zero_tile(ROWS, WIDTH, REST)
-    text_keys = text_key + batch * text_key_batch + head * text_key_head
+            d_rows = at(d_image, batch, head, row)
+            text_values = at(edited, batch, head, 0)
+        text_values_token = tl.where(from_text, text_value.token, edited.token)
+        d_o = load_tile(d_rows, tl.where(from_text, d_text.token, d_image.token), count, ROWS, D, True)
+    sums = zeros_like(q, ROWS)
     if SOFTMAX:
-        stream_row = tl.where(from_text, tokens, 0) + row + here
-        norms = lse + batch * lse_batch + head * lse_head + stream_row
-        norm = _base_two(tl.load(norms, mask=here < count, other=0.0), residue, here < count)
-        row_sums = delta + batch * delta_batch + head * delta_head + stream_row
-        row_sum = tl.load(row_sums, mask=here < count, other=0.0)
-        keys = key + batch * key_batch + head * key_head
+        stream_row = tl.where(from_text, tokens, 0) + row
+        norm = _base_two_norm(at(lse, batch, head, stream_row) + here, here < count)
+        row_sum = tl.load(at(delta, batch, head, stream_row) + here, mask=here < count, other=0.0)
+        keys = at(key, batch, head, 0)
+        text_keys = at(text_key, batch, head, 0)
         whole = tokens // COLUMNS
         for _ in range(whole):
-            sums, sums_rest = _query_gradient(
-                sums, sums_rest, q, q_rest, d_o, d_o_rest, norm, row_sum, keys, key_token, values,
-                value_token, COLUMNS, factor, COLUMNS, WIDTH, REST, D, OUTPUT, False,
+            sums = _query_gradient(
+                sums, q, d_o, norm, row_sum, keys, key.token, values, value.token, COLUMNS, factor,
+                COLUMNS, D, OUTPUT, False,
             )  # fmt: skip
-            keys += COLUMNS * key_token
-            values += COLUMNS * value_token
+            keys += COLUMNS * key.token
+            values += COLUMNS * value.token
         # What does not fill a tile: the last image keys, if any are left, and the text keys.
         left = tokens - whole * COLUMNS
         tail = tl.where(left > 0, 1, 0)
@@ -367,56 +261,44 @@ def query_gradient_kernel(
             of_image = tile < tail
             column = (tile - tail) * COLUMNS
             first = tl.cast(column, tl.int64)
-            sums, sums_rest = _query_gradient(
-                sums, sums_rest, q, q_rest, d_o, d_o_rest, norm, row_sum,
-                tl.where(of_image, keys, text_keys + first * text_key_token),
-                tl.where(of_image, key_token, text_key_token),
+            sums = _query_gradient(
+                sums, q, d_o, norm, row_sum,
+                tl.where(of_image, keys, text_keys + first * text_key.token),
+                tl.where(of_image, key.token, text_key.token),
                 tl.where(of_image, values, text_values + first * text_values_token),
-                tl.where(of_image, value_token, text_values_token),
-                tl.where(of_image, left, text_tokens - column), factor, COLUMNS, WIDTH, REST, D, OUTPUT, True,
+                tl.where(of_image, value.token, text_values_token),
+                tl.where(of_image, left, text_tokens - column), factor, COLUMNS, D, OUTPUT, True,
             )  # fmt: skip
-    if SCORES != "":
+    if KIND != "":
         mapped = tl.where(from_text, 0, count)  # text rows have no map
-        gradients = d_maps + batch * d_maps_batch + head * d_maps_head + row * d_maps_token
-        held_by = winner
-        if HEADS == "max":
-            held_by = winner + batch * winner_batch + row * winner_token
+        gradients = at(d_maps, batch, head, row)
+        map_keys = at(text_key, batch, head, 0)
         map_norm = tl.zeros([ROWS], dtype=tl.float32)
         map_row_sum = map_norm
-        if SCORES != "logit":
-            map_norms = map_lse + batch * map_lse_batch + head * map_lse_head + row + here
+        if KIND != "logit":
+            map_norms = at(map_lse, batch, head, row) + here
             map_norm = tl.load(map_norms, mask=here < mapped, other=float("inf"))
-        if SCORES == "text_probability":
-            by_head = map_sum + (batch * heads + head) * tokens + row + here
-            map_row_sum = tl.load(by_head, mask=here < mapped, other=0.0)
+        if KIND == "text_probability":
+            map_row_sum = tl.load(at(map_sum, batch, head, row) + here, mask=here < mapped, other=0.0)
         for column in range(0, tl.where(from_text, 0, text_tokens), COLUMNS):
             left = text_tokens - column
-            k, k_rest = load_tile(text_keys, text_key_token, left, COLUMNS, WIDTH, REST, D, True)
-            scores = inner_products(q, q_rest, k, k_rest, REST) * scale  # [ROWS, COLUMNS]
+            k = load_tile(map_keys, text_key.token, left, COLUMNS, D, True)
+            scores = inner_products(q, k) * scale  # [ROWS, COLUMNS]
             scores = tl.where((tl.arange(0, COLUMNS) < left)[None, :], scores, float("-inf"))
-            gradient = _map_gradient(
-                gradients, d_maps_token, held_by, winner_token, head, mapped, column, columns_given,
-                ROWS, COLUMNS, HEADS,
-            )  # fmt: skip
-            term = _map_term(scores, gradient, map_norm[:, None], map_row_sum[:, None], SCORES)
-            sums, sums_rest = weighted_sums(term, k, k_rest, sums, sums_rest, REST)
-            text_keys += COLUMNS * text_key_token
-    sums = sums * scale
-    if REST > 0:
-        sums_rest = sums_rest * scale
-    store_tile(out, heads * D, count, sums, sums_rest, ROWS, WIDTH, REST, D)
+            gradient = _map_gradient(gradients, d_maps.token, mapped, column, columns_given, ROWS, COLUMNS)
+            term = _map_term(scores, gradient, map_norm[:, None], map_row_sum[:, None], KIND)
+            sums = weighted_sums(term, k, sums)
+            map_keys += COLUMNS * text_key.token
+    out_token = tl.where(from_text, d_text_query.token, d_query.token)
+    store_tile(out, out_token, count, scaled(sums, scale), D)
 
 
 @triton.jit
 def _key_gradient(
     d_k,
-    d_k_rest,
     d_v,
-    d_v_rest,
     k,
-    k_rest,
     v,
-    v_rest,
     query,
     query_token,
     d_out,
@@ -425,11 +307,7 @@ def _key_gradient(
     delta,
     row_tokens,
     factor,
-    residue,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
@@ -437,80 +315,41 @@ def _key_gradient(
     here = tl.arange(0, ROWS)
     for start in range(0, row_tokens, ROWS):
         count = row_tokens - start
-        q, q_rest = load_tile(query, query_token, count, ROWS, WIDTH, REST, D, True)
-        scores = inner_products(k, k_rest, q, q_rest, REST)
-        norm = _base_two(tl.load(lse + here, mask=here < count, other=0.0), residue, here < count)
+        q = load_tile(query, query_token, count, ROWS, D, True)
+        scores = inner_products(k, q)
+        norm = _base_two_norm(lse + here, here < count)
         probability = tl.exp2(scores * factor - norm[None, :])
         row_sum = tl.load(delta + here, mask=here < count, other=0.0)
         if OUTPUT:
-            d_o, d_o_rest = load_tile(d_out, d_out_token, count, ROWS, WIDTH, REST, D, True)
-            d_v, d_v_rest = weighted_sums(probability, d_o, d_o_rest, d_v, d_v_rest, REST)
-            d_scores = probability * (inner_products(v, v_rest, d_o, d_o_rest, REST) - row_sum[None, :])
+            d_o = load_tile(d_out, d_out_token, count, ROWS, D, True)
+            d_v = weighted_sums(probability, d_o, d_v)
+            d_scores = probability * (inner_products(v, d_o) - row_sum[None, :])
             d_out += ROWS * d_out_token
         else:
             d_scores = -probability * row_sum[None, :]
-        d_k, d_k_rest = weighted_sums(d_scores, q, q_rest, d_k, d_k_rest, REST)
+        d_k = weighted_sums(d_scores, q, d_k)
         query += ROWS * query_token
         lse += ROWS
         delta += ROWS
-    return d_k, d_k_rest, d_v, d_v_rest
+    return d_k, d_v
 
 
 @triton.jit
 def key_gradient_kernel(
     query,
-    query_batch,
-    query_token,
-    query_head,
     key,
-    key_batch,
-    key_token,
-    key_head,
     value,
-    value_batch,
-    value_token,
-    value_head,
     text_query,
-    text_query_batch,
-    text_query_token,
-    text_query_head,
     text_key,
-    text_key_batch,
-    text_key_token,
-    text_key_head,
     text_value,
-    text_value_batch,
-    text_value_token,
-    text_value_head,
     edited,
-    edited_batch,
-    edited_token,
-    edited_head,
     d_image,
-    d_image_batch,
-    d_image_token,
-    d_image_head,
     d_text,
-    d_text_batch,
-    d_text_token,
-    d_text_head,
     lse,
-    lse_batch,
-    lse_head,
     delta,
-    delta_batch,
-    delta_head,
     map_lse,
-    map_lse_batch,
-    map_lse_head,
     map_sum,
     d_maps,
-    d_maps_batch,
-    d_maps_token,
-    d_maps_head,
-    winner,
-    winner_batch,
-    winner_token,
     d_key,
     d_value,
     d_text_key,
@@ -523,21 +362,17 @@ def key_gradient_kernel(
     heads,
     scale,
     factor,
-    residue,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
     D: tl.constexpr,
     IMAGE_OUTPUT: tl.constexpr,
     TEXT_OUTPUT: tl.constexpr,
     EDITED: tl.constexpr,
-    SCORES: tl.constexpr,
-    HEADS: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """dK and dV of one tile of text or image keys of one head, over all image rows and then all text rows.
 
-    IMAGE_OUTPUT, TEXT_OUTPUT: a gradient reaches the output of those rows; SCORES: the kind of map whose
+    IMAGE_OUTPUT, TEXT_OUTPUT: a gradient reaches the output of those rows; KIND: the kind of map whose
     gradient is given, "" for none; EDITED: image rows read other text values. Text tiles come first: theirs
     is more work.
     """
@@ -550,104 +385,155 @@ def key_gradient_kernel(
     wide = column.to(tl.int64)
     count = tl.where(of_text, text_tokens, tokens) - column
     if of_text:
-        keys = text_key + batch * text_key_batch + head * text_key_head + wide * text_key_token
-        d_keys = d_text_key + ((batch * text_tokens + wide) * heads + head) * D
+        keys = at(text_key, batch, head, wide)
+        d_keys = at(d_text_key, batch, head, wide)
     else:
-        keys = key + batch * key_batch + head * key_head + wide * key_token
-        d_keys = d_key + ((batch * tokens + wide) * heads + head) * D
-    k, k_rest = load_tile(
-        keys, tl.where(of_text, text_key_token, key_token), count, COLUMNS, WIDTH, REST, D, True
-    )
-    d_k, d_k_rest = zero_tile(COLUMNS, WIDTH, REST)
-    d_v, d_v_rest = zero_tile(COLUMNS, WIDTH, REST)
-    norms, row_sums = lse, delta
-    if IMAGE_OUTPUT or TEXT_OUTPUT or SCORES == "probability":
-        norms = lse + batch * lse_batch + head * lse_head
-        row_sums = delta + batch * delta_batch + head * delta_head
-
-    v, v_rest = k, k_rest  # never read without a gradient of an output
-    rows = query + batch * query_batch + head * query_head
-    if IMAGE_OUTPUT or SCORES == "probability":
-        d_rows = query
+        keys = at(key, batch, head, wide)
+        d_keys = at(d_key, batch, head, wide)
+    k = load_tile(keys, tl.where(of_text, text_key.token, key.token), count, COLUMNS, D, True)
+    d_k = zeros_like(k, COLUMNS)
+    d_v = zeros_like(k, COLUMNS)
+    norms = at(lse, batch, head, 0)
+    row_sums = at(delta, batch, head, 0)
+    v = k  # never read without a gradient of an output
+    rows = at(query, batch, head, 0)
+    if IMAGE_OUTPUT or KIND == "probability":
+        d_rows = rows
         if IMAGE_OUTPUT:
-            d_rows = d_image + batch * d_image_batch + head * d_image_head
+            d_rows = at(d_image, batch, head, 0)
             if of_text:
-                values = edited + batch * edited_batch + head * edited_head + wide * edited_token
+                values = at(edited, batch, head, wide)
             else:
-                values = value + batch * value_batch + head * value_head + wide * value_token
-            v, v_rest = load_tile(
-                values, tl.where(of_text, edited_token, value_token), count, COLUMNS, WIDTH, REST, D, True
-            )
-        d_k, d_k_rest, d_v, d_v_rest = _key_gradient(
-            d_k, d_k_rest, d_v, d_v_rest, k, k_rest, v, v_rest, rows, query_token, d_rows, d_image_token,
-            norms, row_sums, tokens, factor, residue, ROWS, COLUMNS, WIDTH, REST, D, IMAGE_OUTPUT,
+                values = at(value, batch, head, wide)
+            v = load_tile(values, tl.where(of_text, edited.token, value.token), count, COLUMNS, D, True)
+        d_k, d_v = _key_gradient(
+            d_k, d_v, k, v, rows, query.token, d_rows, d_image.token, norms, row_sums, tokens, factor,
+            ROWS, D, IMAGE_OUTPUT,
         )  # fmt: skip
-    if SCORES != "":
+    if KIND != "":
         here = tl.arange(0, ROWS)
-        gradients = d_maps + batch * d_maps_batch + head * d_maps_head
-        held_by, map_norms, by_head = winner, map_lse, map_sum
-        if HEADS == "max":
-            held_by = winner + batch * winner_batch
-        if SCORES != "logit":
-            map_norms = map_lse + batch * map_lse_batch + head * map_lse_head
-        if SCORES == "text_probability":
-            by_head = map_sum + (batch * heads + head) * tokens
+        gradients = at(d_maps, batch, head, 0)
+        map_norms, map_row_sums = norms, norms  # read only if this kind of map needs them
+        if KIND != "logit":
+            map_norms = at(map_lse, batch, head, 0)
+        if KIND == "text_probability":
+            map_row_sums = at(map_sum, batch, head, 0)
         # Not pipelined: a staged tile of dM costs the registers that the main loop needs.
         for start in tl.range(0, tl.where(of_text, tokens, 0), ROWS, num_stages=1):
             left = tokens - start
-            q, q_rest = load_tile(rows, query_token, left, ROWS, WIDTH, REST, D, True)
-            scores = inner_products(k, k_rest, q, q_rest, REST) * scale  # [COLUMNS, ROWS]
-            gradient = _map_gradient(
-                gradients, d_maps_token, held_by, winner_token, head, left, column, columns_given,
-                ROWS, COLUMNS, HEADS,
-            )  # fmt: skip
+            q = load_tile(rows, query.token, left, ROWS, D, True)
+            scores = inner_products(k, q) * scale  # [COLUMNS, ROWS]
+            gradient = _map_gradient(gradients, d_maps.token, left, column, columns_given, ROWS, COLUMNS)
             map_norm = tl.zeros([ROWS], dtype=tl.float32)
             map_row_sum = map_norm
-            if SCORES != "logit":
+            if KIND != "logit":
                 map_norm = tl.load(map_norms + here, mask=here < left, other=float("inf"))
                 map_norms += ROWS
-            if SCORES == "text_probability":
-                map_row_sum = tl.load(by_head + here, mask=here < left, other=0.0)
-                by_head += ROWS
-            term = _map_term(scores, tl.trans(gradient), map_norm[None, :], map_row_sum[None, :], SCORES)
-            d_k, d_k_rest = weighted_sums(term, q, q_rest, d_k, d_k_rest, REST)
-            rows += ROWS * query_token
-            gradients += ROWS * d_maps_token
-            if HEADS == "max":
-                held_by += ROWS * winner_token
+            if KIND == "text_probability":
+                map_row_sum = tl.load(map_row_sums + here, mask=here < left, other=0.0)
+                map_row_sums += ROWS
+            term = _map_term(scores, tl.trans(gradient), map_norm[None, :], map_row_sum[None, :], KIND)
+            d_k = weighted_sums(term, q, d_k)
+            rows += ROWS * query.token
+            gradients += ROWS * d_maps.token
 
     # What image rows say of the text values goes to the edited ones.
     if EDITED and IMAGE_OUTPUT:  # noqa: SIM102
         if of_text:
-            out = d_edited + ((batch * text_tokens + wide) * heads + head) * D
-            store_tile(out, heads * D, count, d_v, d_v_rest, COLUMNS, WIDTH, REST, D)
-            d_v, d_v_rest = zero_tile(COLUMNS, WIDTH, REST)
+            store_tile(at(d_edited, batch, head, wide), d_edited.token, count, d_v, D)
+            d_v = zeros_like(k, COLUMNS)
     if TEXT_OUTPUT:
         if of_text:
-            values = text_value + batch * text_value_batch + head * text_value_head + wide * text_value_token
+            values = at(text_value, batch, head, wide)
         else:
-            values = value + batch * value_batch + head * value_head + wide * value_token
-        v, v_rest = load_tile(
-            values, tl.where(of_text, text_value_token, value_token), count, COLUMNS, WIDTH, REST, D, True
-        )
-        rows = text_query + batch * text_query_batch + head * text_query_head
-        d_rows = d_text + batch * d_text_batch + head * d_text_head
-        d_k, d_k_rest, d_v, d_v_rest = _key_gradient(
-            d_k, d_k_rest, d_v, d_v_rest, k, k_rest, v, v_rest, rows, text_query_token, d_rows, d_text_token,
-            norms + tokens, row_sums + tokens, text_tokens, factor, residue,
-            ROWS, COLUMNS, WIDTH, REST, D, True,
+            values = at(value, batch, head, wide)
+        v = load_tile(values, tl.where(of_text, text_value.token, value.token), count, COLUMNS, D, True)
+        d_k, d_v = _key_gradient(
+            d_k, d_v, k, v, at(text_query, batch, head, 0), text_query.token, at(d_text, batch, head, 0),
+            d_text.token, norms + tokens, row_sums + tokens, text_tokens, factor, ROWS, D, True,
         )  # fmt: skip
 
-    d_k = d_k * scale
-    if REST > 0:
-        d_k_rest = d_k_rest * scale
-    store_tile(d_keys, heads * D, count, d_k, d_k_rest, COLUMNS, WIDTH, REST, D)
+    store_tile(d_keys, tl.where(of_text, d_text_key.token, d_key.token), count, scaled(d_k, scale), D)
     if IMAGE_OUTPUT or TEXT_OUTPUT:
         if of_text:
-            d_values = d_text_value + ((batch * text_tokens + wide) * heads + head) * D
+            d_values = at(d_text_value, batch, head, wide)
         else:
-            d_values = d_value + ((batch * tokens + wide) * heads + head) * D
-        store_tile(d_values, heads * D, count, d_v, d_v_rest, COLUMNS, WIDTH, REST, D)
+            d_values = at(d_value, batch, head, wide)
+        store_tile(d_values, tl.where(of_text, d_text_value.token, d_value.token), count, d_v, D)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What the launches of a backward pass share.
+
+    Attributes:
+        inputs: in a layout that the kernels read.
+        scale: factor of the scores.
+        d_image, d_text: gradients of the outputs, likewise; None where there is none.
+        kind: the kind of map whose gradient is given, "" for none.
+        d_maps: what :func:`_over_all_columns` gives, [B, N, H or 1, columns]; None without a gradient.
+        lse: log-sum-exp over all keys, [B, H, rows].
+        map_lse: what the map's entries are normalised by, [B, H, at least N]; None for logits.
+        map_sum: row sums of dM * P_t, [B, H, N], to be filled for ``"text_probability"``.
+        delta: row sums, [B, H, N + T], to be filled.
+    """
+
+    inputs: Inputs
+    scale: float
+    d_image: Tensor | None
+    d_text: Tensor | None
+    kind: str
+    d_maps: Tensor | None
+    lse: Tensor
+    map_lse: Tensor | None
+    map_sum: Tensor | None
+    delta: Tensor
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the softmax over all keys takes part."""
+        return self.d_image is not None or self.d_text is not None or self.kind == "probability"
+
+    def map_arguments(self) -> dict[str, Any]:
+        """The arguments that all three kernels have."""
+        query, text_key = self.inputs.query, self.inputs.text_key
+        return {
+            "text_key": strided(text_key),
+            "map_lse": strided_by_head(self.map_lse),
+            "d_maps": strided(self.d_maps),
+            "map_sum": strided_by_head(self.map_sum),
+            "text_tokens": text_key.shape[1],
+            "columns_given": 0 if self.d_maps is None else self.d_maps.shape[-1],
+            "heads": query.shape[2],
+            "scale": self.scale,
+            "D": query.shape[3],
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of both gradient kernels.
+
+        Rows of a stream without gradient have no programs; a tensor that only they would read is stood in
+        for.
+        """
+        inputs = self.inputs
+        query, text_query, text_value = inputs.query, inputs.text_query, inputs.text_value
+        edited = text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
+        return {
+            **self.map_arguments(),
+            "query": strided(query),
+            "key": strided(inputs.key),
+            "value": strided(inputs.value),
+            "text_query": strided(query if text_query is None else text_query),
+            "text_value": strided(text_value),
+            "edited": strided(edited),
+            "d_image": strided(self.d_text if self.d_image is None else self.d_image),
+            "d_text": strided(self.d_image if self.d_text is None else self.d_text),
+            "lse": strided_by_head(self.lse),
+            "delta": strided_by_head(self.delta),
+            "tokens": query.shape[1],
+            "factor": self.scale * math.log2(math.e),
+            "KIND": self.kind,
+        }
 
 
 def backward(
@@ -661,171 +547,153 @@ def backward(
     request: Request,
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None."""
-    inputs = readable_inputs(inputs)
-    query, text_query, text_key = inputs.query, inputs.text_query, inputs.text_key
-    batch, tokens, heads, head_dim = query.shape
-    text_tokens = text_key.shape[1]
+    problem = _problem(d_image, d_text, d_maps, readable_inputs(inputs), lse, request)
+    _fill_row_sums(problem, image, text)
     gradients = empty_gradients(inputs)
-    d_query, d_key, d_value, d_text_query, d_text_key, d_text_value, d_edited = gradients
-    scores = "" if d_maps is None else str(request.kind)
-    if d_image is None and d_text is not None and scores:
-        d_image = torch.zeros_like(image)  # rows of both streams share a launch: both have an output gradient
-    softmax = d_image is not None or d_text is not None or scores == "probability"
-    d_image = None if d_image is None else readable(d_image)
-    d_text = None if d_text is None else readable(d_text)
-
-    norm = None  # what the map's entries are normalised by
-    map_sum = winner = None
-    if scores == "probability":
-        norm = lse
-    elif scores == "text_probability":
-        norm, _ = text_log_sum_exp(query, text_key, request.scale)
-        map_sum = torch.empty_like(norm)
-    if d_maps is not None:
-        d_maps = _over_all_columns(d_maps, text_tokens, heads, request)
-        if request.heads == "max":
-            winner = winning_head(query, text_key, norm, request, d_maps.shape[-1])
-
-    width, rest = head_parts(head_dim, query.dtype)
-    factor = float32(request.scale * math.log2(math.e))
-    tuning = tuning_for(query)
-    delta = torch.empty((batch, heads, tokens + text_tokens), dtype=torch.float32, device=query.device)
-    widths = {"WIDTH": width, "REST": rest, "D": head_dim}
-    map_arguments: dict[str, Any] = {
-        "d_maps": d_maps,
-        "d_maps_batch": 0 if d_maps is None else d_maps.stride(0),
-        "d_maps_token": 0 if d_maps is None else d_maps.stride(-2),
-        "d_maps_head": 0 if d_maps is None or request.heads != "each" else d_maps.stride(1),
-        "winner": winner,
-        "winner_batch": 0 if winner is None else winner.stride(0),
-        "winner_token": 0 if winner is None else winner.stride(1),
-        "columns_given": 0 if d_maps is None else d_maps.shape[-1],
-        "heads": heads,
-        "scale": request.scale,
-    }
-
-    def row_sums(rows: Tensor, out: Tensor, d_out: Tensor | None, sums: Tensor, kind: str) -> None:
-        config = tuning.scores
-        arguments = {
-            **strides("query", rows),
-            **strides("text_key", text_key),
-            **strides("out", out),
-            **strides("d_out", out if d_out is None else d_out),
-            "norm": norm,
-            "norm_batch": 0 if norm is None else norm.stride(0),
-            "norm_head": 0 if norm is None else norm.stride(1),
-            **map_arguments,
-            "delta": sums,
-            "delta_batch": sums.stride(0),
-            "delta_head": sums.stride(1),
-            "map_sum": map_sum,
-            "tokens": rows.shape[1],
-            "text_tokens": text_tokens,
-            "ROWS": config.rows,
-            "COLUMNS": config.columns,
-            **widths,
-            "OUTPUT": d_out is not None,
-            "SCORES": kind,
-            "HEADS": request.heads,
-        }
-        programs = batch * heads * triton.cdiv(rows.shape[1], config.rows)
-        Launch(delta_kernel, programs, arguments, config).start()
-
-    if d_image is not None or norm is not None:
-        row_sums(query, image, d_image, delta[:, :, :tokens], "" if scores == "logit" else scores)
-    if d_text is not None and text_query is not None:
-        row_sums(text_query, text, d_text, delta[:, :, tokens:], "")
-
-    # Rows of a stream without gradient have no programs; a tensor that only they would read is stood in for.
-    d_out = d_image if d_image is not None else d_text
-    text_value = inputs.text_value
-    edited = inputs.text_value_for_image if inputs.text_value_for_image is not None else text_value
-    shared: dict[str, Any] = {
-        **strides("query", query),
-        **strides("key", inputs.key),
-        **strides("value", inputs.key if inputs.value is None else inputs.value),
-        **strides("text_query", query if text_query is None else text_query),
-        **strides("text_key", text_key),
-        **strides("text_value", text_key if text_value is None else text_value),
-        **strides("edited", text_key if edited is None else edited),
-        **strides("d_image", query if d_out is None else d_image if d_image is not None else d_out),
-        **strides("d_text", query if d_out is None else d_text if d_text is not None else d_out),
-        "lse": lse,
-        "lse_batch": lse.stride(0),
-        "lse_head": lse.stride(1),
-        "delta": delta,
-        "delta_batch": delta.stride(0),
-        "delta_head": delta.stride(1),
-        "factor": factor,
-        "residue": factor / float32(request.scale) - float32(math.log2(math.e)) if request.scale else 0.0,
-        "map_lse": norm,
-        "map_lse_batch": 0 if norm is None else norm.stride(0),
-        "map_lse_head": 0 if norm is None else norm.stride(1),
-        "map_sum": map_sum,
-        **map_arguments,
-        "tokens": tokens,
-        "text_tokens": text_tokens,
-        **widths,
-        "SCORES": scores,
-        "HEADS": request.heads,
-    }
-
-    config = tuning.query_gradient
-    image_tiles = triton.cdiv(tokens, config.rows) if d_image is not None or scores else 0
-    text_tiles = triton.cdiv(text_tokens, config.rows) if d_text is not None else 0
-    arguments = {
-        **shared,
-        "d_query": d_query,
-        "d_text_query": d_query if text_query is None else d_text_query,
-        "image_tiles": image_tiles,
-        "tiles": image_tiles + text_tiles,
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "OUTPUT": d_out is not None,
-        "SOFTMAX": softmax,
-    }
-    Launch(query_gradient_kernel, batch * heads * (image_tiles + text_tiles), arguments, config).start()
-
-    config = tuning.key_gradient
-    tiles = triton.cdiv(text_tokens, config.columns) + (triton.cdiv(tokens, config.columns) if softmax else 0)
-    arguments = {
-        **shared,
-        "d_key": d_key,
-        "d_value": d_value,
-        "d_text_key": d_text_key,
-        "d_text_value": d_text_value,
-        "d_edited": d_edited,
-        "tiles": tiles,
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "IMAGE_OUTPUT": d_image is not None,
-        "TEXT_OUTPUT": d_text is not None,
-        "EDITED": inputs.text_value_for_image is not None,
-    }
-    Launch(key_gradient_kernel, batch * heads * tiles, arguments, config).start()
-
-    untouched = {
-        d_query: image_tiles == 0,
-        d_text_query: text_tiles == 0,
-        d_key: not softmax,
-        d_value: d_out is None,
-        d_text_value: d_out is None or (d_text is None and inputs.text_value_for_image is not None),
-        d_edited: d_image is None,
-    }
-    for gradient, left in untouched.items():
-        if left:
-            gradient.zero_()
+    _fill_query_gradients(problem, gradients)
+    _fill_key_gradients(problem, gradients)
     return gradients
+
+
+def _problem(
+    d_image: Tensor | None,
+    d_text: Tensor | None,
+    d_maps: Tensor | None,
+    inputs: Inputs,
+    lse: Tensor,
+    request: Request,
+) -> _Problem:
+    batch, tokens, heads, _ = inputs.query.shape
+    text_tokens = inputs.text_key.shape[1]
+    kind = "" if d_maps is None else str(request.kind)
+    if d_image is None and d_text is not None and kind:
+        # Rows of both streams share a launch, so both have an output gradient.
+        d_image = torch.zeros_like(inputs.query, memory_format=torch.contiguous_format)
+    map_lse = map_sum = None
+    if kind == "probability":
+        map_lse = lse
+    elif kind == "text_probability":
+        map_lse = text_log_sum_exp(inputs.query, inputs.text_key, request.scale)
+        map_sum = torch.empty_like(map_lse)
+    delta_shape = (batch, heads, tokens + text_tokens)
+    return _Problem(
+        inputs=inputs,
+        scale=request.scale,
+        d_image=None if d_image is None else readable(d_image),
+        d_text=None if d_text is None else readable(d_text),
+        kind=kind,
+        d_maps=None if d_maps is None else _over_all_columns(d_maps, text_tokens, heads, request),
+        lse=lse,
+        map_lse=map_lse,
+        map_sum=map_sum,
+        delta=torch.empty(delta_shape, dtype=torch.float32, device=lse.device),
+    )
 
 
 def _over_all_columns(d_maps: Tensor, text_tokens: int, heads: int, request: Request) -> Tensor:
     """What one head's entries receive from the gradient of their reduction, float32, for all text columns.
 
-    [B, N, T] or, for ``heads="each"``, [B, H, N, T], with T rounded up to whole 64-byte lines: kernels then
-    read it in vectors. A copy of the size of the map.
+    [B, N, 1, T] or, for ``heads="each"``, [B, N, H, T], with T rounded up to whole 64-byte lines: kernels
+    then read it in vectors. A copy of the size of the map.
     """
     padded = triton.cdiv(text_tokens, 16) * 16
     given = d_maps.new_zeros((*d_maps.shape[:-1], padded), dtype=torch.float32)
-    shown = given[..., request.start : request.stop]
-    shown.copy_(d_maps)
-    return given.div_(heads) if request.heads == "mean" else given
+    given[..., request.start : request.stop].copy_(d_maps)
+    return given.transpose(1, 2) if request.heads == "each" else given.div_(heads).unsqueeze(2)
+
+
+def _fill_row_sums(problem: _Problem, image: Tensor, text: Tensor) -> None:
+    """Delta of the rows that have a gradient, and the map's row sums."""
+    tokens = problem.inputs.query.shape[1]
+    kind = problem.kind if problem.map_lse is not None else ""
+    if problem.d_image is not None or kind:
+        delta = problem.delta[:, :, :tokens]
+        _launch_row_sums(problem, problem.inputs.query, image, problem.d_image, delta, kind)
+    if problem.d_text is not None and problem.inputs.text_query is not None:
+        delta = problem.delta[:, :, tokens:]
+        _launch_row_sums(problem, problem.inputs.text_query, text, problem.d_text, delta, "")
+
+
+def _launch_row_sums(
+    problem: _Problem, rows: Tensor, out: Tensor, d_out: Tensor | None, delta: Tensor, kind: str
+) -> None:
+    batch, tokens, heads, _ = rows.shape
+    config = tuning.tuning_for(rows).scores
+    arguments = {
+        **problem.map_arguments(),
+        "query": strided(rows),
+        "out": strided(out),
+        "d_out": strided(d_out),
+        "delta": strided_by_head(delta),
+        "tokens": tokens,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "OUTPUT": d_out is not None,
+        "KIND": kind,
+    }
+    Launch(delta_kernel, batch * heads * triton.cdiv(tokens, config.rows), arguments, config).start()
+
+
+def _fill_query_gradients(problem: _Problem, gradients: tuple[Tensor, ...]) -> None:
+    """dQ of both streams; zeros for rows that no gradient reaches."""
+    d_query, _, _, d_text_query, *_ = gradients
+    batch, tokens, heads, _ = problem.inputs.query.shape
+    config = tuning.tuning_for(problem.inputs.query).query_gradient
+    of_image = problem.d_image is not None or problem.kind != ""
+    of_text = problem.d_text is not None
+    image_tiles = triton.cdiv(tokens, config.rows) if of_image else 0
+    text_tiles = triton.cdiv(problem.inputs.text_key.shape[1], config.rows) if of_text else 0
+    arguments = {
+        **problem.arguments(),
+        "d_query": strided(d_query),
+        "d_text_query": strided(d_text_query if of_text else d_query),
+        "image_tiles": image_tiles,
+        "tiles": image_tiles + text_tiles,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "OUTPUT": problem.d_image is not None or of_text,
+        "SOFTMAX": problem.softmax,
+    }
+    programs = batch * heads * (image_tiles + text_tiles)
+    Launch(query_gradient_kernel, programs, arguments, config).start()
+    if not of_image:
+        d_query.zero_()
+    if not of_text:
+        d_text_query.zero_()
+
+
+def _fill_key_gradients(problem: _Problem, gradients: tuple[Tensor, ...]) -> None:
+    """dK and dV of both streams; zeros for what no gradient reaches."""
+    _, d_key, d_value, _, d_text_key, d_text_value, d_edited = gradients
+    inputs = problem.inputs
+    batch, tokens, heads, _ = inputs.query.shape
+    config = tuning.tuning_for(inputs.query).key_gradient
+    of_image, of_text = problem.d_image is not None, problem.d_text is not None
+    of_values = of_image or of_text
+    edited = inputs.text_value_for_image is not None
+    tiles = triton.cdiv(inputs.text_key.shape[1], config.columns)
+    if problem.softmax:
+        tiles += triton.cdiv(tokens, config.columns)
+    arguments = {
+        **problem.arguments(),
+        "d_key": strided(d_key),
+        "d_value": strided(d_value if of_values else None),
+        "d_text_key": strided(d_text_key),
+        "d_text_value": strided(d_text_value if of_values else None),
+        "d_edited": strided(d_edited if edited else None),
+        "tiles": tiles,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "IMAGE_OUTPUT": of_image,
+        "TEXT_OUTPUT": of_text,
+        "EDITED": edited,
+    }
+    Launch(key_gradient_kernel, batch * heads * tiles, arguments, config).start()
+    if not problem.softmax:
+        d_key.zero_()
+    if not of_values:
+        d_value.zero_()
+    if not of_text and (edited or not of_image):
+        d_text_value.zero_()
+    if not of_image:
+        d_edited.zero_()

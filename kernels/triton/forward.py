@@ -2,9 +2,10 @@
 
 A program owns a tile of query rows of one head, image rows or text rows, and reads the image keys and then
 the text keys from their own tensors: nothing is concatenated and nothing transposed. Statistics stay out of
-the main loop, which is bound by the exponential at head dim 64; maps, budgets and norms are passes of their
-own (``maps.py``). Forward and map are two launches: as an epilogue, the map would need a read-modify-write of
-every entry for every head, or the sum over heads across programs, which only atomics give.
+the main loop, which is bound by the exponential at head dim 64; maps and statistics are passes of their own
+(``maps.py``, ``statistics.py``). Forward and map are two launches: as an epilogue, the map would need a
+read-modify-write of every entry for every head, or the sum over heads across programs, which only atomics
+give.
 """
 
 from __future__ import annotations
@@ -17,35 +18,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Inputs
-from .launching import Launch, strides
-from .tiles import (
+from . import tuning
+from .launch import Launch, strided, strided_by_head
+from .primitives import (
+    LN_2,
+    at,
     float32,
-    head_parts,
     inner_products,
     load_tile,
-    negated,
+    scaled,
     store_tile,
     weighted_sums,
-    zero_tile,
+    zeros_like,
 )
-from .tuning import tuning_for
 
 # Start of the running maximum: below any score, yet finite, so that a row whose first tile holds only -inf
 # does not turn into NaN.
 _LOWEST = tl.constexpr(-1.0e38)
-# log(2) in two parts: the first has 12 bits, so that its product with a whole number up to 4096 is exact.
-_LN_2_FEW_BITS = tl.constexpr(0.693115234375)
-_LN_2_OTHER_BITS = tl.constexpr(math.log(2) - 0.693115234375)
 
 
 @triton.jit
 def _attend(
     sums,
-    sums_rest,
     maximum,
     total,
-    query,
-    query_rest,
+    q,
     key,
     key_token,
     value,
@@ -53,342 +50,184 @@ def _attend(
     count,
     factor,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
     D: tl.constexpr,
+    OUTPUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Let the query tile attend to one tile of keys: a step of the online softmax."""
-    k, k_rest = load_tile(key, key_token, count, COLUMNS, WIDTH, REST, D, MASKED)
-    scores = inner_products(query, query_rest, k, k_rest, REST)  # [ROWS, COLUMNS]
+    k = load_tile(key, key_token, count, COLUMNS, D, MASKED)
+    scores = inner_products(q, k)  # [ROWS, COLUMNS]
     if MASKED:
         scores = tl.where((tl.arange(0, COLUMNS) < count)[None, :], scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.ceil(tl.max(scores, 1) * factor))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
     weights = tl.exp2(scores * factor - new_maximum[:, None])
     correction = tl.exp2(maximum - new_maximum)
     total = total * correction + tl.sum(weights, 1)
-    sums = sums * correction[:, None]
-    if REST > 0:
-        sums_rest = sums_rest * correction[:, None]
-    v, v_rest = load_tile(value, value_token, count, COLUMNS, WIDTH, REST, D, MASKED)
-    sums, sums_rest = weighted_sums(weights, v, v_rest, sums, sums_rest, REST)
-    return sums, sums_rest, new_maximum, total
-
-
-@triton.jit
-def _store_lse(lse, lse_rest, offsets, maximum, total, residue, inside, WITH_REST: tl.constexpr):
-    """Natural log-sum-exp from the online softmax's maximum, a whole number of log 2, and its total.
-
-    A log-sum-exp of 10 rounded to float32 is wrong by several units in the last place of a probability that
-    is recomputed from it. So the forward's own passes read what rounding took away, too, from ``lse_rest``.
-    ``residue`` makes up for the rounding of the factor that the scores were multiplied by.
-    """
-    large = maximum * _LN_2_FEW_BITS  # exact
-    small = maximum * _LN_2_OTHER_BITS + maximum * residue + tl.log(total)
-    rounded = large + small
-    tl.store(lse + offsets, rounded, mask=inside)
-    if WITH_REST:
-        of_small = rounded - large
-        rest = (large - (rounded - of_small)) + (small - of_small)
-        tl.store(lse_rest + offsets, rest, mask=inside)
+    if OUTPUT:
+        v = load_tile(value, value_token, count, COLUMNS, D, MASKED)
+        sums = weighted_sums(weights, v, scaled(sums, correction[:, None]))
+    return sums, new_maximum, total
 
 
 @triton.jit
 def attention_kernel(
     query,
-    query_batch,
-    query_token,
-    query_head,
     key,
-    key_batch,
-    key_token,
-    key_head,
     value,
-    value_batch,
-    value_token,
-    value_head,
     text_query,
-    text_query_batch,
-    text_query_token,
-    text_query_head,
     text_key,
-    text_key_batch,
-    text_key_token,
-    text_key_head,
     text_value,
-    text_value_batch,
-    text_value_token,
-    text_value_head,
     edited,
-    edited_batch,
-    edited_token,
-    edited_head,
     image,
     text,
     lse,
-    lse_rest,
+    peak,
+    weight,
     tokens,
     text_tokens,
+    image_keys,
+    tiles,
     heads,
     factor,
     residue,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
     D: tl.constexpr,
-    WITH_REST: tl.constexpr,
-    NEGATED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    FOR_MAP: tl.constexpr,
 ):
-    """Output rows and log-sum-exp of one tile of image or text rows of one head.
+    """Log-sum-exp and, if OUTPUT, output rows of one tile of image or text rows of one head.
 
-    ``edited`` are the text values that image rows read. ``factor`` is |scale| log2(e), and NEGATED says that
-    the scale is negative.
+    FOR_MAP: also the rows' ``peak``, the greatest score times log2(e), and ``weight``, the reciprocal of the
+    sum of exp2(score log2(e) - peak). A probability is their exp2(score log2(e) - peak) * weight, as exact as
+    an ordinary softmax; a log-sum-exp of 10, rounded to float32, is off by several units in its last place.
+    ``edited`` are the text values that image rows read. ``image_keys`` is ``tokens``, or 0 for a softmax over
+    the text keys alone. ``tiles`` are those of a head, of image rows and then of text rows, if any.
+    ``factor`` is the scale times log2(e); ``residue`` makes up for its rounding in the log-sum-exp.
     """
     image_tiles = tl.cdiv(tokens, ROWS)
-    tiles = image_tiles + tl.cdiv(text_tokens, ROWS)
     tile = tl.program_id(0) % tiles
     head = ((tl.program_id(0) // tiles) % heads).to(tl.int64)
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     from_text = tile >= image_tiles
     row = (tl.where(from_text, tile - image_tiles, tile) * ROWS).to(tl.int64)
     count = tl.where(from_text, text_tokens, tokens) - row
+    keys = at(key, batch, head, 0)
+    text_keys = at(text_key, batch, head, 0)
+    values, text_values, text_values_token = keys, text_keys, text_key.token  # never read without OUTPUT
     if from_text:
-        rows = text_query + batch * text_query_batch + head * text_query_head + row * text_query_token
-        text_values = text_value + batch * text_value_batch + head * text_value_head
-        out = text + ((batch * text_tokens + row) * heads + head) * D
+        rows = at(text_query, batch, head, row)
+        if OUTPUT:
+            text_values = at(text_value, batch, head, 0)
     else:
-        rows = query + batch * query_batch + head * query_head + row * query_token
-        text_values = edited + batch * edited_batch + head * edited_head
-        out = image + ((batch * tokens + row) * heads + head) * D
-    rows_token = tl.where(from_text, text_query_token, query_token)
-    text_values_token = tl.where(from_text, text_value_token, edited_token)
+        rows = at(query, batch, head, row)
+        if OUTPUT:
+            text_values = at(edited, batch, head, 0)
+    if OUTPUT:
+        values = at(value, batch, head, 0)
+        text_values_token = tl.where(from_text, text_value.token, edited.token)
 
-    q, q_rest = load_tile(rows, rows_token, count, ROWS, WIDTH, REST, D, True)
-    if NEGATED:  # exact, and so the scores need one factor and no sign
-        q, q_rest = negated(q), negated(q_rest)
+    q = load_tile(rows, tl.where(from_text, text_query.token, query.token), count, ROWS, D, True)
     maximum = tl.full([ROWS], _LOWEST, dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    sums, sums_rest = zero_tile(ROWS, WIDTH, REST)
-
-    keys = key + batch * key_batch + head * key_head
-    values = value + batch * value_batch + head * value_head
-    whole = tokens // COLUMNS
+    sums = zeros_like(q, ROWS)
+    whole = image_keys // COLUMNS
     for _ in range(whole):
-        sums, sums_rest, maximum, total = _attend(
-            sums, sums_rest, maximum, total, q, q_rest, keys, key_token, values, value_token,
-            COLUMNS, factor, COLUMNS, WIDTH, REST, D, False,
+        sums, maximum, total = _attend(
+            sums, maximum, total, q, keys, key.token, values, value.token, COLUMNS, factor,
+            COLUMNS, D, OUTPUT, False,
         )  # fmt: skip
-        keys += COLUMNS * key_token
-        values += COLUMNS * value_token
+        keys += COLUMNS * key.token
+        values += COLUMNS * value.token
     # What does not fill a tile: the last image keys, if any are left, and the text keys.
-    left = tokens - whole * COLUMNS
+    left = image_keys - whole * COLUMNS
     tail = tl.where(left > 0, 1, 0)
-    text_keys = text_key + batch * text_key_batch + head * text_key_head
     for tile in range(tail + tl.cdiv(text_tokens, COLUMNS)):
         of_image = tile < tail
         column = (tile - tail) * COLUMNS
         first = tl.cast(column, tl.int64)
-        sums, sums_rest, maximum, total = _attend(
-            sums, sums_rest, maximum, total, q, q_rest,
-            tl.where(of_image, keys, text_keys + first * text_key_token),
-            tl.where(of_image, key_token, text_key_token),
+        sums, maximum, total = _attend(
+            sums, maximum, total, q,
+            tl.where(of_image, keys, text_keys + first * text_key.token),
+            tl.where(of_image, key.token, text_key.token),
             tl.where(of_image, values, text_values + first * text_values_token),
-            tl.where(of_image, value_token, text_values_token),
-            tl.where(of_image, left, text_tokens - column), factor, COLUMNS, WIDTH, REST, D, True,
+            tl.where(of_image, value.token, text_values_token),
+            tl.where(of_image, left, text_tokens - column), factor, COLUMNS, D, OUTPUT, True,
         )  # fmt: skip
 
-    sums = sums / total[:, None]
-    if REST > 0:
-        sums_rest = sums_rest / total[:, None]
-    store_tile(out, heads * D, count, sums, sums_rest, ROWS, WIDTH, REST, D)
     here = tl.arange(0, ROWS)
-    rows_before = (batch * heads + head) * (tokens + text_tokens) + tl.where(from_text, tokens, 0) + row
-    _store_lse(lse, lse_rest, rows_before + here, maximum, total, residue, here < count, WITH_REST)
-
-
-@triton.jit
-def _accumulate(
-    maximum,
-    total,
-    query,
-    query_rest,
-    key,
-    key_token,
-    first,
-    last,
-    factor,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
-    D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """The online log-sum-exp over the keys ``first`` to ``last`` of a stream."""
-    for start in range(first, last, COLUMNS):
-        k, k_rest = load_tile(key, key_token, last - start, COLUMNS, WIDTH, REST, D, MASKED)
-        scores = inner_products(query, query_rest, k, k_rest, REST)  # [ROWS, COLUMNS]
-        if MASKED:
-            scores = tl.where((tl.arange(0, COLUMNS) < last - start)[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.ceil(tl.max(scores, 1) * factor))
-        weights = tl.exp2(scores * factor - new_maximum[:, None])
-        total = total * tl.exp2(maximum - new_maximum) + tl.sum(weights, 1)
-        maximum = new_maximum
-        key += COLUMNS * key_token
-    return maximum, total
-
-
-@triton.jit
-def log_sum_exp_kernel(
-    rows,
-    rows_batch,
-    rows_token,
-    rows_head,
-    key,
-    key_batch,
-    key_token,
-    key_head,
-    text_key,
-    text_key_batch,
-    text_key_token,
-    text_key_head,
-    lse,
-    lse_rest,
-    lse_batch,
-    lse_head,
-    row_tokens,
-    tokens,
-    text_tokens,
-    heads,
-    factor,
-    residue,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
-    D: tl.constexpr,
-    WITH_REST: tl.constexpr,
-    NEGATED: tl.constexpr,
-    IMAGE_KEYS: tl.constexpr,
-):
-    """Log-sum-exp of one tile of rows of one head, over all keys or over the text keys alone."""
-    tiles = tl.cdiv(row_tokens, ROWS)
-    tile = tl.program_id(0) % tiles
-    head = ((tl.program_id(0) // tiles) % heads).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
-    row = (tile * ROWS).to(tl.int64)
-    count = row_tokens - row
-    here = rows + batch * rows_batch + head * rows_head + row * rows_token
-    q, q_rest = load_tile(here, rows_token, count, ROWS, WIDTH, REST, D, True)
-    if NEGATED:
-        q, q_rest = negated(q), negated(q_rest)
-    maximum = tl.full([ROWS], _LOWEST, dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    if IMAGE_KEYS:
-        keys = key + batch * key_batch + head * key_head
-        whole = tokens // COLUMNS * COLUMNS
-        maximum, total = _accumulate(
-            maximum, total, q, q_rest, keys, key_token, 0, whole, factor, COLUMNS, WIDTH, REST, D, False
-        )
-        keys += tl.cast(whole, tl.int64) * key_token
-        maximum, total = _accumulate(
-            maximum, total, q, q_rest, keys, key_token, whole, tokens, factor, COLUMNS, WIDTH, REST, D, True
-        )
-    text_keys = text_key + batch * text_key_batch + head * text_key_head
-    maximum, total = _accumulate(
-        maximum, total, q, q_rest, text_keys, text_key_token, 0, text_tokens, factor,
-        COLUMNS, WIDTH, REST, D, True,
-    )  # fmt: skip
-    numbers = tl.arange(0, ROWS)
-    offsets = batch * lse_batch + head * lse_head + row + numbers
-    _store_lse(lse, lse_rest, offsets, maximum, total, residue, numbers < count, WITH_REST)
+    stream_row = tl.where(from_text, tokens, 0) + row
+    inverse = 1.0 / total
+    norm = tl.fma(maximum, LN_2, tl.fma(maximum, residue, tl.log(total)))  # rounded once
+    tl.store(at(lse, batch, head, stream_row) + here, norm, mask=here < count)
+    if FOR_MAP:
+        tl.store(at(peak, batch, head, stream_row) + here, maximum, mask=here < count)
+        tl.store(at(weight, batch, head, stream_row) + here, inverse, mask=here < count)
+    if OUTPUT:
+        if from_text:
+            out = at(text, batch, head, row)
+        else:
+            out = at(image, batch, head, row)
+        out_token = tl.where(from_text, text.token, image.token)
+        store_tile(out, out_token, count, scaled(sums, inverse[:, None]), D)
 
 
 def attention(
-    inputs: Inputs, scale: float, image: Tensor, text: Tensor, lse: Tensor, lse_rest: Tensor | None
+    inputs: Inputs,
+    scale: float,
+    lse: Tensor,
+    image: Tensor | None = None,
+    text: Tensor | None = None,
+    *,
+    for_map: tuple[Tensor, Tensor] | None = None,
+    over_text_alone: bool = False,
 ) -> None:
-    """Fill ``image`` [B, N, H, D], ``text`` [B, T, H, D] and the natural ``lse`` [B, H, N + T], float32.
+    """Fill the natural log-sum-exp of the rows and, if there are values, the outputs of both streams.
 
-    ``lse_rest``, of the shape of ``lse``: what was lost as ``lse`` was rounded; may be None.
+    Args:
+        inputs: without text queries, only image rows count.
+        scale: factor of the scores.
+        lse: float32 [B, H, N + T] or, without text queries, [B, H, N]; last axis contiguous.
+        image: [B, N, H, D], last axis contiguous; not written without values.
+        text: [B, T, H, D], likewise.
+        for_map: ``peak`` and ``weight`` of the rows, see the kernel, to be filled as ``lse``.
+        over_text_alone: the softmax runs over the text keys only.
     """
-    query, text_query, text_value = inputs.query, inputs.text_query, inputs.text_value
-    assert inputs.value is not None
-    assert text_query is not None
-    assert text_value is not None
+    query, text_query = inputs.query, inputs.text_query
     batch, tokens, heads, head_dim = query.shape
-    text_tokens = text_query.shape[1]
-    width, rest = head_parts(head_dim, query.dtype)
-    factor = float32(
-        max(abs(scale) * math.log2(math.e), 1e-30)
-    )  # not 0: times a masked score, it would be NaN
-    config = tuning_for(query).forward
-    edited = text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
+    text_tokens = inputs.text_key.shape[1]
+    configs = tuning.tuning_for(query)
+    config = configs.scores if inputs.value is None else configs.forward
+    tiles = triton.cdiv(tokens, config.rows)
+    if text_query is not None:
+        tiles += triton.cdiv(text_tokens, config.rows)
+    edited = inputs.text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
+    peak, weight = for_map or (None, None)
+    factor = float32(scale * math.log2(math.e))
     arguments: dict[str, Any] = {
-        **strides("query", query),
-        **strides("key", inputs.key),
-        **strides("value", inputs.value),
-        **strides("text_query", text_query),
-        **strides("text_key", inputs.text_key),
-        **strides("text_value", text_value),
-        **strides("edited", edited),
-        "image": image,
-        "text": text,
-        "lse": lse,
-        "lse_rest": lse_rest,
+        "query": strided(query),
+        "key": strided(inputs.key),
+        "value": strided(inputs.value),
+        "text_query": strided(query if text_query is None else text_query),
+        "text_key": strided(inputs.text_key),
+        "text_value": strided(inputs.text_value),
+        "edited": strided(edited),
+        "image": strided(image),
+        "text": strided(text),
+        "lse": strided_by_head(lse),
+        "peak": strided_by_head(peak),
+        "weight": strided_by_head(weight),
         "tokens": tokens,
         "text_tokens": text_tokens,
+        "image_keys": 0 if over_text_alone else inputs.key.shape[1],
+        "tiles": tiles,
         "heads": heads,
         "factor": factor,
-        "residue": abs(float32(scale)) / factor - math.log(2),
+        "residue": scale / factor - math.log(2),
         "ROWS": config.rows,
         "COLUMNS": config.columns,
-        "WIDTH": width,
-        "REST": rest,
         "D": head_dim,
-        "WITH_REST": lse_rest is not None,
-        "NEGATED": scale < 0,
+        "OUTPUT": inputs.value is not None,
+        "FOR_MAP": for_map is not None,
     }
-    tiles = triton.cdiv(tokens, config.rows) + triton.cdiv(text_tokens, config.rows)
     Launch(attention_kernel, batch * heads * tiles, arguments, config).start()
-
-
-def log_sum_exp(
-    rows: Tensor, key: Tensor | None, text_key: Tensor, scale: float, lse: Tensor, lse_rest: Tensor | None
-) -> None:
-    """Fill ``lse`` [B, H, M] (last axis contiguous), and ``lse_rest`` like it, for the ``rows`` [B, M, H, D].
-
-    The sum runs over all keys, or over the text keys alone when ``key`` is None.
-    """
-    batch, row_tokens, heads, head_dim = rows.shape
-    width, rest = head_parts(head_dim, rows.dtype)
-    factor = float32(
-        max(abs(scale) * math.log2(math.e), 1e-30)
-    )  # not 0: times a masked score, it would be NaN
-    config = tuning_for(rows).scores
-    image_key = text_key if key is None else key
-    arguments: dict[str, Any] = {
-        **strides("rows", rows),
-        **strides("key", image_key),
-        **strides("text_key", text_key),
-        "lse": lse,
-        "lse_rest": lse_rest,
-        "lse_batch": lse.stride(0),
-        "lse_head": lse.stride(1),
-        "row_tokens": row_tokens,
-        "tokens": image_key.shape[1],
-        "text_tokens": text_key.shape[1],
-        "heads": heads,
-        "factor": factor,
-        "residue": abs(float32(scale)) / factor - math.log(2),
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "WIDTH": width,
-        "REST": rest,
-        "D": head_dim,
-        "WITH_REST": lse_rest is not None,
-        "NEGATED": scale < 0,
-        "IMAGE_KEYS": key is not None,
-    }
-    Launch(
-        log_sum_exp_kernel, batch * heads * triton.cdiv(row_tokens, config.rows), arguments, config
-    ).start()

@@ -3,16 +3,14 @@
 No entry was measured on a GPU. Each starts from the figures published for kernels of this shape, prefers
 large tiles, and is held to no register spills and to the shared memory of its target by ahead-of-time
 compilation (``tests/kernels/test_triton_compile.py``). ``benchmarks/sweep_tuning.py`` measures alternatives
-on a GPU; the entries of the file that it writes come first if ``SEG4DIFF_TUNING`` names it.
+on a GPU and prints what to write here.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,8 +40,10 @@ class Tuning:
 _HOPPER = {
     64: Tuning(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 4, 3)),
     128: Tuning(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
-    256: Tuning(Config(64, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 2), Config(64, 32, 4, 2)),
+    256: Tuning(Config(64, 32, 8, 2), Config(32, 64, 4, 2), Config(32, 32, 8, 2), Config(64, 32, 4, 2)),
 }
+# Four warps would spill here.
+_BLACKWELL = {**_HOPPER, 256: replace(_HOPPER[256], query_gradient=Config(32, 64, 8, 2))}
 _AMPERE = {
     64: Tuning(Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
     128: Tuning(Config(128, 32, 8, 2), Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),
@@ -69,14 +69,12 @@ TABLE = {
     "sm_80": _AMPERE,
     "sm_86": _AMPERE,  # and sm_89: 99 KiB of shared memory where sm_80 has 163, so every entry fits both
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "sm_120": _AMPERE,  # the instructions and the 99 KiB of sm_89
     "gfx942": _CDNA,
 }
 INTERPRETER = Tuning(Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1))
-VALUE_NORM_TOKENS, VALUE_NORM_WARPS = 64, 4
-MEASURED = "SEG4DIFF_TUNING"
-"""Environment variable that names a file of configurations measured on a GPU, for 16-bit tensors."""
+VALUE_NORM = Config(64, 1, 4, 1)
 
 
 def interpreting() -> bool:
@@ -98,36 +96,11 @@ def target_of(device: torch.device) -> str | None:
 
 
 def tuning_of(target: str, head_dim: int, dtype: torch.dtype) -> Tuning:
-    """The configurations of a row of the table for a head dim up to 256 and a dtype.
-
-    Raises:
-        ValueError: the environment names a file of measured configurations that is none.
-    """
+    """The configurations of a row of the table for a head dim up to 256 and a dtype."""
     table = TABLE[target]
     if dtype == torch.float32:
         table = _CDNA_FLOAT32 if target == "gfx942" else _FLOAT32
-    elif path := os.environ.get(MEASURED):
-        table = dict(sorted({**table, **_measured(path).get(target, {})}.items()))
     return next(tuning for greatest, tuning in table.items() if head_dim <= greatest)
-
-
-@functools.cache
-def _measured(path: str) -> dict[str, dict[int, Tuning]]:
-    """Rows of the table, by target and greatest head dim, from a file that the sweep wrote."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["table"]
-        return {
-            target: {
-                int(head_dim): Tuning(**{kernel: Config(**config) for kernel, config in kernels.items()})
-                for head_dim, kernels in row.items()
-            }
-            for target, row in rows.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{MEASURED}={path!r} is no file of configurations ({error!r}); write one with "
-            "`python -m benchmarks.sweep_tuning --out FOLDER`, or unset the variable"
-        ) from error
 
 
 def tuning_for(tensor: Tensor) -> Tuning:

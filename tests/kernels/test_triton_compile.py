@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from seg4diff.kernels.triton import backward, forward, maps, registration, tiles, tuning
-from seg4diff.kernels.triton.launching import Launch
+from seg4diff.kernels.triton import backend, backward, primitives, statistics, tuning
+from seg4diff.kernels.triton.launch import Launch
 from seg4diff.kernels.types import STREAMS, Inputs, Request
 from tests.support.ahead_of_time import SHARED_MEMORY_LIMITS, Usage, compile_launch, recorded
 
@@ -23,6 +24,7 @@ UNITS = [
     *((target, head_dim, torch.bfloat16) for target in WHOLE for head_dim in TABLE_WIDTHS),
     *((target, 64, torch.bfloat16) for target in tuning.TABLE if target not in WHOLE),
     *(("sm_86", head_dim, torch.float32) for head_dim in TABLE_WIDTHS),
+    ("sm_100", 256, torch.bfloat16),
     ("gfx942", 256, torch.float32),
     ("sm_90", 96, torch.float16),  # a head vector in two parts
 ]
@@ -39,36 +41,41 @@ def launches(
 ) -> dict[str, Launch]:
     """What the host code would launch, by kernel, for the request that needs most registers of each.
 
-    Lengths that are no multiple of any tile, edited text values, and for the backward the kind of map with
-    most to remember; the map's own pass and delta for the usual kind.
+    Lengths that are no multiple of any tile, edited text values, and for the gradients the kind of map with
+    most to remember; all else for the usual kind.
     """
     config = tuning.tuning_of(target, head_dim, dtype)
-    for module in (forward, maps, backward):
-        monkeypatch.setattr(module, "tuning_for", lambda tensor: config)
+    monkeypatch.setattr(tuning, "tuning_for", lambda tensor: config)
     tokens, text_tokens, heads = 4106, 154, 24
     streams = {
         name: empty(text_tokens if name.startswith("text_") else tokens, heads, head_dim, dtype)
         for name in STREAMS
     }
     inputs = Inputs(**streams)
-    with recorded(monkeypatch) as made:
-        for kind, reduction in (("probability", "mean"), ("text_probability", "each")):
-            request = Request(0.125, kind, reduction, 0, text_tokens)
-            image, text, lse, entries = registration.forward(inputs, request)
+    maps_alone = Inputs(
+        **{name: None if "value" in name else tensor for name, tensor in streams.items()}  # type: ignore[arg-type]
+    )
+
+    def run(kind: str, reduction: str) -> list[Launch]:
+        request = Request(0.125, kind, reduction, 0, text_tokens)
+        with recorded(monkeypatch) as made:
+            image, text, lse, entries = backend.forward(inputs, request)
             backward.backward(image, text, entries, inputs, image, text, lse, request)
-        maps.budget(streams["query"], streams["text_query"], streams["text_key"], lse, 0.125)
-        maps.value_norm(streams["value"])
-        forward.log_sum_exp(streams["query"], streams["key"], streams["text_key"], 0.125, lse, lse)
+            backend.forward(maps_alone, request)
+            statistics.attention_mass(
+                streams["query"], streams["text_query"], streams["text_key"], lse, 0.125
+            )
+            statistics.value_norm(streams["value"])
+        return made
+
+    heavy = [one for one in run("text_probability", "each") if "gradient" in one.kernel.__name__]
     chosen: dict[str, Launch] = {}
-    for launch in made:
+    for launch in [*heavy, *run("probability", "mean")]:
         name = launch.kernel.__name__.removesuffix("_kernel")
-        plain = launch.arguments.get("HEADS") == "mean"
-        if name == "delta":  # the launch for text rows has no map
-            plain = launch.arguments["SCORES"] == "probability"
-        elif name.endswith("gradient"):
-            plain = not plain
-        if plain or name not in chosen:
-            chosen[name] = launch
+        if name == "attention" and not launch.arguments["OUTPUT"]:
+            name = "log_sum_exp"
+        chosen.setdefault(name, launch)
+    assert chosen["delta"].arguments["KIND"] == "probability"
     return chosen
 
 
@@ -88,7 +95,7 @@ def test_no_spills_and_within_shared_memory(
     usages: dict[str, Usage] = {}
     chosen = launches(target, head_dim, dtype, monkeypatch)
     assert set(chosen) == {
-        "attention", "log_sum_exp", "map", "budget", "value_norm", "delta", "query_gradient", "key_gradient",
+        "attention", "log_sum_exp", "map", "mass", "value_norm", "delta", "query_gradient", "key_gradient",
     }  # fmt: skip
     for name, launch in chosen.items():
         usages[name] = compile_launch(launch, target)
@@ -114,14 +121,16 @@ def test_every_entry_of_the_table_is_compiled() -> None:
                 assert id(tuning.tuning_of(target, head_dim, dtype)) in served
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [tl.bfloat16, tl.float32], ids=str)
 @pytest.mark.parametrize("head_dim", range(16, 257, 8))
-def test_parts_of_a_head_vector(head_dim: int, dtype: torch.dtype) -> None:
+def test_parts_of_a_head_vector(head_dim: int, dtype: tl.dtype) -> None:
     """Powers of two that hold it, and nothing padded at the usual widths."""
-    width, rest = tiles.head_parts(head_dim, dtype)
-    for part in (width, rest):
-        assert part == 0 or (part >= 16 and part & (part - 1) == 0)
-    assert rest <= width
-    assert head_dim <= width + rest < head_dim + max(16, head_dim / 3)
+    parts = primitives.head_parts(head_dim, dtype)
+    for part in parts:
+        assert part >= 16
+        assert part & (part - 1) == 0
+    assert list(parts) == sorted(parts, reverse=True)
+    assert len(parts) <= 2
+    assert head_dim <= sum(parts) < head_dim + max(16, head_dim / 3)
     if head_dim in (16, 32, 48, 64, 80, 96, 128, 160, 192, 256):
-        assert width + rest == head_dim
+        assert sum(parts) == head_dim

@@ -18,7 +18,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seg4diff.kernels.triton.launching import Launch
+from seg4diff.kernels.triton.launch import Launch
+from seg4diff.kernels.triton.primitives import Strided
 
 SHARED_MEMORY_LIMITS = {  # bytes that one program may use
     "sm_80": 166_912,
@@ -28,7 +29,7 @@ SHARED_MEMORY_LIMITS = {  # bytes that one program may use
     "sm_120": 101_376,
     "gfx942": 65_536,
 }
-_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16"}
+_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,34 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         yield launches
 
 
-def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Signature, constants and attributes as Triton's own just-in-time compilation would derive them."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+def specialisation(
+    launch: Launch,
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Signature, constants and attributes as Triton's own just-in-time compilation would derive them.
+
+    Constants and attributes are found by place: parameter, or parameter and field of a :class:`Strided`.
+    """
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, place: tuple[int, ...], constant: bool = False) -> Any:
+        if isinstance(value, Strided):
+            return Strided(*(kind(field, (*place, index)) for index, field in enumerate(value)))
+        if constant or value is None or (type(value) is int and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return _TYPES[value.dtype]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    signature = {
+        parameter.name: kind(launch.arguments[parameter.name], (index,), parameter.is_constexpr)
+        for index, parameter in enumerate(launch.kernel.params)
+    }
     return signature, constants, attributes
 
 

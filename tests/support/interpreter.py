@@ -1,7 +1,7 @@
-"""What Triton's interpreter gets wrong about bfloat16, repaired for this process.
+"""What Triton's interpreter gets wrong about arithmetic, repaired for this process.
 
 NumPy has no bfloat16, so the interpreter keeps its bit patterns in 16-bit integers; it multiplies those
-patterns in ``tl.dot`` and truncates where a GPU rounds to nearest even.
+patterns in ``tl.dot`` and truncates where a GPU rounds to nearest even. And its ``tl.fma`` rounds twice.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
-def repair_bfloat16() -> None:
-    """Make dots and casts of bfloat16 mean what they mean on a GPU."""
+def repair_arithmetic() -> None:
+    """Make dots and casts of bfloat16, and fused multiply-adds of float32, mean what they mean on a GPU."""
     builder: Any = interpreter.InterpreterBuilder
     handle = interpreter.TensorHandle
     create_dot, cast = builder.create_dot, builder.cast_impl
@@ -42,4 +42,8 @@ def repair_bfloat16() -> None:
             return handle(widen(source.data), tl.float32)
         return cast(self, source, target)
 
-    builder.create_dot, builder.cast_impl = dot, cast_impl
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return handle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    builder.create_dot, builder.cast_impl, builder.create_fma = dot, cast_impl, fma

@@ -8,9 +8,10 @@ from torch import Tensor
 from ..operators import empty_outputs, register
 from ..types import Inputs, Request
 from .backward import backward
-from .forward import attention, log_sum_exp
-from .launching import readable_inputs
-from .maps import budget, text_log_sum_exp, value_norm, write_maps
+from .forward import attention
+from .launch import readable_inputs
+from .maps import text_log_sum_exp, write_maps
+from .statistics import attention_mass, value_norm
 from .tuning import interpreting, target_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,20 +42,19 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     """Image output, text output, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
     inputs = readable_inputs(inputs)
     image, text, lse, maps = empty_outputs(inputs, request)
-    query, text_query, text_key = inputs.query, inputs.text_query, inputs.text_key
-    rest = torch.empty_like(lse) if request.kind == "probability" else None
-    if inputs.value is not None:
-        attention(inputs, request.scale, image, text, lse, rest)
-    elif lse.shape[-1] > 0:
-        log_sum_exp(query, inputs.key, text_key, request.scale, lse, rest)
-        if text_query is not None:
-            log_sum_exp(text_query, inputs.key, text_key, request.scale, lse[:, :, query.shape[1] :], None)
+    query, text_key = inputs.query, inputs.text_key
+    softmax = None
+    if request.kind == "probability":
+        softmax = torch.empty_like(lse), torch.empty_like(lse)
+    if lse.shape[-1] > 0:
+        attention(inputs, request.scale, lse, image, text, for_map=softmax)
+    if request.kind == "text_probability":
+        shape = (query.shape[0], query.shape[2], query.shape[1])
+        softmax = lse.new_empty(shape), lse.new_empty(shape)
+        text_log_sum_exp(query, text_key, request.scale, for_map=softmax)
     if request.kind is not None:
-        norm = lse
-        if request.kind == "text_probability":
-            norm, rest = text_log_sum_exp(query, text_key, request.scale)
-        write_maps(maps, query, text_key, norm, rest, request)
+        write_maps(maps, query, text_key, softmax, request)
     return image, text, lse, maps
 
 
-attend = register("triton", forward, backward, budget, value_norm)
+attend = register("triton", forward, backward, attention_mass, value_norm)

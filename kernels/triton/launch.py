@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import Inputs
+from .primitives import Strided
 from .tuning import Config
 
 # Token offsets within a tile are 32-bit and a tile has at most 256 tokens.
@@ -32,7 +33,8 @@ class Launch:
 
     def start(self) -> None:
         """Launch on the current stream of the device that the tensors are on."""
-        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        tensors = [value.data for value in self.arguments.values() if isinstance(value, Strided)]
+        device = next(tensor.device for tensor in tensors if tensor is not None)
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
             self.kernel[(self.programs,)](
@@ -60,10 +62,16 @@ def readable_inputs(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, **{n: readable(t) for n, t in tensors.items() if t is not None})
 
 
-def strides(name: str, tensor: Tensor) -> dict[str, Any]:
-    """A [B, tokens, H, D] tensor and its strides as kernel arguments ``name``, ``name_batch`` and so on.
+def strided(tensor: Tensor | None) -> Strided:
+    """A tensor [B, tokens, H, ...] as a kernel's argument; None for one that the kernel will not read.
 
     Axes of length one get stride 0: PyTorch leaves theirs arbitrary, and each would be a new specialisation.
     """
-    batch, token, head = (tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in range(3))
-    return {name: tensor, f"{name}_batch": batch, f"{name}_token": token, f"{name}_head": head}
+    if tensor is None:
+        return Strided(None, 0, 0, 0)
+    return Strided(tensor, *(tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in range(3)))
+
+
+def strided_by_head(tensor: Tensor | None) -> Strided:
+    """The same for a tensor [B, H, tokens, ...]."""
+    return strided(None if tensor is None else tensor.transpose(1, 2))
