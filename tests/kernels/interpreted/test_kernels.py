@@ -20,12 +20,12 @@ from seg4diff.kernels.testing import (
     pytorch_attention,
     pytorch_maps,
 )
-from seg4diff.kernels.triton import backward, forward, maps, registration
-from seg4diff.kernels.triton.tuning import INTERPRETER, Config
+from seg4diff.kernels.triton import backend as triton_backend
+from seg4diff.kernels.triton import tuning
 from seg4diff.kernels.types import AttentionMaps, JointAttention, MapRequest
-from tests.support.interpreter import repair_bfloat16
+from tests.support.interpreter import repair_arithmetic
 
-repair_bfloat16()
+repair_arithmetic()
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -70,7 +70,7 @@ class Case:
     heads: int
     head_dim: int
     dtype: str
-    scores: str = "probability"
+    kind: str = "probability"
     reduction: str = "mean"
     batch: int = 1
     text: tuple[int, int] | None = None
@@ -79,7 +79,7 @@ class Case:
 
     def __str__(self) -> str:
         words = [f"N{self.tokens}", f"T{self.text_tokens}", f"H{self.heads}", f"D{self.head_dim}", self.dtype]
-        words += [self.scores, self.reduction]
+        words += [self.kind, self.reduction]
         words += [f"B{self.batch}"] if self.batch > 1 else []
         words += ["edited"] if self.edited else []
         words += ["slice"] if self.text else []
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def maps(self) -> MapRequest:
-        return MapRequest(self.scores, self.reduction, slice(*self.text or (None,)))  # type: ignore[arg-type]
+        return MapRequest(self.kind, self.reduction, slice(*self.text or (None,)))  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Tensor]:
         return attention_inputs(
@@ -102,25 +102,25 @@ class Case:
         )
 
 
-# A pairwise cover: every two of (image tokens, text tokens, head dim, dtype, scores, reduction) meet
-# somewhere.
+# A pairwise cover: every two of (image tokens, text tokens, head dim, dtype, kind, reduction) meet somewhere.
+# 70 tokens are two tiles of rows and three of columns, the last of either nearly empty; 64 fill their tiles.
 FORWARD = [
-    Case(1, 77, 2, 64, "bf16", "probability", "mean"),
-    Case(63, 154, 3, 32, "fp16", "logit", "each"),
-    Case(64, 1, 2, 96, "fp32", "probability", "each", batch=3),
-    Case(111, 77, 2, 64, "fp16", "text_probability", "mean", edited=True, text=(3, 50)),
-    Case(255, 154, 1, 16, "bf16", "text_probability", "mean"),
-    Case(255, 77, 2, 40, "fp32", "logit", "each", text=(60, 77)),
-    Case(64, 154, 2, 128, "bf16", "logit", "mean", batch=3),
-    Case(63, 77, 2, 256, "fp32", "text_probability", "each"),
-    Case(111, 154, 3, 96, "bf16", "probability", "each", text=(1, 2)),
-    Case(111, 1, 2, 32, "fp32", "logit", "mean", edited=True),
-    Case(1, 154, 3, 128, "fp32", "probability", "mean", batch=8, scale=0.1),  # few rows judge luck
-    Case(255, 1, 1, 64, "fp16", "probability", "each", batch=3, edited=True),
-    Case(64, 77, 2, 16, "fp16", "probability", "mean", scale=0.3),
-    Case(64, 333, 1, 48, "fp16", "text_probability", "each"),
-    Case(63, 1, 2, 128, "bf16", "logit", "mean", scale=0.05),
-    Case(255, 77, 2, 72, "bf16", "probability", "each", edited=True),
+    Case(1, 33, 2, 64, "bf16", "probability", "mean"),
+    Case(70, 77, 3, 32, "fp16", "logit", "each"),
+    Case(64, 1, 2, 96, "fp32", "probability", "each", batch=2),
+    Case(70, 33, 2, 64, "fp16", "text_probability", "mean", edited=True, text=(3, 30)),
+    Case(70, 77, 1, 16, "bf16", "text_probability", "mean"),
+    Case(64, 33, 2, 40, "fp32", "logit", "each", text=(20, 33)),
+    Case(64, 77, 2, 128, "bf16", "logit", "mean", batch=2),
+    Case(70, 33, 2, 256, "fp32", "text_probability", "each"),
+    Case(70, 77, 3, 96, "bf16", "probability", "each", text=(1, 2)),
+    Case(70, 1, 2, 32, "fp32", "logit", "mean", edited=True),
+    Case(1, 77, 3, 128, "fp32", "probability", "mean", scale=0.1),
+    Case(70, 1, 1, 64, "fp16", "probability", "each", batch=2, edited=True),
+    Case(64, 33, 2, 16, "fp16", "probability", "mean", scale=0.3),
+    Case(33, 129, 1, 48, "fp16", "text_probability", "each"),
+    Case(70, 1, 2, 128, "bf16", "logit", "mean", scale=0.05),
+    Case(131, 33, 2, 72, "bf16", "probability", "each", edited=True),
 ]
 
 
@@ -146,24 +146,28 @@ def test_forward(case: Case) -> None:
     actual = joint_attention(**inputs, **options)
     exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
     judge(case, actual, exact, baseline)
-    for name in ("image_to_text", "text_to_text", "image_value_norm", "text_value_norm"):
-        results = [getattr(result.statistics, name) for result in (actual, exact, baseline)]
-        assert_accurate(*results, name=f"{name} of {case}")
+    # Rows of both streams together: the greatest error of a handful of numbers is a matter of luck.
+    for names in (("image_to_text", "text_to_text"), ("image_value_norm", "text_value_norm")):
+        results = [
+            torch.cat([getattr(result.statistics, name) for name in names], dim=-1)
+            for result in (actual, exact, baseline)
+        ]
+        assert_accurate(*results, name=f"{names} of {case}")
     assert_accurate(actual.lse, exact.lse, baseline.lse, name=f"lse of {case}")
 
 
 @pytest.mark.parametrize(
-    ("scores", "statistics"), [("probability", False), ("logit", True), ("text_probability", False)]
+    ("kind", "statistics"), [("probability", False), ("logit", True), ("text_probability", False)]
 )
-def test_maps_alone(scores: str, statistics: bool) -> None:
+def test_maps_alone(kind: str, statistics: bool) -> None:
     """Without values there is no output, and only the log-sum-exp that is needed."""
-    case = Case(111, 77, 3, 64, "bf16", scores, "mean", batch=2, text=(5, 70))
+    case = Case(70, 33, 3, 64, "bf16", kind, "mean", batch=2, text=(5, 30))
     inputs = {name: tensor for name, tensor in case.inputs().items() if not name.endswith("value")}
     actual = attention_maps(**inputs, maps=case.maps, statistics=statistics)
     exact = exact_maps(**inputs, maps=case.maps, statistics=statistics)
     baseline = pytorch_maps(**inputs, maps=case.maps, statistics=statistics)
     assert_accurate(actual.maps, exact.maps, baseline.maps)
-    rows = {"probability": 111, "logit": 111 + 77, "text_probability": 0}[scores]
+    rows = {"probability": 70, "logit": 70 + 33, "text_probability": 0}[kind]
     assert (0 if actual.lse is None else actual.lse.shape[-1]) == rows
     if statistics:
         assert actual.statistics.image_value_norm is None
@@ -173,7 +177,7 @@ def test_maps_alone(scores: str, statistics: bool) -> None:
 
 def test_rows_of_the_whole_matrix_sum_to_one() -> None:
     """Swapping the streams shows the other half of each row's attention mass: together they are all of it."""
-    inputs = attention_inputs(1, 111, 77, 2, 64, torch.bfloat16)
+    inputs = attention_inputs(1, 70, 33, 2, 64, torch.bfloat16)
     names = {name: name[5:] if name.startswith("text_") else f"text_{name}" for name in inputs}
     swapped = {names[name]: tensor for name, tensor in inputs.items()}
     one = joint_attention(**inputs, statistics=True).statistics
@@ -198,7 +202,7 @@ def fused_views(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", sample(["fused", "heads-first", "channels-strided", "broadcast-batch"]))
 def test_strides(layout: str) -> None:
     """The same numbers through other strides give the same bits, gradients included."""
-    inputs = attention_inputs(2, 63, 33, 2, 32, torch.float16)
+    inputs = attention_inputs(2, 33, 17, 2, 16, torch.float16)
     if layout == "broadcast-batch":
         inputs = {name: tensor[:1].expand(2, -1, -1, -1).clone() for name, tensor in inputs.items()}
     views = {
@@ -225,15 +229,15 @@ def test_strides(layout: str) -> None:
 
 
 GRADIENT = [
-    Case(63, 77, 2, 64, "bf16", "probability", "mean", edited=True, batch=2),
-    Case(111, 33, 2, 32, "fp16", "probability", "mean", text=(2, 30)),
-    Case(64, 77, 3, 16, "fp32", "probability", "each", text=(0, 50)),
-    Case(255, 17, 1, 64, "fp16", "logit", "mean", edited=True),
-    Case(63, 33, 3, 96, "bf16", "logit", "each"),
-    Case(1, 77, 2, 128, "fp32", "logit", "each", text=(20, 40)),
-    Case(111, 77, 2, 40, "bf16", "text_probability", "mean", text=(0, 50)),
+    Case(70, 33, 2, 64, "bf16", "probability", "mean", edited=True, batch=2),
+    Case(65, 17, 2, 32, "fp16", "probability", "mean", text=(2, 15)),
+    Case(64, 33, 3, 16, "fp32", "probability", "each", text=(0, 8)),
+    Case(131, 17, 1, 64, "fp16", "logit", "mean", edited=True),
+    Case(33, 17, 3, 96, "bf16", "logit", "each"),
+    Case(1, 33, 2, 128, "fp32", "logit", "each", text=(10, 20)),
+    Case(70, 33, 2, 40, "bf16", "text_probability", "mean", text=(0, 20)),
     Case(64, 33, 3, 64, "fp32", "text_probability", "mean", edited=True),
-    Case(63, 154, 2, 128, "fp16", "text_probability", "each"),
+    Case(33, 65, 2, 128, "fp16", "text_probability", "each"),
     Case(1, 33, 2, 256, "bf16", "probability", "mean", scale=0.1),
 ]
 UPSTREAM = {
@@ -302,9 +306,9 @@ def judge_gradients(case: Case, wanted: dict[str, Tensor], inputs: dict[str, Ten
         assert_accurate(found, true, usual, name=f"d_{name} of {case}")
 
 
-@pytest.mark.parametrize("scores", ["probability", "logit", "text_probability"])
-def test_gradients_of_maps_alone(scores: str) -> None:
-    case = Case(63, 77, 2, 64, "fp16", scores, "mean", batch=2, text=(0, 60))
+@pytest.mark.parametrize("kind", ["probability", "logit", "text_probability"])
+def test_gradients_of_maps_alone(kind: str) -> None:
+    case = Case(33, 65, 2, 32, "fp16", kind, "mean", batch=2, text=(0, 60))
     inputs = {name: t for name, t in case.inputs().items() if name in ("query", "key", "text_key")}
 
     wanted = upstream(case, ("maps",))
@@ -322,7 +326,7 @@ def test_gradients_of_maps_alone(scores: str) -> None:
 
 
 def test_two_runs_are_bitwise_equal() -> None:
-    case = Case(63, 33, 2, 64, "bf16", "probability", "mean", edited=True)
+    case = Case(65, 33, 2, 32, "bf16", "probability", "mean", edited=True)
     runs = []
     for _ in range(2):
         result = joint_attention(**case.inputs(), maps=case.maps, statistics=True)
@@ -335,15 +339,14 @@ def test_two_runs_are_bitwise_equal() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tiles", [(16, 16), (32, 128), (128, 32)], ids=lambda tiles: f"{tiles[0]}x{tiles[1]}"
+    "tiles", [(16, 32), (32, 128), (128, 32)], ids=lambda tiles: f"{tiles[0]}x{tiles[1]}"
 )
 def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """No shape of tile is built into a kernel: the tuning table is free to choose."""
-    config = Config(*tiles, 4, 1)
-    tuning = dataclasses.replace(INTERPRETER, **dict.fromkeys(INTERPRETER.__dataclass_fields__, config))
-    for module in (forward, maps, backward):
-        monkeypatch.setattr(module, "tuning_for", lambda tensor: tuning)
-    case = Case(63, 33, 2, 32, "fp16", "probability", "mean", edited=True)
+    config = tuning.Config(*tiles, 4, 1)
+    configs = tuning.Tuning(config, config, config, config)
+    monkeypatch.setattr(tuning, "tuning_for", lambda tensor: configs)
+    case = Case(35, 33, 2, 32, "fp16", "probability", "mean", edited=True)
     inputs = case.inputs()
     options: dict[str, Any] = {"maps": case.maps}
     judge(
@@ -361,7 +364,7 @@ def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", ["query", "text_key", "value"])
 def test_what_is_not_a_number_spreads_as_in_pytorch(name: str, bad: float) -> None:
     """A bad entry makes the same outputs NaN as in PyTorch's attention, and no others."""
-    inputs = attention_inputs(1, 40, 20, 2, 32, torch.float32)
+    inputs = attention_inputs(1, 33, 17, 2, 16, torch.float32)
     inputs[name][0, 3, 1, 5] = bad
     actual = joint_attention(**inputs, maps=MapRequest(heads="each"))
     expected = pytorch_attention(**inputs, maps=MapRequest(heads="each"))
@@ -405,4 +408,4 @@ def test_what_it_cannot_do_names_what_can(dtype: torch.dtype, head_dim: int, rea
     inputs = attention_inputs(1, 4, 3, 1, head_dim, torch.float32)
     with pytest.raises(ValueError, match=rf'{reason}.*backend\("aten"\) can'):
         joint_attention(**{n: t.to(dtype) for n, t in inputs.items()})
-    assert registration.refusal(inputs["query"].to(dtype)) is not None
+    assert triton_backend.refusal(inputs["query"].to(dtype)) is not None
