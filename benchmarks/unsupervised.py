@@ -23,11 +23,11 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 import seg4diff
+from seg4diff.attention.patch import patch_of
 from seg4diff.demo import CLASSES, HELD_OUT, scene
 from seg4diff.evaluation.metrics import Counts, matched_counts
 from seg4diff.kernels.types import MapRequest
 from seg4diff.loading import load_pipeline
-from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
 
 

@@ -9,16 +9,16 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff import demo as demo
     from seg4diff.analysis import analyze as analyze
     from seg4diff.analysis import expert_layers as expert_layers
-    from seg4diff.capturing import Capture as Capture
-    from seg4diff.capturing import Record as Record
-    from seg4diff.capturing import capture as capture
+    from seg4diff.attention.capture import Capture as Capture
+    from seg4diff.attention.capture import Record as Record
+    from seg4diff.attention.capture import capture as capture
+    from seg4diff.attention.patch import is_patched as is_patched
+    from seg4diff.attention.patch import patch as patch
+    from seg4diff.attention.patch import unpatch as unpatch
     from seg4diff.guidance import guide as guide
     from seg4diff.kernels.types import MapRequest as MapRequest
     from seg4diff.loading import load_pipeline as load_pipeline
     from seg4diff.magnet.weights import load_lora as load_lora
-    from seg4diff.patching import is_patched as is_patched
-    from seg4diff.patching import patch as patch
-    from seg4diff.patching import unpatch as unpatch
     from seg4diff.perturbation import edit as edit
     from seg4diff.perturbation import perturb as perturb
     from seg4diff.segmentation import Segmentation as Segmentation
@@ -27,24 +27,24 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
 
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
-    "Capture": "seg4diff.capturing",
+    "Capture": "seg4diff.attention.capture",
     "MapRequest": "seg4diff.kernels.types",
-    "Record": "seg4diff.capturing",
+    "Record": "seg4diff.attention.capture",
     "Segmentation": "seg4diff.segmentation",
     "analyze": "seg4diff.analysis",
-    "capture": "seg4diff.capturing",
+    "capture": "seg4diff.attention.capture",
     "demo": "",
     "edit": "seg4diff.perturbation",
     "expert_layers": "seg4diff.analysis",
     "guide": "seg4diff.guidance",
-    "is_patched": "seg4diff.patching",
+    "is_patched": "seg4diff.attention.patch",
     "load_lora": "seg4diff.magnet.weights",
     "load_pipeline": "seg4diff.loading",
-    "patch": "seg4diff.patching",
+    "patch": "seg4diff.attention.patch",
     "perturb": "seg4diff.perturbation",
     "segment": "seg4diff.segmentation",
     "segment_unsupervised": "seg4diff.segmentation.unsupervised",
-    "unpatch": "seg4diff.patching",
+    "unpatch": "seg4diff.attention.patch",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from seg4diff.attention.observer import Forward, Observer, PromptCall, attach
+from seg4diff.attention.patch import patch_of
+from seg4diff.attention.requests import LayerRequest
 from seg4diff.backbones import Backbone
+from seg4diff.backbones.text import TextSpan, find_words
 from seg4diff.kernels.types import MapRequest
-from seg4diff.patching import patch_of
-from seg4diff.processors import LayerRequest
-from seg4diff.tokens import TextEncoding, find_words
-from seg4diff.watching import EncodedPrompt, watching_forwards, watching_pipeline
 
 Padding = Literal["symmetric", "reflect"]
 
@@ -119,25 +119,24 @@ def perturb(
 ) -> Iterator[None]:
     """Blur the image-to-text attention of some layers while a pipeline or a transformer runs.
 
-    Applies after the softmax, to all rows of the batch (both halves under classifier-free guidance). Contexts
-    nest: layers of several are changed by each in the order they were opened. Maps and statistics captured
+    Applies after the softmax, to all rows (both branches under classifier-free guidance). Contexts nest:
+    layers of several are changed by each in the order they were opened. Maps and statistics captured
     meanwhile are those of the softmax, before the blur, so only layers after the first blurred one feel it.
     The model is stock again when the context ends, also after an exception.
 
     Args:
-        target: a patched pipeline or transformer.
+        target: a pipeline or transformer.
         layers: the layers to blur; the paper takes one at a time. None for all.
         sigma, kernel_size, padding, text: see :class:`Blur`; by default the paper's values on all text
             columns, with a padding that preserves the mass, as its text says.
 
     Raises:
-        RuntimeError: ``target`` is not patched.
+        NotImplementedError, TypeError: ``target`` is not of a supported model family.
         ValueError: a layer out of range, sigma, kernel size or padding that is not accepted; when the model
             runs, ``text`` outside its text tokens.
     """
     blur = Blur(sigma, kernel_size, padding, text)
-    state = patch_of(target)
-    with state.asking(state.layers(layers), LayerRequest(edit_text_value=blur)):
+    with attach(target, patch_of(target).layers(layers), LayerRequest(edit_text_value=blur)):
         yield
 
 
@@ -168,12 +167,12 @@ class WordEdits:
             if not math.isfinite(weight):
                 raise ValueError(f"weights={{{word!r}: {weight!r}}} must be finite")
 
-    def matrix(self, encodings: Sequence[TextEncoding], prompts: Sequence[str], text_length: int) -> Tensor:
+    def matrix(self, spans: Sequence[TextSpan], texts: Mapping[str, str], text_length: int) -> Tensor:
         """G [T, T], float64, for one prompt: row i holds what image rows read in place of token i.
 
         Args:
-            encodings: the text encoders.
-            prompts: the prompt each of them was given.
+            spans: the text encoders.
+            texts: the prompt that each of them was given, by the encoder's name.
             text_length: number T of text tokens.
 
         Raises:
@@ -183,7 +182,7 @@ class WordEdits:
         owner: dict[int, str] = {}
 
         def columns_of(word: str) -> list[int]:
-            columns = find_words(encodings, prompts, word)
+            columns = find_words(spans, texts, word)
             for column in columns:
                 if column in owner:
                     raise ValueError(f"{word!r} and {owner[column]!r} share a token; edit each word once")
@@ -196,9 +195,9 @@ class WordEdits:
             matrix[columns_of(word)] *= weight
         for pair in self.swap:
             one, other = (columns_of(word) for word in pair)
-            for encoding in encodings:
-                last = encoding.first + encoding.length
-                here, there = ([c for c in cs if encoding.first <= c < last] for cs in (one, other))
+            for span in spans:
+                last = span.first + span.length
+                here, there = ([c for c in cs if span.first <= c < last] for cs in (one, other))
                 if here and there:
                     _read_instead(matrix, here, there)
                     _read_instead(matrix, there, here)
@@ -226,14 +225,13 @@ def edit(
 ) -> Iterator[None]:
     """Drop, swap or re-weight words of the prompt in what image tokens read, while a pipeline runs.
 
-    Words are found in each picture's prompt, all their occurrences and all their tokens, in every text
-    encoder.
-    Only the conditional half of the batch is edited, and only what image rows read: text rows, the pooled
+    Words are found in each image's prompt, all their occurrences and all their tokens, in every text encoder.
+    Only the conditional branch is edited, and only what image rows read: text rows, the pooled
     embedding, and the other tokens (which have seen the word in the text encoder) stay as they are. Nesting,
     captures and exceptions are as in :func:`perturb`.
 
     Args:
-        pipe: a patched pipeline.
+        pipe: a pipeline.
         layers: the layers to edit; all when None.
         drop: words that are no longer read. Their probability mass is lost, as the softmax is not repeated.
         swap: ``{"cat": "dog"}`` makes each be read in the other's place: token for token where they have
@@ -242,7 +240,8 @@ def edit(
         prompt: the text (one for each prompt) where the pipeline is called with embeddings instead of text.
 
     Raises:
-        RuntimeError: ``pipe`` is not patched; when it runs, no prompt is known.
+        RuntimeError: when the pipeline runs, no prompt is known.
+        NotImplementedError: the model family is not supported.
         TypeError: ``pipe`` is a bare transformer, which has no words.
         ValueError: a layer out of range, nothing to edit; when the pipeline runs, a word that is not in the
             prompt (the message lists those that are), or that two edits name.
@@ -257,16 +256,12 @@ def edit(
     )
     given = (prompt,) if isinstance(prompt, str) else None if prompt is None else tuple(prompt)
     editor = _Editor(pipe, state.backbone, edits, given)
-    with ExitStack() as stack:
-        request = LayerRequest(edit_text_value=editor.edit_text_value)
-        stack.enter_context(state.asking(state.layers(layers), request))
-        stack.enter_context(watching_forwards(pipe, editor.before_forward, editor.after_forward))
-        stack.enter_context(watching_pipeline(pipe, editor.begin, editor.end))
+    with attach(pipe, state.layers(layers), LayerRequest(edit_text_value=editor.edit_text_value), editor):
         yield
 
 
-class _Editor:
-    """Knows the matrix of every picture of the pipeline call that runs."""
+class _Editor(Observer):
+    """Knows the matrix of every image of the pipeline call that runs."""
 
     def __init__(
         self, pipe: Any, backbone: Backbone, edits: WordEdits, prompt: tuple[str, ...] | None
@@ -275,38 +270,33 @@ class _Editor:
         self._backbone = backbone
         self._edits = edits
         self._given_prompt = prompt
-        self._encoded: EncodedPrompt | None = None
-        self._matrices: Tensor | None = None  # [pictures, T, T]
+        self._matrices: Tensor | None = None  # [images, T, T]
         self._first_row: int | None = None  # the conditional rows of the forward that runs begin here
 
-    def begin(self, encoded: EncodedPrompt) -> None:
-        self._encoded, self._matrices = encoded, None
-        encodings = self._backbone.text_encodings(self._pipe, encoded.text_length)
-        found: dict[tuple[str, str], Tensor] = {}
+    def begin_call(self, prompt: PromptCall) -> None:
+        self._matrices = None
+        spans = self._backbone.text_spans(self._pipe, prompt.text_tokens)
+        found: dict[tuple[str, ...], Tensor] = {}
         matrices = []
-        for picture in range(encoded.rows):
-            texts = encoded.text_of(picture, self._given_prompt)
-            if texts not in found:
-                prompts = [texts[1] if encoding.encoder == "t5" else texts[0] for encoding in encodings]
-                found[texts] = self._edits.matrix(encodings, prompts, encoded.text_length)
-            matrices.append(found[texts])
+        for image in range(prompt.images):
+            texts = prompt.text_of(image, self._given_prompt)
+            key = tuple(texts[span.encoder] for span in spans)
+            if key not in found:
+                found[key] = self._edits.matrix(spans, texts, prompt.text_tokens)
+            matrices.append(found[key])
         self._matrices = torch.stack(matrices)
 
-    def end(self) -> None:
-        self._encoded = self._matrices = None
+    def end_call(self) -> None:
+        self._matrices = None
 
-    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._first_row = None
-        if self._encoded is not None:
-            batch = self._backbone.read_call(self._pipe.transformer, args, kwargs).batch
-            self._first_row = self._encoded.rows_of("conditional", batch).start
-        return args, kwargs
-
-    def after_forward(self, _: Any) -> None:
-        self._first_row = None
+    def before_forward(self, forward: Forward, arguments: dict[str, Any]) -> dict[str, Any]:
+        rows = forward.rows("conditional")
+        outside = forward.prompt is None or rows.stop == rows.start
+        self._first_row = None if outside else rows.start
+        return arguments
 
     def edit_text_value(self, text_value: Tensor) -> Tensor:
-        if self._matrices is None or self._first_row is None:  # the transformer outside a pipeline call
+        if self._matrices is None or self._first_row is None:  # outside of a pipeline call's own branch
             return text_value
         unchanged, read = text_value[: self._first_row], text_value[self._first_row :]
         # Rows that perturbation guidance adds repeat the conditional ones.

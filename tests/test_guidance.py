@@ -347,5 +347,5 @@ def test_bad_arguments_are_named(
 def test_what_cannot_be_guided(pipe: Any) -> None:
     with pytest.raises(TypeError, match="bare transformer"):
         guide(pipe.transformer, PROMPT, layers=1)
-    with pytest.raises(RuntimeError, match="not patched"):
-        guide(tiny.pipeline(), PROMPT, layers=1)
+    with pytest.raises(NotImplementedError, match="Linear is not supported"):
+        guide(torch.nn.Linear(1, 1), PROMPT, layers=1)

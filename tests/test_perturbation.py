@@ -203,8 +203,9 @@ def test_everything_is_restored(pipe: Any) -> None:
 @torch.no_grad()
 def test_layers_not_named_are_stock(pipe: Any) -> None:
     with perturb(pipe, 1):
-        names = [type(block.attn.processor).__name__ for block in pipe.transformer.transformer_blocks]
-    assert names == ["JointAttnProcessor2_0", "JointAttentionProcessor", "JointAttnProcessor2_0"]
+        now = [block.attn.processor for block in pipe.transformer.transformer_blocks]
+    stock = [block.attn.processor for block in pipe.transformer.transformer_blocks]
+    assert [one is other for one, other in zip(now, stock, strict=True)] == [True, False, True]
 
 
 @torch.no_grad()
@@ -385,7 +386,7 @@ def test_skip_layer_guidance_reads_the_edit_too(pipe: Any) -> None:
     ("arguments", "error", "message"),
     [
         ({"layers": 3}, ValueError, "layer 3 is out of range: this model has layers 0 to 2"),
-        ({"layers": []}, ValueError, "names no layer"),
+        ({"layers": []}, ValueError, "is empty"),
         ({"sigma": 0}, ValueError, "sigma=0 must be above 0"),
         ({"sigma": -1.0}, ValueError, "sigma=-1.0"),
         ({"sigma": float("nan")}, ValueError, "sigma=nan"),
@@ -447,9 +448,6 @@ def test_bad_words_are_named_and_leave_the_pipeline_usable(
 
 def test_what_cannot_be_edited() -> None:
     pipe = tiny.pipeline()
-    with pytest.raises(RuntimeError, match="not patched"), perturb(pipe, 1):
-        pass
-    seg4diff.patch(pipe)
     with pytest.raises(TypeError, match="bare transformer"), edit(pipe.transformer, drop="cat"):
         pass
 

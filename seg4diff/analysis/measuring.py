@@ -6,8 +6,8 @@ exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -17,14 +17,12 @@ from torch import Tensor
 
 from seg4diff.analysis.principal import principal_components
 from seg4diff.analysis.report import Measures, Report
-from seg4diff.backbones import CallInputs
+from seg4diff.attention.observer import Forward, Observer, PromptCall, SameText, attach
+from seg4diff.attention.patch import Patch, patch_of
+from seg4diff.attention.requests import LayerRequest, LayerResult, Projections
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import AttentionStatistics
-from seg4diff.patching import Patch, patch_of
-from seg4diff.processors import RESULT_ATTRIBUTE, LayerRequest, Projections
 from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
-from seg4diff.tokens import columns_of_characters
-from seg4diff.watching import EncodedPrompt, watching_forwards, watching_pipeline
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -53,7 +51,7 @@ def analyze(
     at them once a level, beside their prompts.
 
     Args:
-        pipe: a patched pipeline, see :func:`seg4diff.patch`.
+        pipe: a pipeline.
         prompts: one text, or several; with images one for each, or one for all, or None for empty prompts.
         images: a picture or several, in any form that :func:`seg4diff.segment` takes.
         layers: the layers to analyse; all when None.
@@ -64,14 +62,13 @@ def analyze(
         projections: also report the principal components of queries, keys and values of the first picture.
         preset: how images are fitted to the model, as in :func:`seg4diff.segment`.
         guidance_scale: of classifier-free guidance while drawing; the conditional half is reported.
-        seed: of the noise. Picture number i is drawn from noise of seed + i; given images are all noised
-            alike.
-        batch_size: pictures that run together.
+        seed: of the noise. Image number i is drawn from noise of seed + i; given images are all noised alike.
+        batch_size: images that run together.
         progress: whether to show the pipeline's progress bar; when None, for more than one picture.
         call: more arguments of the pipeline's call, while drawing.
 
     Raises:
-        RuntimeError: ``pipe`` is not patched.
+        NotImplementedError: the model family is not supported.
         TypeError: ``pipe`` is a bare transformer.
         ValueError: neither prompts nor images, an empty list of either, numbers that do not match, a layer or
             noise level out of range.
@@ -88,18 +85,14 @@ def analyze(
         raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
     measurement = _Measurement(state, pipe, chosen, len(noise_levels), projections)
     request = LayerRequest(statistics=True, observe=measurement.observe if projections else None)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(state.asking(chosen, request))
-        stack.callback(state.clear_results)
-        stack.enter_context(
-            watching_forwards(pipe, measurement.before_forward, lambda _: measurement.after_forward(request))
-        )
+    # Images go to the transformer alone; what encodes their prompts is not a pipeline call.
+    target = pipe if images is None else pipe.transformer
+    with torch.no_grad(), attach(target, chosen, request, measurement):
         if images is None:
             if texts is None:
                 raise ValueError("neither prompts nor images are given; give at least one of them")
             _draw(
-                pipe, measurement, texts, stack,
+                pipe, measurement, texts,
                 noise_levels=noise_levels, steps=steps, guidance_scale=guidance_scale, seed=seed,
                 batch_size=batch_size, progress=progress, call=call,
             )  # fmt: skip
@@ -141,7 +134,6 @@ def _draw(
     pipe: Any,
     measurement: _Measurement,
     texts: list[str],
-    stack: ExitStack,
     *,
     noise_levels: Sequence[int],
     steps: int,
@@ -152,10 +144,8 @@ def _draw(
     call: dict[str, Any],
 ) -> None:
     """Draw the prompts and measure the steps at ``noise_levels``."""
-    stack.enter_context(watching_pipeline(pipe, measurement.begin, measurement.end))
     measurement.steps = {steps - level: position for position, level in enumerate(noise_levels)}
-    if getattr(pipe, "text_encoder_3", True) is None:
-        call = {"max_sequence_length": 77, **call}  # 77 empty tokens in the place of T5's, as in the paper
+    call = {**measurement.call_defaults, **call}
     with pictures_bar(pipe, len(texts), progress) as bar:
         for first in range(0, len(texts), batch_size):
             batch = texts[first : first + batch_size]
@@ -212,16 +202,16 @@ def _look(
         pipe.maybe_free_model_hooks()
 
 
-class _Measurement:
-    """Sums over pictures; knows which forwards count, and at which noise level they are."""
+class _Measurement(Observer):
+    """Sums over images; knows which forwards count, and at which noise level they are."""
 
     def __init__(
         self, state: Patch, pipe: Any, layers: tuple[int, ...], levels: int, projections: bool
     ) -> None:
-        self._state = state
+        self._backbone = state.backbone
         self._pipe = pipe
         self._layers = layers
-        heads: Any = state.attention(layers[0]).heads
+        heads: Any = state.backbone.attention(state.transformer, layers[0]).heads
         names = [f.name for f in fields(Measures)]
         self._by_layer = {name: torch.zeros(levels, len(layers), dtype=torch.float64) for name in names}
         self._by_head = {name: torch.zeros(levels, len(layers), heads, dtype=torch.float64) for name in names}
@@ -231,53 +221,48 @@ class _Measurement:
         self._timesteps = [float("nan")] * levels
         self._keeps_projections = projections
         self._projections: dict[tuple[int, int], dict[str, Tensor]] = {}  # by level and layer
-        self._grid = (0, 0)
+        self._grid: tuple[int, ...] = (0, 0)
         # While drawing: which step of a call is at which level, and how far the call is.
         self.steps: dict[int, int] = {}
-        self._encoded: EncodedPrompt | None = None
         self._step = -1
         # Of the forward that runs:
-        self._inputs: CallInputs | None = None
         self._level: int | None = None
         self._rows = slice(0, 0)
-        self._texts: tuple[tuple[str, str], ...] = ()
+        self._texts: tuple[Mapping[str, str], ...] = ()
         self._first_picture = False
 
-    def begin(self, encoded: EncodedPrompt) -> None:
-        self._encoded, self._step = encoded, -1
-
-    def end(self) -> None:
-        self._encoded = None
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it encode text as segmentation does."""
+        return self._backbone.call_defaults(self._pipe)
 
     def expect(self, level: int, prompts: Sequence[str], *, first_picture: bool) -> None:
         """Say what the next forward, of a bare transformer, is."""
         self._level, self._first_picture = level, first_picture
         self._rows = slice(0, len(prompts))
-        self._texts = tuple((prompt, prompt) for prompt in prompts)
+        self._texts = tuple(SameText(prompt) for prompt in prompts)
 
-    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = self._state.backbone.read_call(self._state.transformer, args, kwargs)
-        self._state.clear_results()
-        self._inputs = None
-        if self._encoded is not None:
+    def begin_call(self, prompt: PromptCall) -> None:
+        self._step = -1
+
+    def before_forward(self, forward: Forward, arguments: dict[str, Any]) -> dict[str, Any]:
+        if forward.prompt is not None:
             self._level = None
-            if not inputs.skipped_layers:
+            self._rows = forward.rows("conditional")
+            count = self._rows.stop - self._rows.start
+            if count and not forward.call.skipped_layers:
                 self._step += 1
                 self._level = self.steps.get(self._step)
             if self._level is not None:
-                self._rows = self._encoded.rows_of("conditional", inputs.batch)
-                count = self._rows.stop - self._rows.start
-                self._texts = tuple(self._encoded.text_of(row) for row in range(count))
+                self._texts = tuple(forward.prompt.text_of(row) for row in range(count))
                 self._first_picture = bool(self._pictures[self._level] == 0)
-        if self._level is not None:
-            self._inputs = inputs
-            if self._first_picture:
-                self._grid = inputs.grid
-        return args, kwargs
+        if self._level is not None and self._first_picture:
+            self._grid = forward.call.grid
+        return arguments
 
     def observe(self, projections: Projections) -> dict[str, Tensor] | None:
-        """Principal components [N, 3] of the first picture's image tokens, while a layer has them at hand."""
-        if self._inputs is None or not self._first_picture:
+        """Principal components [N, 3] of the first image's tokens, while a layer has them at hand."""
+        if self._level is None or not self._first_picture:
             return None
         row = self._rows.start
         return {
@@ -285,38 +270,32 @@ class _Measurement:
             for name in PROJECTIONS
         }
 
-    def after_forward(self, request: LayerRequest) -> None:
-        inputs, level = self._inputs, self._level
-        self._inputs = self._level = None
-        if inputs is None or level is None:
+    def after_forward(self, forward: Forward, results: Mapping[int, LayerResult], output: Any) -> None:
+        level, self._level = self._level, None
+        if level is None:
             return
-        prompt_columns = self._prompt_columns(inputs.text_length)
+        call = forward.call
+        prompt_columns = self._prompt_columns(call.layout.text_tokens)
         for position, layer in enumerate(self._layers):
-            results = getattr(self._state.attention(layer), RESULT_ATTRIBUTE)
-            result = results[self._state.requests(layer).index(request)]
+            result = results[layer]
+            assert result.statistics is not None
             self._add(level, position, result.statistics, prompt_columns)
             if result.observed is not None:
                 self._projections[level, position] = result.observed
-        tokens = inputs.grid[0] * inputs.grid[1]
         count = len(self._texts)
-        self._uniform += count * inputs.text_length / (tokens + inputs.text_length)
+        self._uniform += count * call.layout.text_tokens / call.layout.tokens
         self._pictures[level] += count
         self._with_prompt[level] += sum(len(columns) > 0 for columns in prompt_columns)
-        if inputs.timestep is not None:
-            self._timesteps[level] = float(inputs.timestep.reshape(-1)[0])
-        self._state.clear_results()
+        if call.timestep is not None:
+            self._timesteps[level] = float(call.timestep.reshape(-1)[0])
 
     def _prompt_columns(self, text_length: int) -> list[list[int]]:
         """For every row, the text columns of its prompt's tokens."""
-        encodings = self._state.backbone.text_encodings(self._pipe, text_length)
-        found = []
-        for clip, t5 in self._texts:
-            columns: list[int] = []
-            for encoding in encodings:
-                text = t5 if encoding.encoder == "t5" else clip
-                columns += columns_of_characters(encoding, text, 0, len(text))
-            found.append(columns)
-        return found
+        spans = self._backbone.text_spans(self._pipe, text_length)
+        return [
+            [column for span in spans for column in span.columns(texts[span.encoder])]
+            for texts in self._texts
+        ]
 
     def _add(
         self,

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from seg4diff.analysis.measuring import analyze, check_levels, pictures_bar
 from seg4diff.analysis.report import _figure
-from seg4diff.capturing import capture
+from seg4diff.attention.maps import maps_of
+from seg4diff.attention.patch import patch_of
 from seg4diff.evaluation.metrics import confusion_matrix, counts_of
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
-from seg4diff.patching import patch_of
 from seg4diff.saving import write_atomically
 from seg4diff.segmentation.recipe import Resize, find_preset, model_inputs, resize_scores, views_of
 from seg4diff.segmentation.zero_shot import plan_prompts
@@ -215,9 +215,9 @@ def _measure(
                 f"labels[{number}] reach from {int(truth.min())} to {largest}, but classes[{number}] names "
                 f"{len(classes[number])}; accepted: indices of them, and 255 for what does not count"
             )
-    encoding = state.backbone.text_encodings(pipe, 0)[0]
+    span = state.backbone.name_span(pipe)
     names = list(dict.fromkeys(name for several in classes for name in several))
-    plans = [plan_prompts(tuple(several), encoding, choices) for several in classes]
+    plans = [plan_prompts(tuple(several), span, choices) for several in classes]
     confusion = torch.zeros(len(noise_levels), len(chosen), len(names), len(names), dtype=torch.int64)
     timesteps = [float("nan")] * len(noise_levels)
     parts: dict[tuple[int, int], list[Tensor]] = {}
@@ -234,17 +234,9 @@ def _measure(
             ):
                 level = noise_levels.index(-inputs.noise_index)
                 timesteps[level] = inputs.timestep
-                with capture(
-                    state.transformer,
-                    chosen,
-                    maps=MapRequest(text=slice(0, encoding.length)),
-                    stop_early=True,
-                ) as captured:
-                    pipe.transformer(**inputs.arguments)
-                grid = captured.records[0].grid
-                maps = torch.stack(
-                    [r.maps for r in captured.records if r.maps is not None]
-                )  # [L, rows, N, T']
+                request = MapRequest(text=slice(0, span.first + span.length))
+                maps = maps_of(pipe.transformer, chosen, request, inputs.arguments)  # [L, rows, N, T']
+                grid = state.backbone.read_call(state.transformer, inputs.arguments).grid
                 for row, picture in enumerate(inputs.pictures):
                     found = parts.setdefault((level, picture), [])
                     found.append(_scores(maps[:, row], plans[picture][len(found)].columns))

@@ -128,8 +128,8 @@ def _draw(
     from tqdm import tqdm
 
     import seg4diff
-    from seg4diff.patching import patch_of
-    from seg4diff.tokens import words_of
+    from seg4diff.attention.patch import patch_of
+    from seg4diff.backbones.text import words_of
     from seg4diff.visualization import contact_sheet, heatmap_overlay
 
     state = patch_of(pipe)

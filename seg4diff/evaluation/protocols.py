@@ -16,12 +16,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from seg4diff.backbones.text import TextSpan
 from seg4diff.evaluation.datasets import Dataset
 from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.segmentation.recipe import Preset, Resize, resize_scores
 from seg4diff.segmentation.unsupervised import winning_regions
 from seg4diff.segmentation.zero_shot import PlannedPrompt, plan_prompts
-from seg4diff.tokens import TextEncoding
 
 ProtocolName = Literal["oracle", "full", "unsupervised"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -62,7 +62,7 @@ class Protocol:
         name: ProtocolName,
         dataset: Dataset,
         preset: Preset,
-        encoding: TextEncoding,
+        span: TextSpan,
         *,
         background: BackgroundBy = "prompt",
         threshold: float = 0.5,
@@ -73,7 +73,7 @@ class Protocol:
             name: one of ``PROTOCOLS``.
             dataset: gives the classes and their names.
             preset: decides whether names are cut at the hyphen, and whether a stray name is kept.
-            encoding: the text encoder whose tokens are read.
+            span: the text encoder whose tokens are read.
             background: how the background class, if there is one, is decided.
             threshold: see :class:`Question`, in (0, 1).
 
@@ -91,7 +91,7 @@ class Protocol:
         self.name: ProtocolName = name
         self._dataset = dataset
         self._preset = preset
-        self._encoding = encoding
+        self._span = span
         self._by_threshold = dataset.background is not None and background == "threshold"
         self._threshold = threshold
         self._asked: dict[tuple[Any, ...], Question] = {}
@@ -147,7 +147,7 @@ class Protocol:
                 self.name,
                 labels,
                 names,
-                plan_prompts(flat, self._encoding, self._preset) if flat else (),
+                plan_prompts(flat, self._span, self._preset) if flat else (),
                 self._threshold if self._by_threshold else None,
                 dataset.background if self._by_threshold else None,
             )

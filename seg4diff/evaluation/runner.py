@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from seg4diff.attention.patch import patch_of
 from seg4diff.evaluation.datasets import Dataset
 from seg4diff.evaluation.loading_ahead import Failure, Loaded, load, load_ahead
 from seg4diff.evaluation.metrics import (
@@ -54,7 +55,6 @@ from seg4diff.evaluation.results import (
     remove_results,
 )
 from seg4diff.kernels.types import MapRequest
-from seg4diff.patching import patch_of
 from seg4diff.saving import check_outputs, checked_name, write_atomically
 from seg4diff.segmentation.recipe import (
     NOISE_INDEX,
@@ -267,22 +267,21 @@ def make_evaluator(pipe: Any, dataset: Dataset, settings: Settings) -> Evaluator
     if not hasattr(pipe, "vae"):
         raise TypeError(f"{type(pipe).__name__} has no VAE; evaluation takes a whole pipeline")
     preset = find_preset(settings.preset)
-    layers = settings.layers
-    chosen = state.layers(state.backbone.expert_layers(state.transformer) if layers is None else layers)
-    encoding = state.backbone.text_encodings(pipe, 0)[0]
+    chosen = state.layers_or_experts(settings.layers)
+    span = state.backbone.name_span(pipe)
     protocols: dict[str, Protocol] = {
         name: Protocol(
             name,
             dataset,
             preset,
-            encoding,
+            span,
             background=settings.background,
             threshold=settings.background_threshold,
         )
         for name in settings.protocols
     }
     settings = replace(settings, layers=chosen)
-    return Evaluator(pipe, settings, preset, protocols, slice(0, encoding.length))
+    return Evaluator(pipe, settings, preset, protocols, slice(0, span.first + span.length))
 
 
 def evaluate(

@@ -7,7 +7,6 @@ logits, and which of them stands for which mask (Seg4Diff, section 4.3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -16,15 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seg4diff.backbones import find_backbone
-from seg4diff.capturing import Capture, capture
+from seg4diff.attention.maps import forward_with_maps
+from seg4diff.attention.patch import patch_of
 from seg4diff.kernels.types import MapRequest
 from seg4diff.magnet.losses import dice_loss, flow_matching_loss, focal_loss
 from seg4diff.magnet.matching import match
 from seg4diff.magnet.settings import MaskSettings
-from seg4diff.patching import patch, patch_of
-
-_TIMESTEPS = 1000.0  # a transformer's timestep is sigma times this
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Magnet(nn.Module):
         *,
         fm_weight: float = 1.0,
     ) -> None:
-        """Patches ``transformer``.
+        """Train ``transformer``.
 
         Args:
             transformer: a transformer of a supported family.
@@ -94,7 +90,7 @@ class Magnet(nn.Module):
             ValueError: a layer out of range, or none is known.
         """
         super().__init__()
-        self.transformer = patch(transformer)
+        self.transformer = transformer
         self.mask = mask
         self.fm_weight = fm_weight
         self.layers = mask_layers(transformer, mask)
@@ -106,19 +102,14 @@ class Magnet(nn.Module):
         return self.fm_weight == 0
 
     def forward(self, batch: Batch) -> Losses:
-        asked = self._capture(batch, stop_early=self.stops_early) if self.mask.weight > 0 else nullcontext()
-        with asked as captured:
-            velocity = self._run(batch)
-        zero = velocity.new_zeros((), dtype=torch.float32)
-        flow = zero if self.stops_early else flow_matching_loss(velocity, batch.latents, batch.noise)
+        maps, velocity = self._run(batch, stop_early=self.stops_early)
+        zero = batch.latents.new_zeros((), dtype=torch.float32)
+        flow = zero if velocity is None else flow_matching_loss(velocity, batch.latents, batch.noise)
         focal = dice = zero
-        if captured is not None:
-            records = captured.records
-            for record in records:
-                assert record.maps is not None
-                layer_focal, layer_dice = self._mask_losses(record.maps, record.grid, batch)
-                focal = focal + layer_focal / len(records)
-                dice = dice + layer_dice / len(records)
+        for layer_maps in maps:
+            layer_focal, layer_dice = self._mask_losses(layer_maps, self._grid(batch), batch)
+            focal = focal + layer_focal / len(maps)
+            dice = dice + layer_dice / len(maps)
         mask = self.mask.focal_weight * focal + self.mask.dice_weight * dice
         return Losses(self.fm_weight * flow + self.mask.weight * mask, flow, focal, dice)
 
@@ -127,37 +118,51 @@ class Magnet(nn.Module):
 
         Rows without masks have none, [0, 1].
         """
-        with self._capture(batch, stop_early=True) as captured:
-            self._run(batch)
-        record = captured.records[-1]
-        assert record.maps is not None
+        maps, _ = self._run(batch, stop_early=True, always=True)
         return [
-            self.predictions(maps, record.grid, masks, columns)
+            self.predictions(row_maps, self._grid(batch), masks, columns)
             if len(masks) and columns
-            else (maps.new_zeros(0, 1), maps.new_zeros(0, 1))
-            for maps, masks, columns in zip(record.maps, batch.masks, batch.columns, strict=True)
+            else (row_maps.new_zeros(0, 1), row_maps.new_zeros(0, 1))
+            for row_maps, masks, columns in zip(maps[-1], batch.masks, batch.columns, strict=True)
         ]
 
-    def _run(self, batch: Batch) -> Tensor:
-        """The velocity that the transformer predicts for the noisy latents."""
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """Arguments of the transformer's call on the noisy latents."""
         dtype: torch.dtype = self.transformer.dtype  # type: ignore[assignment]
-        velocity: Tensor = self.transformer(
-            hidden_states=torch.lerp(batch.latents, batch.noise, batch.sigma.view(-1, 1, 1, 1)).to(dtype),
-            timestep=batch.sigma * _TIMESTEPS,
-            return_dict=False,
-            **{name: tensor.to(dtype) for name, tensor in batch.text.items()},
-        )[0]
-        return velocity
+        noisy = torch.lerp(batch.latents, batch.noise, batch.sigma.view(-1, 1, 1, 1)).to(dtype)
+        text = {name: tensor.to(dtype) for name, tensor in batch.text.items()}
+        arguments = patch_of(self.transformer).backbone.arguments(self.transformer, noisy, batch.sigma, text)
+        return {**arguments, "return_dict": False}
 
-    def _capture(self, batch: Batch, *, stop_early: bool) -> AbstractContextManager[Capture]:
-        """Capture the layers that are trained, up to the last text column that some mask needs."""
-        last = max((column for row in batch.columns for group in row for column in group), default=0)
-        request = MapRequest(
-            kind=self.mask.scores,
-            heads="each" if self.mask.pairing == "head" else "mean",
-            text=slice(0, last + 1),
-        )
-        return capture(self.transformer, self.layers, maps=request, stop_early=stop_early)
+    def _grid(self, batch: Batch) -> tuple[int, int]:
+        """Tokens of the image along each axis."""
+        patch = patch_of(self.transformer).backbone.patch
+        return batch.latents.shape[-2] // patch, batch.latents.shape[-1] // patch
+
+    def _run(
+        self, batch: Batch, *, stop_early: bool, always: bool = False
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Maps of the layers that are trained, each [B, (H,) N, T'], and the velocity that is predicted.
+
+        Maps reach up to the last text column that some mask needs; there are none without a mask loss, unless
+        ``always`` asks for them. There is no velocity where the forward stops early.
+        """
+        arguments = self._arguments(batch)
+        maps: Sequence[Tensor] = ()
+        if self.mask.weight > 0 or always:
+            last = max((column for row in batch.columns for group in row for column in group), default=0)
+            request = MapRequest(
+                kind=self.mask.scores,
+                heads="each" if self.mask.pairing == "head" else "mean",
+                text=slice(0, last + 1),
+            )
+            maps, output = forward_with_maps(
+                self.transformer, self.layers, request, arguments, stop_early=stop_early
+            )
+        else:
+            output = self.transformer(**arguments)
+        backbone = patch_of(self.transformer).backbone
+        return maps, None if stop_early else backbone.prediction(output[0], batch.latents)
 
     def _mask_losses(self, maps: Tensor, grid: tuple[int, int], batch: Batch) -> tuple[Tensor, Tensor]:
         """Focal and dice loss of one layer's maps [B, (H,) N, T'], mean over rows; no masks, no loss."""
@@ -242,8 +247,7 @@ def mask_layers(transformer: nn.Module, mask: MaskSettings) -> tuple[int, ...]:
     Raises:
         ValueError: a layer out of range, or none is named and none known for this model.
     """
-    patch(transformer)
-    return patch_of(transformer).layers(mask.layers or find_backbone(transformer).expert_layers(transformer))
+    return patch_of(transformer).layers_or_experts(mask.layers or None)
 
 
 def gather_columns(maps: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:

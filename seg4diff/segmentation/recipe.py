@@ -18,10 +18,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from seg4diff.attention.maps import maps_of
+from seg4diff.attention.patch import patch_of
 from seg4diff.backbones import Backbone
-from seg4diff.capturing import capture
 from seg4diff.kernels.types import MapRequest
-from seg4diff.patching import patch_of
 
 Geometry = Literal["aspect", "crop", "squash"]
 Resize = Literal["linear", "geometric"]
@@ -99,7 +99,7 @@ class ImageMaps:
 
     index: int
     maps: tuple[Tensor, ...]
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     timestep: float
 
 
@@ -177,7 +177,7 @@ def run_maps(
     further.
 
     Args:
-        pipe: a patched pipeline.
+        pipe: a pipeline.
         views: the pictures.
         prompts: for each picture its prompts, at least one.
         layers: layers to average; the model's expert layers when None.
@@ -192,12 +192,11 @@ def run_maps(
         average_layers: False keeps the layers apart, as the first axis of every map.
 
     Raises:
-        RuntimeError: ``pipe`` is not patched.
         ValueError: layers, seed or batch size are out of range, or no expert layer is known.
         torch.OutOfMemoryError: with remedies.
     """
     state = patch_of(pipe)
-    chosen = state.layers(state.backbone.expert_layers(state.transformer) if layers is None else layers)
+    chosen = state.layers_or_experts(layers)
     show = len(views) > 1 if progress is None else progress
     found: dict[int, list[Tensor]] = defaultdict(list)
     try:
@@ -213,16 +212,14 @@ def run_maps(
                 batch_size=batch_size,
                 known_text=known_text,
             ):
-                with capture(state.transformer, chosen, maps=maps, stop_early=True) as captured:
-                    pipe.transformer(**inputs.arguments)
-                records = captured.records
-                layer_maps = torch.stack([r.maps for r in records if r.maps is not None])  # [L, rows, ...]
+                layer_maps = maps_of(pipe.transformer, chosen, maps, inputs.arguments)  # [L, rows, ...]
+                grid = state.backbone.read_call(state.transformer, inputs.arguments).grid
                 row_maps = layer_maps.mean(dim=0) if average_layers else layer_maps.transpose(0, 1)
                 for picture, entry in zip(inputs.pictures, row_maps, strict=True):
                     found[picture].append(entry)
                     if len(found[picture]) == len(prompts[picture]):
                         bar.update()
-                        yield ImageMaps(picture, tuple(found.pop(picture)), records[0].grid, inputs.timestep)
+                        yield ImageMaps(picture, tuple(found.pop(picture)), grid, inputs.timestep)
     except torch.OutOfMemoryError as error:
         width, height = views[0].pixels.size
         raise torch.OutOfMemoryError(
@@ -284,19 +281,20 @@ def model_inputs(
         noise = _noise(latents, seed, generator)
         pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
         for index in noise_indices:
-            noisy, timestep = backbone.add_noise(pipe, latents, noise, steps, index)
-            noisy = noisy.to(state.transformer.dtype)  # type: ignore[arg-type]
+            sigma = backbone.sigma(pipe, latents, steps, index)
+            noisy = torch.lerp(latents, noise, sigma.to(latents)).to(state.transformer.dtype)  # type: ignore[arg-type]
             for first in range(0, len(pairs), batch_size):
                 rows, texts = zip(*pairs[first : first + batch_size], strict=True)
-                arguments = {
+                encoded = {
                     key: torch.stack([text[prompt][key] for prompt in texts]).to(noisy.device)
                     for key in text[texts[0]]
                 }
-                arguments["hidden_states"] = noisy[list(rows)]
-                arguments["timestep"] = timestep.expand(len(rows))
+                arguments = backbone.arguments(
+                    state.transformer, noisy[list(rows)], sigma.expand(len(rows)), encoded
+                )
                 pictures = tuple(batch[row] for row in rows)
                 yield ModelInputs(
-                    pictures, texts, index, float(timestep), {**arguments, "return_dict": False}
+                    pictures, texts, index, 1000.0 * float(sigma), {**arguments, "return_dict": False}
                 )
 
 

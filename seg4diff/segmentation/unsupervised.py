@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from seg4diff.attention.patch import patch_of
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
-from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import ImageMaps, View, find_preset, run_maps, views_of
 from seg4diff.segmentation.result import Segmentation
 
@@ -194,7 +194,7 @@ def segment_unsupervised(
     tokens of the first text encoder is grouped by :func:`group_attention`.
 
     Args:
-        pipe: a patched pipeline, see :func:`seg4diff.patch`.
+        pipe: a pipeline of a supported family.
         image: a picture, or several (list, or array with a batch axis): PIL, path, numpy or tensor, any size.
         preset: how the picture is fitted to the model, as in :func:`seg4diff.segment`, and how tokens are
             grouped, see :class:`Grouping`: ``"default"``, ``"paper"`` or ``"reference"``.
@@ -210,7 +210,7 @@ def segment_unsupervised(
         tokens (1 is the mean).
 
     Raises:
-        RuntimeError: ``pipe`` is not patched.
+        NotImplementedError: the model family is not supported.
         TypeError: ``pipe`` has no VAE.
         ValueError: no or unreadable pictures, an unknown preset, a layer out of range, a threshold that is
             not above 0.
@@ -221,8 +221,8 @@ def segment_unsupervised(
     grouping = find_grouping(preset, threshold)
     choices = find_preset(preset)
     images, single = as_list(image)
-    encoding = state.backbone.text_encodings(pipe, 0)[0]
-    used = state.layers(state.backbone.expert_layers(state.transformer) if layers is None else layers)
+    span = state.backbone.name_span(pipe)
+    used = state.layers_or_experts(layers)
     views = views_of(pipe, images, choices)
     results: list[Segmentation | None] = [None] * len(images)
     for found in run_maps(
@@ -230,7 +230,7 @@ def segment_unsupervised(
         views,
         [[""]] * len(images),
         layers=used,
-        maps=MapRequest(heads=grouping.heads, text=slice(0, encoding.length)),
+        maps=MapRequest(heads=grouping.heads, text=slice(span.first, span.first + span.length)),
         seed=seed,
         generator=generator,
         batch_size=batch_size,

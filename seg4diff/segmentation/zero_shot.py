@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from einops import rearrange
 
+from seg4diff.attention.patch import patch_of
+from seg4diff.backbones.text import TextSpan
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
-from seg4diff.patching import patch_of
 from seg4diff.segmentation.recipe import (
     ImageMaps,
     Preset,
@@ -22,7 +23,6 @@ from seg4diff.segmentation.recipe import (
     views_of,
 )
 from seg4diff.segmentation.result import Segmentation
-from seg4diff.tokens import TextEncoding, columns_of_characters, token_count
 
 
 def segment(
@@ -43,7 +43,7 @@ def segment(
     layer. How strongly an image token attends to the tokens of a name is that name's score there.
 
     Args:
-        pipe: a patched pipeline, see :func:`seg4diff.patch`.
+        pipe: a pipeline of a supported family.
         image: a picture, or several (list, or array with a batch axis): PIL, path, numpy or tensor, any size.
         classes: the names to choose from, in any number; more than one prompt holds are spread over several.
             A list of lists gives every picture its own.
@@ -63,7 +63,7 @@ def segment(
         attention probabilities, averaged over heads and over a name's tokens.
 
     Raises:
-        RuntimeError: ``pipe`` is not patched.
+        NotImplementedError: the model family is not supported.
         ValueError: no names, blank or repeated ones, a name that is longer than a prompt or without tokens,
             an unreadable picture, an unknown preset, a layer out of range.
     """
@@ -73,16 +73,17 @@ def segment(
     choices = find_preset(preset)
     images, single = as_list(image)
     names = _names_for_each(classes, len(images))
-    encoding = state.backbone.text_encodings(pipe, 0)[0]
-    plans = {per_image: plan_prompts(per_image, encoding, choices) for per_image in dict.fromkeys(names)}
+    used = state.layers_or_experts(layers)
+    span = state.backbone.name_span(pipe)
+    plans = {per_image: plan_prompts(per_image, span, choices) for per_image in dict.fromkeys(names)}
     views = views_of(pipe, images, choices)
     results: list[Segmentation | None] = [None] * len(images)
     for found in run_maps(
         pipe,
         views,
         [[prompt.text for prompt in plans[per_image]] for per_image in names],
-        layers=layers,
-        maps=MapRequest(text=slice(0, encoding.length)),
+        layers=used,
+        maps=MapRequest(text=slice(0, span.first + span.length)),
         seed=seed,
         generator=generator,
         batch_size=batch_size,
@@ -97,9 +98,7 @@ def segment(
             choices,
             {
                 "preset": preset,
-                "layers": state.layers(
-                    state.backbone.expert_layers(state.transformer) if layers is None else layers
-                ),
+                "layers": used,
                 "timestep": found.timestep,
                 "prompts": [prompt.text for prompt in plans[per_image]],
                 "seed": None if generator is not None else seed or 0,
@@ -122,18 +121,18 @@ class PlannedPrompt:
     columns: tuple[tuple[int, ...], ...]
 
 
-def plan_prompts(names: Sequence[str], encoding: TextEncoding, preset: Preset) -> tuple[PlannedPrompt, ...]:
+def plan_prompts(names: Sequence[str], span: TextSpan, preset: Preset) -> tuple[PlannedPrompt, ...]:
     """Spread names, in order, over as few prompts as the text encoder's length allows.
 
     Raises:
         ValueError: a name has no tokens, or more than one prompt holds.
     """
-    room = encoding.length - 2  # begin and end of text
+    room = span.room
     groups: list[list[str]] = []
     used = room
     for name in names:
         spoken = name.split("-")[0].strip() or name if preset.first_part_of_names else name
-        count = token_count(encoding.tokenizer, spoken)
+        count = span.token_count(spoken)
         if count == 0:
             raise ValueError(f"class name {name!r} has no tokens; use a name made of letters or digits")
         if count > room:
@@ -143,15 +142,15 @@ def plan_prompts(names: Sequence[str], encoding: TextEncoding, preset: Preset) -
             used = 0
         groups[-1].append(spoken)
         used += count
-    return tuple(_plan(group, encoding) for group in groups)
+    return tuple(_plan(group, span) for group in groups)
 
 
-def _plan(group: Sequence[str], encoding: TextEncoding) -> PlannedPrompt:
+def _plan(group: Sequence[str], span: TextSpan) -> PlannedPrompt:
     text = " ".join(group)
     columns = []
     start = 0
     for name in group:
-        found = columns_of_characters(encoding, text, start, start + len(name))
+        found = span.columns(text, start, start + len(name))
         if not found:
             raise ValueError(f"class name {name!r} has no tokens of its own in the prompt {text!r}")
         columns.append(tuple(found))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seg4diff.backbones import find_backbone, transformer_of
-from seg4diff.backbones.sd3 import METADATA_KEY
+from seg4diff.backbones.base import EXPERTS_KEY
 from tests.support import tiny
 
 
@@ -25,22 +25,34 @@ def test_expert_layers(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="transformer of 3 blocks"):
         backbone.expert_layers(small)
     assert backbone.expert_layers(tiny.transformer(layers=24)) == (9,)
-    small.register_to_config(**{METADATA_KEY: [1]})
+    small.register_to_config(**{EXPERTS_KEY: [1]})
     small.save_pretrained(tmp_path)
     assert backbone.expert_layers(SD3Transformer2DModel.from_pretrained(tmp_path)) == (1,)
 
 
 def test_noise_level_of_the_recipe(pipe: Any) -> None:
-    """``timesteps[-8]`` of 28 with SD3's shift: t = 515.07, sigma = 0.515 (and not index 8, which is 877)."""
+    """`timesteps[-8]` of 28 with SD3's shift: sigma = 0.515 (and not index 8, which is 0.877)."""
     backbone = find_backbone(pipe)
-    clean, noise = torch.ones(1, 4, 8, 8), torch.full((1, 4, 8, 8), 3.0)
-    noisy, timestep = backbone.add_noise(pipe, clean, noise, 28, -8)
-    assert float(timestep) == pytest.approx(515.07, abs=0.01)
-    sigma = float(timestep) / 1000
-    torch.testing.assert_close(noisy, torch.full_like(noisy, sigma * 3 + (1 - sigma)))
-    assert float(backbone.add_noise(pipe, clean, noise, 28, 8)[1]) == pytest.approx(877, abs=1)
+    latents = torch.ones(1, 4, 8, 8)
+    assert float(backbone.sigma(pipe, latents, 28, -8)) == pytest.approx(0.51507, abs=1e-5)
+    assert float(backbone.sigma(pipe, latents, 28, 8)) == pytest.approx(0.877, abs=1e-3)
     with pytest.raises(ValueError, match="outside a schedule of 28 steps"):
-        backbone.add_noise(pipe, clean, noise, 28, 28)
+        backbone.sigma(pipe, latents, 28, 28)
+
+
+def test_arguments_are_those_of_a_pipeline_step(pipe: Any) -> None:
+    """Noisy latents as they are, the timestep in the transformer's own units, and the text."""
+    backbone = find_backbone(pipe)
+    noisy, sigma = torch.randn(2, 4, 8, 12), torch.tensor([0.25, 1.0])
+    text = {"encoder_hidden_states": torch.randn(2, 9, 64), "pooled_projections": torch.randn(2, 64)}
+    arguments = backbone.arguments(pipe.transformer, noisy, sigma, text)
+    assert arguments["timestep"].tolist() == [250.0, 1000.0]
+    call = backbone.read_call(pipe.transformer, arguments)
+    assert (call.grid, call.batch, call.layout.tokens) == ((4, 6), 2, 24 + 9)
+    assert call.timestep is not None
+    assert call.timestep.tolist() == [250.0, 1000.0]
+    output = pipe.transformer(**arguments).sample
+    assert backbone.prediction(output, noisy).shape == noisy.shape
 
 
 def test_noise_level_with_dynamic_shifting() -> None:
@@ -53,8 +65,8 @@ def test_noise_level_with_dynamic_shifting() -> None:
     pipe("cat", num_inference_steps=28, output_type="latent", guidance_scale=1.0,
          callback_on_step_end=lambda p, i, t, k: seen.append(float(t)) or k)  # fmt: skip
     latents = torch.zeros(1, 4, 8, 8)
-    timestep = find_backbone(pipe).add_noise(pipe, latents, latents, 28, -8)[1]
-    assert float(timestep) == pytest.approx(seen[-8], rel=1e-5)
+    sigma = find_backbone(pipe).sigma(pipe, latents, 28, -8)
+    assert 1000 * float(sigma) == pytest.approx(seen[-8], rel=1e-5)
 
 
 @torch.no_grad()
@@ -74,12 +86,14 @@ def test_text_is_clip_then_t5(pipe: Any) -> None:
     assert arguments["encoder_hidden_states"][:, 77:].abs().max() == 0
     assert arguments["encoder_hidden_states"][:, :77].abs().max() > 0
     assert arguments["pooled_projections"].shape == (2, 64)
-    (clip,) = backbone.text_encodings(pipe, 154)
+    (clip,) = backbone.text_spans(pipe, 154)
     assert (clip.encoder, clip.first, clip.length) == ("clip", 0, 77)
     with_t5 = tiny.pipeline(t5=True)
     length = backbone.encode_text(with_t5, ["cat"])["encoder_hidden_states"].shape[1]
-    clip, t5 = backbone.text_encodings(with_t5, length)
+    clip, t5 = backbone.text_spans(with_t5, length)
     assert (t5.encoder, t5.first, t5.length) == ("t5", 77, length - 77)
+    assert backbone.text_spans(with_t5) == (clip, t5)
+    assert backbone.name_span(with_t5) == clip
 
 
 def test_sizes_in_pixels(pipe: Any) -> None:

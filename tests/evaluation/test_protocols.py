@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from seg4diff.backbones.text import TextSpan
 from seg4diff.evaluation.datasets import Dataset, class_names
 from seg4diff.evaluation.protocols import PROTOCOLS, Protocol, class_scores, predict
 from seg4diff.segmentation.recipe import find_preset
-from seg4diff.tokens import TextEncoding
 from tests.support import tiny
 
 PAPER = find_preset("paper")
 
 
-def encoding() -> TextEncoding:
-    return TextEncoding("clip", tiny.clip_tokenizer(), 0, 77)
+def span() -> TextSpan:
+    return TextSpan("clip", tiny.clip_tokenizer(), 0, 77, special=2)
 
 
 def dataset(classes: tuple[str, ...], **changes: Any) -> Dataset:
@@ -37,15 +37,13 @@ def spoken(columns: tuple[int, ...], text: str) -> str:
 def test_oracle_names_what_is_there_and_full_names_all() -> None:
     some = dataset(("cat", "sofa", "dog", "tree"))
     labels = np.array([[3, 255], [1, 1]], np.uint8)
-    oracle = Protocol("oracle", some, PAPER, encoding()).question(labels)
+    oracle = Protocol("oracle", some, PAPER, span()).question(labels)
     assert oracle.labels == (1, 3)
     assert [prompt.text for prompt in oracle.prompts] == ["sofa tree"]
-    full = Protocol("full", some, PAPER, encoding()).question(labels)
+    full = Protocol("full", some, PAPER, span()).question(labels)
     assert full.labels == (0, 1, 2, 3)
     assert [prompt.text for prompt in full.prompts] == ["cat sofa dog tree"]
-    assert [p.text for p in Protocol("unsupervised", some, PAPER, encoding()).question(labels).prompts] == [
-        ""
-    ]
+    assert [p.text for p in Protocol("unsupervised", some, PAPER, span()).question(labels).prompts] == [""]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +52,7 @@ def test_oracle_names_what_is_there_and_full_names_all() -> None:
     ids=["ade150", "coco-stuff171", "pc59"],
 )
 def test_a_large_vocabulary_is_spread_over_prompts_of_77_tokens(classes: tuple[str, ...]) -> None:
-    question = Protocol("full", dataset(classes), PAPER, encoding()).question(np.zeros((2, 2), np.uint8))
+    question = Protocol("full", dataset(classes), PAPER, span()).question(np.zeros((2, 2), np.uint8))
     said = []
     for prompt in question.prompts:
         assert len(tiny.clip_tokenizer()(prompt.text).input_ids) <= 77
@@ -70,18 +68,16 @@ def test_a_large_vocabulary_is_spread_over_prompts_of_77_tokens(classes: tuple[s
 
 def test_the_public_code_cuts_names_at_the_hyphen() -> None:
     names = dataset(("wall-brick", "sky-other"))
-    question = Protocol("full", names, find_preset("reference"), encoding()).question(
-        np.zeros((1, 1), np.uint8)
-    )
+    question = Protocol("full", names, find_preset("reference"), span()).question(np.zeros((1, 1), np.uint8))
     assert [prompt.text for prompt in question.prompts] == ["wall sky"]
-    assert Protocol("full", names, PAPER, encoding()).question(np.zeros((1, 1), np.uint8)).prompts[
-        0
-    ].text == ("wall-brick sky-other")
+    assert Protocol("full", names, PAPER, span()).question(np.zeros((1, 1), np.uint8)).prompts[0].text == (
+        "wall-brick sky-other"
+    )
 
 
 def test_scores_of_a_class_are_the_largest_of_its_names() -> None:
     names = dataset(("sofa", "animal"), prompts=(("sofa",), ("cat", "dog")))
-    question = Protocol("full", names, PAPER, encoding()).question(np.zeros((1, 1), np.uint8))
+    question = Protocol("full", names, PAPER, span()).question(np.zeros((1, 1), np.uint8))
     assert question.prompts[0].text == "sofa cat dog"
     attention = torch.zeros(4, 77)  # four image tokens
     attention[:, 1] = torch.tensor([0.4, 0.4, 0.4, 0.4])
@@ -95,7 +91,7 @@ def test_scores_of_a_class_are_the_largest_of_its_names() -> None:
 def test_the_label_map_is_that_of_resized_scores() -> None:
     """Classes are resized some at a time; the result is that of all at once, also beyond one portion."""
     classes = tuple(f"{a}{b}" for a in "abcdef" for b in "ghijkl")
-    question = Protocol("full", dataset(classes), PAPER, encoding()).question(np.zeros((1, 1), np.uint8))
+    question = Protocol("full", dataset(classes), PAPER, span()).question(np.zeros((1, 1), np.uint8))
     attention = [
         torch.rand(12, 77, generator=torch.Generator().manual_seed(i)) for i in range(len(question.prompts))
     ]
@@ -110,7 +106,7 @@ def test_the_label_map_is_that_of_resized_scores() -> None:
 def test_background_where_no_name_reaches() -> None:
     names = dataset(("background", "cat", "dog"), background=0)
     labels = np.array([[0, 1, 2]], np.uint8)
-    question = Protocol("oracle", names, PAPER, encoding(), background="threshold", threshold=0.5).question(
+    question = Protocol("oracle", names, PAPER, span(), background="threshold", threshold=0.5).question(
         labels
     )
     assert question.labels == (1, 2)
@@ -119,14 +115,14 @@ def test_background_where_no_name_reaches() -> None:
     attention[:, 1] = torch.tensor([0.2, 0.8, 0.1])
     attention[:, 2] = torch.tensor([0.3, 0.1, 0.5])  # 0.3 is below half of 0.8, 0.5 is not
     assert predict(question, [attention], (1, 3), (1, 3), PAPER).tolist() == [[0, 1, 2]]
-    by_prompt = Protocol("oracle", names, PAPER, encoding(), background="prompt").question(labels)
+    by_prompt = Protocol("oracle", names, PAPER, span(), background="prompt").question(labels)
     assert by_prompt.labels == (0, 1, 2)
     assert by_prompt.prompts[0].text == "background cat dog"
 
 
 def test_a_picture_of_nothing_but_background() -> None:
     names = dataset(("background", "cat"), background=0)
-    protocol = Protocol("oracle", names, PAPER, encoding(), background="threshold")
+    protocol = Protocol("oracle", names, PAPER, span(), background="threshold")
     question = protocol.question(np.array([[0, 0], [0, 255]], np.uint8))
     assert question.prompts == ()
     assert predict(question, [], (0, 0), (2, 2), PAPER).tolist() == [[0, 0], [0, 0]]
@@ -136,21 +132,21 @@ def test_the_stray_name_of_the_public_code() -> None:
     """It prompts "background" for COCO-Object, and counts pixels that go to it as misses."""
     things = dataset(("cat", "dog"), stray_name="background")
     labels = np.array([[1, 255]], np.uint8)
-    protocol = Protocol("oracle", things, find_preset("reference"), encoding())
+    protocol = Protocol("oracle", things, find_preset("reference"), span())
     question = protocol.question(labels)
     assert protocol.labels == 3
     assert (question.labels, question.prompts[0].text) == ((1, 2), "dog background")
     assert protocol.question(np.array([[1, 0]], np.uint8)).labels == (0, 1)  # no background in the picture
-    paper = Protocol("oracle", things, PAPER, encoding())
+    paper = Protocol("oracle", things, PAPER, span())
     assert paper.labels == 2
     assert paper.question(labels).prompts[0].text == "dog"
 
 
 def test_names_that_cannot_be_prompted_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="has 120 tokens, but a prompt holds 75"):
-        Protocol("oracle", dataset(("cat", "x" * 120)), PAPER, encoding())
+        Protocol("oracle", dataset(("cat", "x" * 120)), PAPER, span())
     with pytest.raises(ValueError, match="has no tokens"):
-        Protocol("full", dataset(("cat", " ")), PAPER, encoding())
+        Protocol("full", dataset(("cat", " ")), PAPER, span())
 
 
 @pytest.mark.parametrize(
@@ -164,7 +160,7 @@ def test_names_that_cannot_be_prompted_are_refused_at_once() -> None:
 def test_bad_choices(arguments: dict[str, Any], message: str) -> None:
     choices = {"name": "oracle", **arguments}
     with pytest.raises(ValueError, match=message):
-        Protocol(choices.pop("name"), dataset(("cat",)), PAPER, encoding(), **choices)
+        Protocol(choices.pop("name"), dataset(("cat",)), PAPER, span(), **choices)
 
 
 def test_better_names_of_every_data_set_can_be_prompted(tmp_path: Path) -> None:
@@ -177,7 +173,7 @@ def test_better_names_of_every_data_set_can_be_prompted(tmp_path: Path) -> None:
         class_names.CITYSCAPES,
     ):
         better = tuple(class_names.BETTER.get(name, (name,)) for name in classes)
-        question = Protocol("full", dataset(classes, prompts=better), PAPER, encoding()).question(
+        question = Protocol("full", dataset(classes, prompts=better), PAPER, span()).question(
             np.zeros((1, 1), np.uint8)
         )
         assert sum(len(prompt.columns) for prompt in question.prompts) == sum(map(len, better))

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import seg4diff
+from seg4diff.backbones import find_backbone
 from seg4diff.segmentation.unsupervised import group_attention, segment_unsupervised, winning_regions
-from tests.support import tiny
 from tests.support.images import random_image
 from tests.support.paths import REFERENCE
 
@@ -150,7 +150,7 @@ def test_regions_are_those_of_the_empty_prompt(pipe: object) -> None:
     captured: list[torch.Tensor] = []
     picture = random_image()
     result = segment_unsupervised(pipe, picture, layers=[2], threshold=1e-4, seed=5, preset="paper")
-    backbone = seg4diff.patching.patch_of(pipe).backbone
+    backbone = find_backbone(pipe)
     with torch.no_grad():
         pixels = (
             torch.from_numpy(np.rint(picture.astype(np.float32) * 255)).permute(2, 0, 1)[None].float() / 127.5
@@ -158,10 +158,11 @@ def test_regions_are_those_of_the_empty_prompt(pipe: object) -> None:
         )
         latents = backbone.latents(pipe, pixels)
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(5))[None]
-        noisy, timestep = backbone.add_noise(pipe, latents, noise, 28, -8)
+        sigma = backbone.sigma(pipe, latents, 28, -8)
+        noisy = (1 - sigma) * latents + sigma * noise
         text = backbone.encode_text(pipe, [""])
         with seg4diff.capture(pipe.transformer, layers=[2]) as maps:  # type: ignore[attr-defined]
-            pipe.transformer(hidden_states=noisy, timestep=timestep, **text)  # type: ignore[attr-defined]
+            pipe.transformer(hidden_states=noisy, timestep=1000 * sigma, **text)  # type: ignore[attr-defined]
         captured.append(maps.records[0].maps[0])  # type: ignore[index]
     assert captured[0].shape == (16, 154)
     regions = group_attention(captured[0][:, :77], grid=(4, 4), threshold=1e-4, preset="paper")
@@ -173,14 +174,15 @@ def test_default_preset_keeps_heads_and_layers_apart(pipe: object) -> None:
     picture = np.rint(random_image() * 255).astype(np.uint8)
     result = segment_unsupervised(pipe, picture, layers=[0, 2], threshold=1e-2)
     assert isinstance(result, seg4diff.Segmentation)
-    backbone = seg4diff.patching.patch_of(pipe).backbone
+    backbone = find_backbone(pipe)
     with torch.no_grad():
         latents = backbone.latents(pipe, torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1)
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))[None]
-        noisy, timestep = backbone.add_noise(pipe, latents, noise, 28, -8)
+        sigma = backbone.sigma(pipe, latents, 28, -8)
+        noisy = (1 - sigma) * latents + sigma * noise
         request = seg4diff.MapRequest(heads="each", text=slice(0, 77))
         with seg4diff.capture(pipe.transformer, layers=[0, 2], maps=request) as captured:  # type: ignore[attr-defined]
-            pipe.transformer(hidden_states=noisy, timestep=timestep, **backbone.encode_text(pipe, [""]))  # type: ignore[attr-defined]
+            pipe.transformer(hidden_states=noisy, timestep=1000 * sigma, **backbone.encode_text(pipe, [""]))  # type: ignore[attr-defined]
     columns = [record.maps[0, head] for record in captured.records for head in range(2)]  # type: ignore[index]
     regions = group_attention(torch.cat(columns, dim=1), grid=(4, 4), threshold=1e-2)
     assert len(result.classes) > 1
@@ -212,8 +214,8 @@ def test_refusals_leave_the_pipeline_usable(pipe: object) -> None:
             segment_unsupervised(pipe, random_image(), **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="images is empty"):
         segment_unsupervised(pipe, [], layers=1)
-    with pytest.raises(RuntimeError, match="not patched"):
-        segment_unsupervised(tiny.pipeline(), random_image())
+    with pytest.raises(ValueError, match="no expert layer is known"):
+        segment_unsupervised(pipe, random_image())
     assert segment_unsupervised(pipe, random_image(), layers=1)
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from seg4diff.patching import patch_of
+from seg4diff.backbones import find_backbone
 from seg4diff.segmentation.recipe import ImageMaps, View
-from seg4diff.tokens import columns_of_characters
 
 CLASSES = ("cat", "red sofa", "tree", "dog house")
 """The third begins like no other; two have several tokens; "dog house" is not "dog"."""
@@ -32,7 +31,7 @@ class PerfectMaps:
     def __call__(
         self, pipe: Any, views: Sequence[View], prompts: Sequence[Sequence[str]], **options: Any
     ) -> Iterator[ImageMaps]:
-        encoding = patch_of(pipe).backbone.text_encodings(pipe, 0)[0]
+        span = find_backbone(pipe).name_span(pipe)
         known = options["known_text"]
         assert all(prompt in known for several in prompts for prompt in several), (
             "text must be embedded before"
@@ -43,7 +42,7 @@ class PerfectMaps:
             seen = np.asarray(views[index].image)[:, :, 0].astype(int)
             maps = []
             for prompt in prompts[index]:
-                columns = torch.full((encoding.length, seen.size), 0.001)
+                columns = torch.full((span.length, seen.size), 0.001)
                 for label in np.unique(seen):
                     said = self.confused.get(int(label), int(label))
                     where = torch.from_numpy((seen == label).ravel())
@@ -53,7 +52,7 @@ class PerfectMaps:
                     name = self.names[said]
                     start = f" {prompt} ".find(f" {name} ")
                     if start >= 0:
-                        for column in columns_of_characters(encoding, prompt, start, start + len(name)):
+                        for column in span.columns(prompt, start, start + len(name)):
                             columns[column, where] = 1.0
                 maps.append(columns.T.contiguous())
             yield ImageMaps(index, tuple(maps), seen.shape, 500.0)

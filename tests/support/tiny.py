@@ -164,6 +164,93 @@ def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> A
     return pipe
 
 
+def flux_transformer(
+    double: int = 2, single: int = 2, *, guidance: bool = False, in_channels: int = 16, seed: int = 0
+) -> Any:
+    """A random Flux transformer of two heads of 16."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=in_channels,
+        out_channels=16,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+
+
+def flux_inputs(
+    batch: int = 2, grid: tuple[int, int] = (4, 6), text: int = 9, reference: int = 0, seed: int = 1
+) -> dict[str, Any]:
+    """Random arguments of a call; ``reference`` tokens of another image follow those of the grid."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = grid[0] * grid[1]
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+    others = torch.tensor([[1.0, 0.0, float(column)] for column in range(reference)]).reshape(-1, 3)
+    return {
+        "hidden_states": torch.randn(batch, tokens + reference, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 32, generator=generator),
+        "pooled_projections": torch.randn(batch, 24, generator=generator),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": torch.cat([ids, others]),
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def flux_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
+    """A random FluxPipeline that draws 64 x 64 images."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = copy.deepcopy(clip_tokenizer()), copy.deepcopy(t5_tokenizer())
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            **special,
+        )
+    ).eval()
+    text_encoder_2 = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer_2), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ).eval()
+    pipe = FluxPipeline(
+        transformer=flux_transformer(seed=seed, **transformer_arguments),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKL(
+            block_out_channels=(4, 4, 4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=1,
+            layers_per_block=1,
+            latent_channels=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1,
+            scaling_factor=1.5,
+        ).eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+    pipe.default_sample_size = 8  # a constant of the pipeline's class: 1024 pixels
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def clip() -> tuple[Any, Any]:
     """A random CLIP model and its processor, as the CLIP score takes them."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor

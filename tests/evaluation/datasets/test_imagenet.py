@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seg4diff.backbones.text import TextSpan
 from seg4diff.evaluation.datasets import IncompleteDatasetError, open_dataset
 from seg4diff.evaluation.protocols import Protocol
 from seg4diff.segmentation.recipe import find_preset
-from seg4diff.tokens import TextEncoding
 from tests.support import miniature, tiny
 
 pytestmark = pytest.mark.extra("eval", "h5py")
@@ -31,16 +31,16 @@ def test_pictures_labels_and_names(tmp_path: Path) -> None:
 def test_each_picture_is_asked_for_its_own_object(tmp_path: Path) -> None:
     miniature.write_imagenet(tmp_path)
     dataset = open_dataset("imagenet-seg", tmp_path, partial=True)
-    encoding = TextEncoding("clip", tiny.clip_tokenizer(), 0, 77)
+    span = TextSpan("clip", tiny.clip_tokenizer(), 0, 77, special=2)
     for background, prompts in (
         ("prompt", ["background airliner", "background tabby"]),
         ("threshold", ["airliner", "tabby"]),
     ):
-        protocol = Protocol("oracle", dataset, find_preset("paper"), encoding, background=background)  # type: ignore[arg-type]
+        protocol = Protocol("oracle", dataset, find_preset("paper"), span, background=background)  # type: ignore[arg-type]
         questions = [protocol.question(s.read_labels(), s.prompts) for s in dataset.samples]
         assert [question.prompts[0].text for question in questions] == prompts
     with pytest.raises(ValueError, match="no vocabulary common to its pictures"):
-        Protocol("full", dataset, find_preset("paper"), encoding)
+        Protocol("full", dataset, find_preset("paper"), span)
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 import seg4diff
 from tests.support import tiny
+from tests.support.compiling import compile_counter
+from tests.support.hooked import hooked_projections, image_to_text
 from tests.support.tiny import CALL
 
 
@@ -36,6 +38,7 @@ def test_patch_is_idempotent_and_unpatch_exact() -> None:
     transformer = pipe.transformer
     processors, attributes = transformer.attn_processors, set(transformer.__dict__)
     modules, before = list(transformer.modules()), draw(pipe)
+    names = list(transformer.state_dict())
     assert not seg4diff.is_patched(pipe)
     assert seg4diff.patch(pipe) is pipe
     assert seg4diff.patch(pipe) is pipe
@@ -45,7 +48,8 @@ def test_patch_is_idempotent_and_unpatch_exact() -> None:
     cat_map(pipe)
     with seg4diff.capture(transformer, 1, stop_early=True), torch.no_grad():
         transformer(**tiny.transformer_inputs())
-        assert list(transformer.modules()) != modules
+        assert list(transformer.modules()) == modules
+        assert not [name for name in transformer.state_dict() if name not in names]
     assert seg4diff.unpatch(pipe) is pipe
     assert seg4diff.unpatch(pipe) is pipe
     assert not seg4diff.is_patched(pipe)
@@ -109,8 +113,11 @@ def test_state_dict_and_copies() -> None:
             clone(**tiny.transformer_inputs())
             assert captured.records == ()
     assert not seg4diff.is_patched(clone)
-    with pytest.raises(RuntimeError, match="not patched"), seg4diff.capture(clone):
-        pass
+    with seg4diff.capture(pipe.transformer, 1, stop_early=True):
+        assert list(pipe.transformer.state_dict()) == names
+        clone = copy.deepcopy(pipe.transformer)
+    inputs = tiny.transformer_inputs()
+    assert torch.equal(clone(**inputs).sample, pipe.transformer(**inputs).sample)
 
 
 def test_a_patch_keeps_no_model_alive() -> None:
@@ -268,43 +275,103 @@ def test_inductor() -> None:
     torch._dynamo.reset()
 
 
-def test_unsupported_states_are_refused() -> None:
-    pipe = tiny.pipeline()
-    pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
-        seg4diff.patch(pipe)
-    pipe.transformer.unfuse_qkv_projections()
-    seg4diff.patch(pipe)
-    pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="unfuse_qkv_projections"), seg4diff.capture(pipe):
-        pass
-    pipe.transformer.unfuse_qkv_projections()
-    draw(pipe)
+@torch.no_grad()
+def test_compiling_while_a_capture_holds_the_model() -> None:
+    """The graph then holds the hooks; two forwards are two records, and the second compiles nothing."""
+    transformer = tiny.transformer()
+    inputs, others = tiny.transformer_inputs(), tiny.transformer_inputs(seed=2)
+    with seg4diff.capture(transformer) as expected:
+        transformer(**inputs)
+        transformer(**others)
+    torch._dynamo.reset()
+    backend, graphs = compile_counter()
+    with seg4diff.capture(transformer) as captured:
+        compiled = torch.compile(transformer, backend=backend, fullgraph=True)
+        output = compiled(**inputs).sample
+        settled = len(graphs)
+        compiled(**others)
+    assert settled == 1
+    assert len(graphs) <= 2, "each forward compiled again"
+    assert [(r.layer, r.call, r.grid) for r in captured.records] == [
+        (r.layer, r.call, r.grid) for r in expected.records
+    ]
+    for record, exact in zip(captured.records, expected.records, strict=True):
+        torch.testing.assert_close(record.maps, exact.maps, rtol=1e-5, atol=0)
+    torch.testing.assert_close(output, transformer(**inputs).sample)
+    torch._dynamo.reset()
 
+
+@torch.no_grad()
+def test_fused_projections(pipe: Any) -> None:
+    """Fusing before or after the patch, and undoing it, changes no map."""
+    own = tiny.pipeline()
+    drawn, expected = draw(own), cat_map(own)
+    own.transformer.fuse_qkv_projections()
+    fused = [type(block.attn.processor).__name__ for block in own.transformer.transformer_blocks]
+    assert fused == ["FusedJointAttnProcessor2_0"] * 3
+    torch.testing.assert_close(cat_map(own), expected)
+    assert [type(b.attn.processor).__name__ for b in own.transformer.transformer_blocks] == fused
+    own.transformer.unfuse_qkv_projections()
+    torch.testing.assert_close(cat_map(own), expected)
+    assert torch.equal(draw(own), drawn)
+
+
+@torch.no_grad()
+def test_ip_adapter() -> None:
+    """The joint attention is captured, the adapter's own attention runs as ever, whatever their lengths."""
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
-    adapter = SD3IPAdapterJointAttnProcessor2_0(hidden_size=16, ip_hidden_states_dim=16, head_dim=8)
-    pipe.transformer.transformer_blocks[0].attn.processor = adapter
-    with pytest.raises(ValueError, match="unload_ip_adapter"), seg4diff.capture(pipe):
-        pass
-    with pytest.raises(ValueError, match="unload_ip_adapter"):
-        seg4diff.patch(pipe)
+    transformer = tiny.transformer()
+    inputs = tiny.transformer_inputs()
+    torch.manual_seed(0)
+    adapters = {}
+    for name in transformer.attn_processors:
+        adapter = SD3IPAdapterJointAttnProcessor2_0(hidden_size=16, ip_hidden_states_dim=16, head_dim=8)
+        adapters[name] = adapter.eval()
+    transformer.set_attn_processor(dict(adapters))
+    for tokens in (4, 9, 33):  # 9: as many keys as image and text tokens have together
+        given = {"ip_hidden_states": torch.randn(2, tokens, 16), "temb": torch.randn(2, 1280)}
+        stock = transformer(**inputs, joint_attention_kwargs=given).sample
+        with hooked_projections(transformer) as projections:
+            transformer(**inputs, joint_attention_kwargs=given)
+        with seg4diff.capture(transformer, [0, 2]) as captured:
+            output = transformer(**inputs, joint_attention_kwargs=given).sample
+        torch.testing.assert_close(output, stock)
+        for record in captured.records:
+            exact = image_to_text(projections[record.layer]).mean(dim=1)
+            torch.testing.assert_close(record.maps.double(), exact, rtol=1e-5, atol=0)
+    assert all(adapters[name] is now for name, now in transformer.attn_processors.items())
+
+
+def test_unknown_processors_are_refused_by_name() -> None:
+    from diffusers.models.attention_processor import AttnProcessor, PAGJointAttnProcessor2_0
+
+    class Mine:
+        def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return hidden_states
+
+    transformer = tiny.transformer()
+    for processor in (Mine(), AttnProcessor(), PAGJointAttnProcessor2_0()):
+        transformer.transformer_blocks[1].attn.processor = processor
+        with pytest.raises(
+            ValueError, match=f"layer 1 runs the attention processor {type(processor).__name__}"
+        ):
+            seg4diff.patch(transformer)
+    sharded = type(transformer.transformer_blocks[0].attn.processor)()
+    sharded._parallel_config = object()
+    transformer.transformer_blocks[1].attn.processor = sharded
+    with pytest.raises(NotImplementedError, match="layer 1 shards its tokens or heads"):
+        seg4diff.patch(transformer)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 def test_unsupported_models_are_refused_by_name() -> None:
-    from diffusers import FluxTransformer2DModel, UNet2DModel
+    from diffusers import UNet2DModel
 
-    flux = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    with pytest.raises(NotImplementedError, match=r"FluxTransformer2DModel .*planned"):
-        seg4diff.patch(flux)
     unet = UNet2DModel(sample_size=8, block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
                        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
     with pytest.raises(
-        NotImplementedError, match="UNet2DModel is not supported; supported: SD3Transformer2DModel"
+        NotImplementedError, match="UNet2DModel is not supported; supported: .*SD3Transformer2DModel"
     ):
         seg4diff.patch(unet)
     with pytest.raises(TypeError, match="neither|not a diffusers pipeline"):

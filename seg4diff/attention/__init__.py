@@ -1,0 +1,1 @@
+"""Joint attention inside diffusers: interception, contexts, capture."""

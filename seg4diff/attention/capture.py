@@ -1,0 +1,340 @@
+"""Maps and statistics of a model's joint attention while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seg4diff.attention.observer import Branch, Forward, Observer, PromptCall, attach
+from seg4diff.attention.patch import Patch, patch_of
+from seg4diff.attention.requests import LayerRequest, LayerResult
+from seg4diff.backbones import TransformerCall
+from seg4diff.backbones.text import find_words
+from seg4diff.kernels.types import AttentionStatistics, MapRequest
+
+Steps = Literal["mean", "each"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one layer's attention did in one forward, or on average over the steps of one pipeline call.
+
+    Attributes:
+        layer: number of the block, through all block lists of the model in the order they run.
+        timestep: of the forward, in the scheduler's units; of an average, the tuple of the timesteps
+            averaged. A forward whose rows have different timesteps has a tuple with one for each row.
+        maps: the map asked for, float32, [B, N, T'] or [B, H, N, T'] (see `MapRequest`), or None. Rows are
+            the tokens of the generated image, columns text tokens in the model's order, padding included.
+        statistics: attention mass and value norms, or None.
+        grid: tokens of the generated image along each axis, (height, width); N is their product.
+        call: number of the pipeline call inside the context, from 0; of the forward on a bare transformer.
+    """
+
+    layer: int
+    timestep: float | tuple[float, ...]
+    maps: Tensor | None
+    statistics: AttentionStatistics | None
+    grid: tuple[int, ...]
+    call: int
+
+
+class Capture:
+    """What `capture` yields; read it inside or after the context."""
+
+    def __init__(self, state: Patch, pipe: Any, recorder: _Recorder, prompt: list[str] | None) -> None:
+        self._state = state
+        self._pipe = pipe
+        self._recorder = recorder
+        self._given_prompt = prompt
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Oldest first: one per layer and forward, or per layer and call where steps are averaged."""
+        return self._recorder.records()
+
+    def columns(self, words: str, *, image: int = 0, encoder: str | None = None) -> list[int]:
+        """Columns of the captured maps that hold a word or phrase of the prompt of the latest call.
+
+        Args:
+            words: a word or phrase of the prompt; all its occurrences count, case does not matter.
+            image: number of the image, from 0.
+            encoder: count the tokens of this text encoder only, such as `"clip"` or `"t5"`.
+
+        Raises:
+            RuntimeError: no prompt is known.
+            ValueError: the word is not in the prompt (the message lists the words that are), or it has no
+                token among the columns captured.
+        """
+        if self._pipe is None:
+            raise RuntimeError("a bare transformer has no tokenizer; capture the pipeline to look for words")
+        prompt = self._recorder.latest_prompt()
+        if prompt is None:
+            raise RuntimeError("no prompt is known: run the pipeline inside the `with` block first")
+        try:
+            texts = prompt.text_of(image % prompt.images, self._given_prompt)
+        except RuntimeError:
+            raise RuntimeError(
+                "no prompt is known (embeddings were given?); name it with capture(..., prompt=)"
+            ) from None
+        spans = self._state.backbone.text_spans(self._pipe, prompt.text_tokens)
+        chosen = [span for span in spans if encoder in (None, span.encoder)]
+        if not chosen:
+            raise ValueError(f"encoder={encoder!r} is not in this pipeline: {[s.encoder for s in spans]}")
+        found = find_words(chosen, texts, words)
+        request = self._recorder.request.maps
+        if request is None:
+            raise RuntimeError("no map was captured (maps=None), so words have no columns")
+        first, last = request.columns(prompt.text_tokens)
+        columns = [column - first for column in found if first <= column < last]
+        if not columns:
+            raise ValueError(f"{words!r} has no token inside text={request.text!r}, the columns captured")
+        return columns
+
+    def heatmap(
+        self,
+        words: str,
+        *,
+        layers: Sequence[int] | int | None = None,
+        image: int = 0,
+        encoder: str | None = None,
+        resize: bool = True,
+    ) -> Tensor:
+        """How strongly each place of the image reads a word: mean over steps, layers and the word's tokens.
+
+        Args:
+            words: a word or phrase of the prompt; all its occurrences count, case does not matter.
+            layers: the layers to average; all that were captured when None.
+            image: which image of the batch.
+            encoder: count the tokens of this text encoder only.
+            resize: bilinear to the image's size in pixels; else the grid of image tokens.
+
+        Returns:
+            [height, width], float32, from the latest pipeline call.
+
+        Raises:
+            RuntimeError: nothing was captured, or no prompt is known.
+            ValueError: the word is not in the prompt; the message lists the words that are.
+            IndexError: the batch has no such image.
+        """
+        records = [r for r in self.records if r.maps is not None]
+        if not records:
+            raise RuntimeError("no map was captured: run the pipeline inside the `with` block first")
+        wanted = self._state.layers(layers)
+        latest = [r for r in records if r.call == records[-1].call]
+        chosen = [r for r in latest if r.layer in wanted]
+        if not chosen:
+            have = sorted({r.layer for r in latest})
+            raise ValueError(f"layers={layers!r} were not captured; captured layers: {have}")
+        per_record = [r.maps for r in chosen if r.maps is not None]
+        rows = len(per_record[0])
+        if not 0 <= image < rows:
+            raise IndexError(f"image={image} is out of range: the batch has images 0 to {rows - 1}")
+        maps = torch.stack([_mean_over_heads(m[image]) for m in per_record]).mean(dim=0)  # [N, T']
+        columns = self.columns(words, image=image, encoder=encoder)
+        grid = chosen[0].grid
+        heat = maps[:, columns].mean(dim=-1).reshape(grid)
+        if not resize:
+            return heat
+        multiple = self._state.backbone.pixel_multiple(self._pipe)
+        size = [side * multiple for side in grid]
+        return F.interpolate(heat[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+@contextmanager
+def capture(
+    target: Any,
+    layers: Sequence[int] | int | None = None,
+    *,
+    maps: MapRequest | None = MapRequest(),
+    statistics: bool = False,
+    steps: Steps | None = None,
+    branch: Branch = "conditional",
+    prompt: str | Sequence[str] | None = None,
+    stop_early: bool = False,
+) -> Iterator[Capture]:
+    """Record the image-to-text attention of some layers while a pipeline or a transformer runs.
+
+    Maps carry gradients where the forward does, with non-reentrant gradient checkpointing too. The model is
+    stock again when the context ends, also after an exception.
+
+    Args:
+        target: a pipeline, or a bare transformer, possibly compiled.
+        layers: the layers to record, numbered through all block lists of the model; all when None.
+        maps: the map to record, see `MapRequest`; None for statistics alone.
+        statistics: also record attention mass and value norms.
+        steps: `"mean"` keeps one running average per layer and pipeline call, `"each"` every step. Default:
+            `"mean"` for a pipeline, `"each"` for a bare transformer.
+        branch: which branch of a pipeline call to keep under classifier-free guidance; `"both"` has the
+            unconditional rows first. Calls of a bare transformer always keep every row.
+        prompt: the text (one for each image) where the pipeline is called with embeddings instead of text.
+        stop_early: leave out everything that the last of `layers` does not need for its map: its values,
+            its feed-forward and all later blocks. What the model returns is then meaningless.
+
+    Yields:
+        A `Capture`, filled as the model runs.
+
+    Raises:
+        NotImplementedError, TypeError: `target` is not of a supported model family.
+        ValueError: a layer out of range, an unknown name, or a state of the model that cannot be captured.
+    """
+    if maps is None and not statistics:
+        raise ValueError("maps=None and statistics=False: nothing to capture")
+    for name, value, accepted in (
+        ("steps", steps, (*get_args(Steps), None)),
+        ("branch", branch, get_args(Branch)),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(map(repr, accepted))}")
+    state = patch_of(target)
+    pipe = target if hasattr(target, "transformer") else None
+    request = LayerRequest(maps=maps, statistics=statistics)
+    recorder = _Recorder(request, steps or ("each" if pipe is None else "mean"), branch)
+    given = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
+    with attach(target, state.layers(layers), request, recorder, stop_early=stop_early):
+        yield Capture(state, pipe, recorder, given)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compiled:
+    """A forward of a transformer that was compiled within the context, linked to the one before.
+
+    A chain of objects rather than a list: a graph that appends to a list compiles again for every length.
+    """
+
+    call: TransformerCall
+    results: Mapping[int, LayerResult]
+    before: _Compiled | None
+
+
+class _Recorder(Observer):
+    """Keeps the results of the forwards that count."""
+
+    def __init__(self, request: LayerRequest, steps: Steps, branch: Branch) -> None:
+        self.request = request
+        self._steps = steps
+        self._branch = branch
+        self._sums: list[_Sum] = []
+        self._prompts: dict[int, PromptCall] = {}
+        self._number = -1  # of the pipeline call, or of the forward outside of one
+        self._conditional: dict[int, LayerResult] = {}  # of a step whose unconditional forward is to come
+        self._compiled: _Compiled | None = None
+
+    def records(self) -> tuple[Record, ...]:
+        self._drain()
+        return tuple(entry.record() for entry in self._sums)
+
+    def latest_prompt(self) -> PromptCall | None:
+        return self._prompts.get(self._number)
+
+    def begin_call(self, prompt: PromptCall) -> None:
+        self._drain()
+        self._number += 1
+        self._prompts[self._number] = prompt
+        self._conditional = {}
+
+    def after_forward(self, forward: Forward, results: Mapping[int, LayerResult], output: Any) -> None:
+        call = forward.call
+        if results and call.skipped_layers and min(call.skipped_layers) <= max(results):
+            return  # a second forward in one step, as skip-layer guidance makes it
+        if forward.prompt is None:
+            self._number += 1
+        rows = forward.rows(self._branch)
+        if rows.stop == rows.start:
+            return
+        if self._branch == "both" and forward.prompt is not None and forward.prompt.unconditional is not None:
+            if not forward.unconditional:
+                self._conditional = {layer: _take_rows(result, rows) for layer, result in results.items()}
+                return
+            halves = self._conditional
+            results = {
+                layer: _combine(lambda *two: torch.cat(two), _take_rows(result, rows), halves[layer])
+                for layer, result in results.items()
+                if layer in halves
+            }
+            rows = slice(0, 2 * (rows.stop - rows.start))
+        timestep = None if call.timestep is None else call.timestep.detach().reshape(-1)
+        if timestep is not None and len(timestep) == call.batch:
+            timestep = timestep[rows]
+        for layer, result in sorted(results.items()):
+            self._add(layer, _take_rows(result, rows), timestep, forward)
+
+    def compiled_forward(self, call: TransformerCall, results: Mapping[int, LayerResult]) -> None:
+        self._compiled = _Compiled(call, results, self._compiled)
+
+    def _drain(self) -> None:
+        """Record what ran inside of a compiled graph."""
+        chain, entry = [], self._compiled
+        while entry is not None:
+            chain.append(entry)
+            entry = entry.before
+        self._compiled = None
+        for entry in reversed(chain):
+            self.after_forward(Forward(entry.call, None), entry.results, None)
+
+    def _add(self, layer: int, result: LayerResult, timestep: Tensor | None, forward: Forward) -> None:
+        entry = next((s for s in self._sums if s.layer == layer and s.call == self._number), None)
+        if entry is None or self._steps == "each":
+            averaged = self._steps == "mean" and forward.prompt is not None
+            entry = _Sum(layer, forward.call.grid, self._number, averaged)
+            self._sums.append(entry)
+        entry.add(result, timestep)
+
+
+class _Sum:
+    """One layer's result in one forward, or the running sum of them over the steps of one call."""
+
+    def __init__(self, layer: int, grid: tuple[int, ...], call: int, averaged: bool) -> None:
+        self.layer = layer
+        self.grid = grid
+        self.call = call
+        self._averaged = averaged
+        self._total: LayerResult | None = None
+        self._timesteps: list[Tensor | None] = []
+
+    def add(self, result: LayerResult, timestep: Tensor | None) -> None:
+        self._total = result if self._total is None else _combine(torch.add, self._total, result)
+        self._timesteps.append(timestep)
+
+    def record(self) -> Record:
+        assert self._total is not None
+        count = len(self._timesteps)
+        mean = self._total if count == 1 else _combine(lambda total: total / count, self._total)
+        # Timesteps are read here and not while the model runs: reading them waits for the GPU.
+        times = [(float("nan"),) if t is None else tuple(t.tolist()) for t in self._timesteps]
+        timestep: float | tuple[float, ...]
+        if self._averaged:
+            timestep = tuple(step[0] for step in times)
+        else:
+            timestep = times[0][0] if len(set(times[0])) == 1 else times[0]
+        return Record(self.layer, timestep, mean.maps, mean.statistics, self.grid, self.call)
+
+
+def _combine(function: Callable[..., Tensor], *results: LayerResult) -> LayerResult:
+    """Apply `function` tensor by tensor."""
+    maps = None if results[0].maps is None else function(*(r.maps for r in results))
+    statistics = None
+    if results[0].statistics is not None:
+        names = [field.name for field in fields(AttentionStatistics)]
+        columns = {name: [getattr(r.statistics, name) for r in results] for name in names}
+        statistics = AttentionStatistics(
+            **{name: None if ts[0] is None else function(*ts) for name, ts in columns.items()}  # type: ignore[arg-type]
+        )
+    return LayerResult(maps, statistics)
+
+
+def _take_rows(result: LayerResult, rows: slice) -> LayerResult:
+    # Cloned, so that the other branch's half is freed.
+    return _combine(
+        lambda tensor: tensor if len(tensor[rows]) == len(tensor) else tensor[rows].clone(), result
+    )
+
+
+def _mean_over_heads(maps: Tensor) -> Tensor:
+    """[N, T'] from one image's map, [N, T'] or [H, N, T']."""
+    return maps if maps.dim() == 2 else maps.mean(dim=0)

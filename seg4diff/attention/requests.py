@@ -1,0 +1,161 @@
+"""What contexts ask of a layer's joint attention, and the attention that answers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from seg4diff.attention.interception import Answer
+from seg4diff.backbones import Layout
+from seg4diff.kernels.api import attention_maps, joint_attention
+from seg4diff.kernels.types import AttentionStatistics, MapRequest
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """What one layer's joint attention is made of, after qk-norm and position embedding, for all rows.
+
+    Attributes:
+        query, key, value: of the tokens of the generated image, [B, N, H, D].
+        text_query, text_key, text_value: of the text tokens, [B, T, H, D]; values are unedited.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    text_query: Tensor
+    text_key: Tensor
+    text_value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRequest:
+    """What one context asks of a layer's joint attention.
+
+    Attributes:
+        maps: the I2T map to return, if any.
+        statistics: whether to return attention mass and value norms.
+        edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves
+            them.
+        observe: called with the projections before the attention runs; what it returns is kept as it is. Not
+            called where a forward stops early.
+    """
+
+    maps: MapRequest | None = None
+    statistics: bool = False
+    edit_text_value: Callable[[Tensor], Tensor] | None = None
+    observe: Callable[[Projections], Any] | None = None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What one layer returned to one `LayerRequest`, for all rows of the batch."""
+
+    maps: Tensor | None
+    statistics: AttentionStatistics | None
+    observed: Any = None
+
+
+class Place:
+    """The layout of the forward that runs, set before each."""
+
+    layout: Layout | None = None
+
+
+class JointAnswer(Answer):
+    """Joint attention that also answers requests.
+
+    One object serves all layers with the same requests: `torch.compile` of single blocks then needs no graph
+    per layer. With `maps_only`, for the last layer of a forward that stops early, no output is computed: what
+    the block gets back has the right shape, and nothing reads it.
+    """
+
+    def __init__(self, requests: tuple[LayerRequest, ...], place: Place, *, maps_only: bool = False) -> None:
+        self.requests = requests
+        self.place = place
+        self.maps_only = maps_only
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> tuple[Tensor, tuple[LayerResult, ...]] | None:
+        layout = self.place.layout
+        if layout is None:
+            raise RuntimeError("a block ran outside of a call of its transformer; call the transformer")
+        if query.shape[1] != layout.tokens or key.shape[1] != layout.tokens:
+            return None  # image tokens of an IP-Adapter
+        if mask is not None:
+            raise ValueError("attention_mask is given, but joint attention with maps has none; omit it")
+        # qk-norm may return float32; attention wants one dtype.
+        image_query, text_query = layout.split(query.to(value.dtype))
+        image_key, text_key = layout.split(key.to(value.dtype))
+        image_value, text_value = layout.split(value)
+        projections = Projections(image_query, image_key, image_value, text_query, text_key, text_value)
+        if self.maps_only:
+            return query, tuple(_answer(request, projections, layout, scale) for request in self.requests)
+        return self._attend(projections, layout, scale)
+
+    def _attend(
+        self, all_tokens: Projections, layout: Layout, scale: float | None
+    ) -> tuple[Tensor, tuple[LayerResult, ...]]:
+        edited = None
+        for request in self.requests:
+            if request.edit_text_value is not None:
+                edited = request.edit_text_value(all_tokens.text_value if edited is None else edited)
+        p = all_tokens
+        generated = Projections(
+            *(tensor[:, : layout.generated] for tensor in (p.query, p.key, p.value)),
+            p.text_query, p.text_key, p.text_value,
+        )  # fmt: skip
+        observed = [None if r.observe is None else r.observe(generated) for r in self.requests]
+        first = next((request for request in self.requests if request.maps is not None), LayerRequest())
+        attention = joint_attention(
+            p.query,
+            p.key,
+            p.value,
+            p.text_query,
+            p.text_key,
+            p.text_value,
+            scale=scale,
+            maps=first.maps,
+            statistics=any(request.statistics for request in self.requests),
+            text_value_for_image=edited,
+        )
+        results = []
+        for request, seen in zip(self.requests, observed, strict=True):
+            maps = None
+            if request is first:
+                maps = _of_generated(attention.maps, layout)
+            elif request.maps is not None:
+                maps = _answer(LayerRequest(maps=request.maps), p, layout, scale).maps
+            statistics = attention.statistics if request.statistics else None
+            results.append(LayerResult(maps, _of_generated(statistics, layout), seen))
+        return layout.join(attention.image, attention.text), tuple(results)
+
+
+def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float | None) -> LayerResult:
+    """Maps and statistics of one request, without the attention's output."""
+    if request.maps is None:
+        return LayerResult(None, None)
+    text_query = p.text_query if request.statistics else None
+    attention = attention_maps(
+        p.query, p.key, text_query, p.text_key, scale=scale, maps=request.maps, statistics=request.statistics
+    )
+    return LayerResult(_of_generated(attention.maps, layout), _of_generated(attention.statistics, layout))
+
+
+def _of_generated(result: Any, layout: Layout) -> Any:
+    """Maps [B, (H,) N, T'] or statistics without the tokens of reference images."""
+    if result is None or layout.generated == layout.image_tokens:
+        return result
+    if isinstance(result, Tensor):
+        return result[..., : layout.generated, :]
+    norm = result.image_value_norm
+    return AttentionStatistics(
+        image_to_text=result.image_to_text[..., : layout.generated],
+        text_to_text=result.text_to_text,
+        image_value_norm=None if norm is None else norm[..., : layout.generated],
+        text_value_norm=result.text_value_norm,
+    )

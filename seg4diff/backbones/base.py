@@ -1,0 +1,330 @@
+"""What a model family tells the rest of the library: `Backbone`, and the types that its methods give."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from seg4diff.backbones.text import TextSpan
+
+EXPERTS_KEY = "_seg4diff_expert_layers"
+"""Entry of a transformer's configuration that lists its expert layers, where a model brings them along."""
+
+Guidance = Literal["one forward", "separate forwards"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where image and text tokens lie in the sequence that a joint attention sees.
+
+    Attributes:
+        text_first: whether the text tokens come before the image tokens.
+        image_tokens: tokens of the image stream: of the image that is generated, then of reference images.
+        text_tokens: tokens of the text stream, padding included.
+        generated: tokens of the image that is generated, the first of the image stream.
+    """
+
+    text_first: bool
+    image_tokens: int
+    text_tokens: int
+    generated: int
+
+    @property
+    def tokens(self) -> int:
+        """Length of the whole sequence."""
+        return self.image_tokens + self.text_tokens
+
+    def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """Image stream and text stream of [B, tokens, H, D], as views."""
+        if self.text_first:
+            return joint[:, self.text_tokens :], joint[:, : self.text_tokens]
+        return joint[:, : self.image_tokens], joint[:, self.image_tokens :]
+
+    def join(self, image: Tensor, text: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([text, image] if self.text_first else [image, text], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class TransformerCall:
+    """What one call of a transformer was given.
+
+    Attributes:
+        grid: tokens of the generated image along each axis: (height, width).
+        layout: where the tokens of its sequence lie.
+        text: the text embeddings [B, T, C] as they were given, which tell branches of guidance apart.
+        batch: number of rows.
+        timestep: in the scheduler's units (1000 is pure noise), one per row or one for all, or None.
+        skipped_layers: layers that are left out of this call.
+    """
+
+    grid: tuple[int, ...]
+    layout: Layout
+    text: Tensor
+    batch: int
+    timestep: Tensor | None
+    skipped_layers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedText:
+    """What one call of a pipeline's `encode_prompt` made.
+
+    Attributes:
+        texts: for every prompt its text by the name of the text encoder; empty where embeddings were given.
+        embeddings: what the transformer gets, [rows, T, C]; several images of one prompt follow each other.
+        guided: whether the same call also made the embeddings of the unconditional branch.
+    """
+
+    texts: tuple[Mapping[str, str], ...]
+    embeddings: Tensor
+    guided: bool
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of transformer blocks that share an interface.
+
+    Attributes:
+        name: of the `ModuleList` in the transformer.
+        returns: the arguments of a block's forward that it returns changed, in its order.
+        unneeded: submodules, by dotted name, whose output the block's own image-to-text map does not depend
+            on. Those that a block does not have are ignored.
+        text_queries: those that only the text rows need, which statistics count.
+        attention: name of the joint attention in a block.
+    """
+
+    name: str
+    returns: tuple[str, ...]
+    unneeded: tuple[str, ...]
+    text_queries: tuple[str, ...] = ("attn.add_q_proj",)
+    attention: str = "attn"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One model family: its names as data, and methods that a family overrides where it differs.
+
+    The methods hold no state; `transformer` is the diffusers model, `pipe` its pipeline. `text` is the
+    transformer's text arguments by name, the first axis the batch.
+
+    Attributes:
+        name: of the family, for messages.
+        transformer: class name of its transformer.
+        pipeline: class name of the pipeline whose methods read and write its LoRA files.
+        lists: its block lists in the order they run; layers are numbered through all of them.
+        guidance: how its pipelines run classifier-free guidance: one forward of rows [unconditional;
+            conditional], or separate forwards, the conditional one first.
+        experts: expert layers by the number of blocks.
+        optional: components that a pipeline of this family may lack, by `load_pipeline`'s options.
+        lora_targets: attention projections that get an adapter unless the user names others.
+        shared_arguments: tensors of a transformer call whose first axis is not the batch.
+        patch: latent pixels that a token covers along each axis.
+        timestep_unit: the transformer's own number for pure noise.
+        configurations: configurations of published transformers by repository, for estimates without a file.
+    """
+
+    name: str
+    transformer: str
+    pipeline: str
+    lists: tuple[BlockList, ...]
+    guidance: Guidance
+    lora_targets: tuple[str, ...]
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    shared_arguments: frozenset[str] = frozenset()
+    patch: int = 2
+    timestep_unit: float = 1000.0
+    configurations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    # Blocks
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """Transformer blocks with joint attention in the order they run; the index is the layer."""
+        return [block for entry in self.lists for block in transformer.get_submodule(entry.name).children()]
+
+    def block_lists(self, transformer: nn.Module) -> list[BlockList]:
+        """The list of every layer."""
+        return [entry for entry in self.lists for _ in transformer.get_submodule(entry.name).children()]
+
+    def attention(self, transformer: nn.Module, layer: int) -> nn.Module:
+        """The joint attention of a layer."""
+        entry = self.block_lists(transformer)[layer]
+        return self.blocks(transformer)[layer].get_submodule(entry.attention)
+
+    def expert_layers(self, transformer: nn.Module) -> tuple[int, ...]:
+        """The layers whose maps segment best: from the model's configuration, else known for this family.
+
+        Raises:
+            ValueError: nothing is known for this model.
+        """
+        stored = transformer.config.get(EXPERTS_KEY)  # type: ignore[union-attr, operator]
+        if stored:
+            return tuple(int(layer) for layer in stored)
+        count = len(self.blocks(transformer))
+        if count not in self.experts:
+            raise ValueError(
+                f"no expert layer is known for a {self.name} transformer of {count} blocks; "
+                "name it with layers=[...] (seg4diff.expert_layers measures it)"
+            )
+        return self.experts[count]
+
+    # Calls of the transformer
+
+    def named(self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names."""
+        if not args:
+            return dict(kwargs)
+        names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def read_call(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> TransformerCall:
+        """What a call with these arguments is."""
+        raise NotImplementedError
+
+    def arguments(
+        self, transformer: nn.Module, latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Arguments of a call of the transformer.
+
+        Args:
+            transformer: the model.
+            latents: noisy latents, [B, C, height, width].
+            sigma: noise levels in [0, 1], [B].
+            text: what `encode_text` gives, for B rows.
+        """
+        raise NotImplementedError
+
+    def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
+        """What the transformer predicts, in the shape of `latents`, from the tensor that it returned."""
+        return output
+
+    def rows_again(self, arguments: Mapping[str, Any], batch: int, rows: slice) -> dict[str, Any]:
+        """`arguments` of a call of `batch` rows with `rows` appended to everything that has a batch axis."""
+        return {
+            name: value if name in self.shared_arguments else _append_rows(value, batch, rows)
+            for name, value in arguments.items()
+        }
+
+    # Text
+
+    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The transformer's text arguments for `prompts`, first axis len(prompts)."""
+        raise NotImplementedError
+
+    def empty_text(
+        self, transformer: nn.Module, batch: int, text_tokens: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Zeros in the shape of the text arguments, on the CPU, for estimates and benchmarks."""
+        raise NotImplementedError
+
+    def text_spans(self, pipe: Any, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
+        """The text encoders whose tokens make up the text stream, in the order of the stream.
+
+        Args:
+            pipe: the pipeline.
+            text_tokens: length T of the text stream; that of `encode_text` when None.
+        """
+        raise NotImplementedError
+
+    def name_span(self, pipe: Any) -> TextSpan:
+        """The text encoder in whose tokens segmentation looks for names."""
+        return self.text_spans(pipe)[0]
+
+    def read_encoded(self, arguments: Mapping[str, Any], output: tuple[Any, ...]) -> EncodedText:
+        """What a call of `encode_prompt` made, from its arguments by name and what it returned."""
+        raise NotImplementedError
+
+    def call_defaults(self, pipe: Any) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it encode text as `encode_text` does."""
+        return {}
+
+    # Images and noise
+
+    def latents(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Clean latents (posterior mean, scaled) [B, C, h, w] of images [B, 3, height, width] in [-1, 1]."""
+        vae = pipe.vae
+        posterior = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype)).latent_dist
+        return (posterior.mode() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def sigma(self, pipe: Any, latents: Tensor, steps: int, index: int) -> Tensor:
+        """Noise level in [0, 1], [1], at position `index` of the pipeline's own schedule of `steps` steps.
+
+        Raises:
+            ValueError: the index is outside the schedule.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        # A scheduler of our own: setting timesteps on the pipeline's would change its state.
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        arguments = self.schedule(scheduler.config, steps)
+        if scheduler.config.get("use_dynamic_shifting"):
+            tokens = (latents.shape[-2] // self.patch) * (latents.shape[-1] // self.patch)
+            arguments["mu"] = _shift(scheduler.config, tokens)
+        scheduler.set_timesteps(device=latents.device, **arguments)
+        if not -len(scheduler.timesteps) <= index < len(scheduler.timesteps):
+            raise ValueError(f"timestep index {index} is outside a schedule of {steps} steps")
+        return scheduler.sigmas[index % len(scheduler.timesteps)].reshape(1)  # sigmas end with one more, 0
+
+    def schedule(self, scheduler_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """Arguments of `set_timesteps` as the pipeline gives them."""
+        return {"num_inference_steps": steps}
+
+    def pixel_multiple(self, pipe: Any) -> int:
+        """Pixels that a token covers along each axis; image sizes are multiples of it."""
+        return int(pipe.vae_scale_factor * self.patch)
+
+    def native_size(self, pipe: Any) -> int:
+        """Side in pixels of the square image the model was made for."""
+        return int(pipe.default_sample_size * pipe.vae_scale_factor)
+
+    def largest_size(self, pipe: Any) -> int:
+        """Largest side in pixels that the model takes."""
+        return 2 * self.native_size(pipe)
+
+
+def _shift(config: Mapping[str, Any], tokens: int) -> float:
+    """Shift of the noise schedule for a number of image tokens: a line through two points."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    return float(
+        calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+    )
+
+
+def _append_rows(value: Any, batch: int, rows: slice) -> Any:
+    if isinstance(value, Tensor):
+        return torch.cat([value, value[rows]]) if value.dim() and len(value) == batch else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_append_rows(entry, batch, rows) for entry in value)
+    if isinstance(value, dict):
+        return {key: _append_rows(entry, batch, rows) for key, entry in value.items()}
+    return value
+
+
+def as_texts(text: str | Sequence[str] | None) -> list[str]:
+    """A prompt argument of a pipeline as a list."""
+    return [text] if isinstance(text, str) else list(text or ())
+
+
+def pack(latents: Tensor, patch: int = 2) -> Tensor:
+    """Latents [B, C, height, width] as tokens [B, N, C patch patch], as packed families read them."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpack(tokens: Tensor, latents: Tensor, patch: int = 2) -> Tensor:
+    """The inverse of `pack`, in the size of `latents`."""
+    height = latents.shape[-2] // patch
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=patch, q=patch)
