@@ -23,13 +23,14 @@ from benchmarks.memory import peak_bytes
 from seg4diff.kernels.api import backend
 from seg4diff.kernels.types import Backend
 from seg4diff.magnet.adapters import add_adapters
-from seg4diff.magnet.estimate import SD3_MEDIUM, estimate_memory
+from seg4diff.magnet.estimate import estimate_memory, model_shape
 from seg4diff.magnet.objective import Batch, Magnet
 from seg4diff.magnet.optimizers import make_optimizer
 from seg4diff.magnet.settings import TrainSettings, build_settings
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+SD3_MEDIUM = model_shape("stabilityai/stable-diffusion-3-medium-diffusers")[0]
 REDUCED = {
     **SD3_MEDIUM,
     "num_layers": 4,

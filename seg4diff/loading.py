@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from seg4diff.backbones import Backbone, families
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,8 +27,6 @@ DEFAULT_MODEL = "stabilityai/stable-diffusion-3-medium-diffusers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The precisions that a model can be loaded in, by name."""
 
-_FAMILY = "StableDiffusion3"
-_T5 = ("text_encoder_3", "tokenizer_3")
 _SMALLER = (
     "lower --batch-size, use --dtype bfloat16, or --offload, which keeps on the GPU only the part that is "
     "running (in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller pictures do not "
@@ -48,8 +49,8 @@ def load_pipeline(
             repository on the Hugging Face hub.
         device: where to put it; the GPU if there is one by default, else the CPU.
         dtype: a precision, or its name in ``DTYPES``; bfloat16 on a GPU and float32 elsewhere by default.
-        t5: load the third text encoder, T5, where the model has one. Segmentation does not use it, as in the
-            paper; it is the largest part of Stable Diffusion 3.
+        t5: load T5 where the model works without it, as Stable Diffusion 3 does. Segmentation does not use
+            it there, as in the paper; it is the largest part of that model.
         offload: keep the parts on the CPU and move each to ``device`` while it runs.
 
     Raises:
@@ -141,8 +142,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, t5: bool) -> DiffusionPipelin
         raise ValueError(
             f"{str(index_file)!r} is damaged ({error}); get a whole copy of the model"
         ) from error
-    _check_index(index, str(folder))
-    skipped = _without_t5(index, t5)
+    skipped = _left_out(_check_index(index, str(folder)), index, t5)
     parts = [
         folder / part
         for part, entry in index.items()
@@ -208,8 +208,8 @@ def _from_hub(name: str, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
     try:
         with open(hf_hub_download(name, "model_index.json"), encoding="utf-8") as file:
             index = json.load(file)
-        _check_index(index, name)
-        return _from_pretrained(name, index, dtype, _without_t5(index, t5))
+        backbone = _check_index(index, name)
+        return _from_pretrained(name, index, dtype, _left_out(backbone, index, t5))
     except GatedRepoError as error:
         raise PermissionError(
             f"model {name!r} wants its licence accepted: do so on its page on the hub, then log in with "
@@ -236,19 +236,25 @@ def _from_pretrained(
 ) -> DiffusionPipeline:
     import diffusers
 
-    pipeline_class = getattr(diffusers, index["_class_name"])
+    kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
+    if not inspect.isclass(kind) or not issubclass(kind, diffusers.DiffusionPipeline):
+        raise ValueError(f"model {name!r} is a {index.get('_class_name')}, which diffusers does not know")
+    pipeline_class: Any = kind
     logger.info("loading %s as %s", name, dtype)
     return pipeline_class.from_pretrained(
         name, dtype=dtype, trust_remote_code=False, use_safetensors=True, **dict.fromkeys(skipped)
     )
 
 
-def _check_index(index: Any, name: str) -> None:
-    """Check the family, and that every part is a class of diffusers or transformers: a model may name any
-    module, its own included, and importing a module runs it."""
-    family = str(index.get("_class_name") if isinstance(index, dict) else None)
-    if not family.startswith(_FAMILY):
-        raise ValueError(f"model {name!r} is a {family}; only Stable Diffusion 3 and 3.5 are supported")
+def _check_index(index: Any, name: str) -> Backbone:
+    """The family of a pipeline, if every part of it is a class of diffusers or transformers: a model may name
+    any module, its own included, and importing a module runs it."""
+    parts = index if isinstance(index, dict) else {}
+    transformer = parts.get("transformer")
+    found = [b for b in families() if isinstance(transformer, list) and transformer[-1:] == [b.transformer]]
+    if not found:
+        supported = ", ".join(backbone.name for backbone in families())
+        raise ValueError(f"model {name!r} is a {parts.get('_class_name')}; supported: {supported}")
     for part, entry in index.items():
         foreign = set(_libraries(entry)) - {None, "diffusers", "transformers"}
         if foreign and not part.startswith("_"):
@@ -257,6 +263,7 @@ def _check_index(index: Any, name: str) -> None:
                 f"{part!r} as {json.dumps(entry)}, but only classes of diffusers and transformers are taken; "
                 "correct the entry, or get the model from another source"
             )
+    return found[0]
 
 
 def _libraries(entry: Any) -> Iterator[Any]:
@@ -267,10 +274,10 @@ def _libraries(entry: Any) -> Iterator[Any]:
         yield from _libraries(inner)
 
 
-def _without_t5(index: dict[str, Any], t5: bool) -> tuple[str, ...]:
-    """The parts to pass as None: T5 where it is not wanted, and where the model was saved without it, since
-    diffusers reloads such a model only when told so."""
-    return tuple(part for part in _T5 if part in index and (not t5 or index[part][0] is None))
+def _left_out(backbone: Backbone, index: dict[str, Any], t5: bool) -> tuple[str, ...]:
+    """The parts to pass as None: what the family works without, where it is not wanted, and where the model
+    was saved without it, since diffusers reloads such a model only when told so."""
+    return tuple(part for part in backbone.optional if part in index and (not t5 or index[part][0] is None))
 
 
 @contextmanager

@@ -112,7 +112,8 @@ def test_an_overlay_and_labels_of_one_name(tmp_path, calls):
     assert sorted(os.listdir(tmp_path / "out")) == [
         "A-2-overlay.png", "A-2.png", "a-overlay-2-overlay.png", "a-overlay-2.png", "a-overlay.png", "a.png",
     ]  # fmt: skip
-    assert Image.open(tmp_path / "out" / "a-overlay-2.png").width == 20
+    with Image.open(tmp_path / "out" / "a-overlay-2.png") as labels:
+        assert labels.width == 20
 
 
 def test_results_never_replace_what_was_read(tmp_path, calls, capsys):

@@ -221,7 +221,7 @@ class _Measurement(Observer):
         self._timesteps = [float("nan")] * levels
         self._keeps_projections = projections
         self._projections: dict[tuple[int, int], dict[str, Tensor]] = {}  # by level and layer
-        self._grid: tuple[int, ...] = (0, 0)
+        self._grid = (0, 0)
         # While drawing: which step of a call is at which level, and how far the call is.
         self.steps: dict[int, int] = {}
         self._step = -1
@@ -257,7 +257,8 @@ class _Measurement(Observer):
                 self._texts = tuple(forward.prompt.text_of(row) for row in range(count))
                 self._first_picture = bool(self._pictures[self._level] == 0)
         if self._level is not None and self._first_picture:
-            self._grid = forward.call.grid
+            height, width = forward.call.grid
+            self._grid = (height, width)
         return arguments
 
     def observe(self, projections: Projections) -> dict[str, Tensor] | None:

@@ -85,7 +85,7 @@ class Interceptor:
 
     def intercepted(self, processor: Any, answer: Answer) -> Any:
         """`processor`, which is not changed, with `answer` in place of its joint attention."""
-        copy = object.__new__(self._cls)
+        copy: Any = object.__new__(self._cls)
         copy.__dict__.update(processor.__dict__, seg4diff_answer=answer, seg4diff_stock=processor)
         return copy
 
@@ -163,8 +163,8 @@ def _rebound(function: Any, slot: _Slot) -> Any:
                 )
                 return output.transpose(1, 2)
 
-            by_token = (tensor.transpose(1, 2) for tensor in (query, key, value))
-            return slot.attend(*by_token, attn_mask, scale, stock).transpose(1, 2)
+            q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+            return slot.attend(q, k, v, attn_mask, scale, stock).transpose(1, 2)
 
         scope["F"] = SimpleNamespace(**{**vars(F), _SDPA: sdpa})
     copy = FunctionType(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -105,10 +105,12 @@ class JointAnswer(Answer):
             if request.edit_text_value is not None:
                 edited = request.edit_text_value(all_tokens.text_value if edited is None else edited)
         p = all_tokens
-        generated = Projections(
-            *(tensor[:, : layout.generated] for tensor in (p.query, p.key, p.value)),
-            p.text_query, p.text_key, p.text_value,
-        )  # fmt: skip
+        generated = replace(
+            p,
+            query=p.query[:, : layout.generated],
+            key=p.key[:, : layout.generated],
+            value=p.value[:, : layout.generated],
+        )
         observed = [None if r.observe is None else r.observe(generated) for r in self.requests]
         first = next((request for request in self.requests if request.maps is not None), LayerRequest())
         attention = joint_attention(

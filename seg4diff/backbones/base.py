@@ -117,7 +117,7 @@ class Backbone:
     Attributes:
         name: of the family, for messages.
         transformer: class name of its transformer.
-        pipeline: class name of the pipeline whose methods read and write its LoRA files.
+        pipeline: class name of the pipeline whose methods write its LoRA files.
         lists: its block lists in the order they run; layers are numbered through all of them.
         guidance: how its pipelines run classifier-free guidance: one forward of rows [unconditional;
             conditional], or separate forwards, the conditional one first.
@@ -127,6 +127,8 @@ class Backbone:
         shared_arguments: tensors of a transformer call whose first axis is not the batch.
         patch: latent pixels that a token covers along each axis.
         timestep_unit: the transformer's own number for pure noise.
+        text_tokens: length of the text stream that `encode_text` makes, without optional text encoders.
+        name_tokens: text tokens of the encoder in which segmentation looks for names.
         configurations: configurations of published transformers by repository, for estimates without a file.
     """
 
@@ -141,6 +143,8 @@ class Backbone:
     shared_arguments: frozenset[str] = frozenset()
     patch: int = 2
     timestep_unit: float = 1000.0
+    text_tokens: int = 512
+    name_tokens: int = 512
     configurations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     # Blocks
@@ -201,6 +205,10 @@ class Backbone:
         """
         raise NotImplementedError
 
+    def latent_channels(self, transformer: nn.Module) -> int:
+        """Channels C of the latents that `arguments` takes."""
+        return int(transformer.config.in_channels)  # type: ignore[union-attr, arg-type]
+
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         """What the transformer predicts, in the shape of `latents`, from the tensor that it returned."""
         return output
@@ -218,10 +226,16 @@ class Backbone:
         """The transformer's text arguments for `prompts`, first axis len(prompts)."""
         raise NotImplementedError
 
-    def empty_text(
-        self, transformer: nn.Module, batch: int, text_tokens: int, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Zeros in the shape of the text arguments, on the CPU, for estimates and benchmarks."""
+    def empty_text(self, transformer: nn.Module, batch: int, text_tokens: int) -> dict[str, Tensor]:
+        """Text arguments of zeros, float32 on the CPU, for estimates and benchmarks."""
+        config: Any = transformer.config
+        return {
+            "encoder_hidden_states": torch.zeros(batch, text_tokens, config.joint_attention_dim),
+            "pooled_projections": torch.zeros(batch, config.pooled_projection_dim),
+        }
+
+    def prompt_arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Arguments of the pipeline's call that stand for `prompts`, so that it needs no text encoder."""
         raise NotImplementedError
 
     def text_spans(self, pipe: Any, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
@@ -312,6 +326,10 @@ def _append_rows(value: Any, batch: int, rows: slice) -> Any:
     if isinstance(value, dict):
         return {key: _append_rows(entry, batch, rows) for key, entry in value.items()}
     return value
+
+
+PURE_NOISE = 1000.0
+"""The scheduler's own number for pure noise: its timestep is this times sigma."""
 
 
 def as_texts(text: str | Sequence[str] | None) -> list[str]:

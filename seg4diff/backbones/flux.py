@@ -27,6 +27,7 @@ from seg4diff.backbones.base import (
 from seg4diff.backbones.text import TextSpan
 
 _T5_TOKENS = 512
+_GRID_ATTRIBUTE = "seg4diff_grid"  # on positions that are made here: their values need not be read again
 _GUIDANCE = 3.5  # the scale that the pipeline gives guidance-distilled models by default
 
 
@@ -37,7 +38,8 @@ class Flux(Backbone):
     def read_call(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> TransformerCall:
         hidden_states, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
         timestep = arguments.get("timestep")
-        grid = generated_grid(arguments["img_ids"])
+        ids = arguments["img_ids"]
+        grid = getattr(ids, _GRID_ATTRIBUTE, None) or generated_grid(ids)
         return TransformerCall(
             grid=grid,
             layout=Layout(
@@ -55,10 +57,12 @@ class Flux(Backbone):
         self, transformer: nn.Module, latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         height, width = (side // self.patch for side in latents.shape[-2:])
+        ids = image_ids(height, width).to(latents)
+        setattr(ids, _GRID_ATTRIBUTE, (height, width))
         arguments = {
             "hidden_states": _with_conditions(pack(latents), transformer.config.in_channels),  # type: ignore[union-attr, arg-type]
             "timestep": sigma * self.timestep_unit,
-            "img_ids": image_ids(height, width).to(latents),
+            "img_ids": ids,
             "txt_ids": latents.new_zeros(text["encoder_hidden_states"].shape[1], 3),
             **text,
         }
@@ -70,20 +74,22 @@ class Flux(Backbone):
         return unpack(output, latents)
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        given = self.prompt_arguments(pipe, prompts)
+        dtype = pipe.transformer.dtype
+        return {
+            "encoder_hidden_states": given["prompt_embeds"].to(dtype),
+            "pooled_projections": given["pooled_prompt_embeds"].to(dtype),
+        }
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        config: Any = transformer.config
+        return int(config.out_channels or config.in_channels) // self.patch**2
+
+    def prompt_arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         embeddings, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=_T5_TOKENS
         )
-        dtype = pipe.transformer.dtype
-        return {"encoder_hidden_states": embeddings.to(dtype), "pooled_projections": pooled.to(dtype)}
-
-    def empty_text(
-        self, transformer: nn.Module, batch: int, text_tokens: int, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        config: Any = transformer.config
-        return {
-            "encoder_hidden_states": torch.zeros(batch, text_tokens, config.joint_attention_dim, dtype=dtype),
-            "pooled_projections": torch.zeros(batch, config.pooled_projection_dim, dtype=dtype),
-        }
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def text_spans(self, pipe: Any, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         length = _T5_TOKENS if text_tokens is None else text_tokens
@@ -150,6 +156,7 @@ _SINGLE = BlockList(
 )
 
 _FLUX_DEV = {
+    "_class_name": "FluxTransformer2DModel",
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 19,

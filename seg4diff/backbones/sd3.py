@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from seg4diff.backbones.base import (
@@ -61,14 +60,16 @@ class StableDiffusion3(Backbone):
         dtype = pipe.transformer.dtype
         return {"encoder_hidden_states": embeddings.to(dtype), "pooled_projections": pooled.to(dtype)}
 
-    def empty_text(
-        self, transformer: nn.Module, batch: int, text_tokens: int, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        config: Any = transformer.config
-        return {
-            "encoder_hidden_states": torch.zeros(batch, text_tokens, config.joint_attention_dim, dtype=dtype),
-            "pooled_projections": torch.zeros(batch, config.pooled_projection_dim, dtype=dtype),
-        }
+    def prompt_arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoded = pipe.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=True,
+            max_sequence_length=self._t5_tokens(pipe),
+        )
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds")
+        return dict(zip((*names, "negative_pooled_prompt_embeds"), encoded, strict=True))
 
     def text_spans(self, pipe: Any, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         clip = pipe.tokenizer_max_length
@@ -99,6 +100,7 @@ class StableDiffusion3(Backbone):
 
 
 _SD3_MEDIUM = {
+    "_class_name": "SD3Transformer2DModel",
     "sample_size": 128,
     "patch_size": 2,
     "in_channels": 16,
@@ -131,6 +133,8 @@ BACKBONE = StableDiffusion3(
     # appendix C).
     experts={24: (9,)},
     optional=("text_encoder_3", "tokenizer_3"),
+    text_tokens=2 * _CLIP_TOKENS,
+    name_tokens=_CLIP_TOKENS,
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     configurations={"stabilityai/stable-diffusion-3-medium-diffusers": _SD3_MEDIUM},
 )  # fmt: skip

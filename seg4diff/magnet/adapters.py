@@ -16,9 +16,6 @@ from seg4diff.magnet.settings import LoraSettings
 ADAPTER = "magnet"
 """Name of the adapter within a transformer while it trains."""
 
-# What a map does not depend on: in a forward that stops at a layer these get no gradient there.
-_UNNEEDED_FOR_MAPS = ("to_v", "to_out.0", "add_v_proj", "to_add_out")
-
 
 def adapted_modules(
     transformer: nn.Module, lora: LoraSettings, *, stop_after: int | None = None
@@ -39,20 +36,23 @@ def adapted_modules(
         if not 0 <= block < len(blocks):
             raise ValueError(f"lora.blocks names block {block}; this model has blocks 0 to {len(blocks) - 1}")
     path = {id(module): name for name, module in transformer.named_modules()}
-    names, unknown = [], set(lora.targets)
-    for index, block_module in enumerate(blocks):
-        attention = backbone.joint_attention(block_module)
+    targets = lora.targets or backbone.lora_targets
+    names, unknown = [], set(targets)
+    for index, entry in enumerate(backbone.block_lists(transformer)):
+        attention = blocks[index].get_submodule(entry.attention)
+        # In a forward that stops at a layer, what its map does not depend on gets no gradient there.
+        unneeded = {name.removeprefix(f"{entry.attention}.") for name in entry.unneeded}
         inside = {name for name, module in attention.named_modules() if isinstance(module, nn.Linear)}
         unknown -= inside
         if lora.blocks and index not in lora.blocks:
             continue
         if stop_after is not None and index > stop_after:
             continue
-        for target in lora.targets:
-            if target in inside and not (index == stop_after and target in _UNNEEDED_FOR_MAPS):
+        for target in targets:
+            if target in inside and not (index == stop_after and target in unneeded):
                 names.append(f"{path[id(attention)]}.{target}")
     if unknown:
-        first = backbone.joint_attention(blocks[0])
+        first = backbone.attention(transformer, 0)
         known = [name for name, module in first.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(f"lora.targets {sorted(unknown)} are in no block; a block has {', '.join(known)}")
     if not names:

@@ -210,12 +210,10 @@ def flow(pipe: Any, drawn: Sequence[Scene]) -> float:
         noise = torch.randn(latents.shape, generator=generator)
         sigma = torch.tensor(_SIGMAS)
         text = backbone.encode_text(pipe, [item.caption])
-        velocity = pipe.transformer(
-            hidden_states=torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1)),
-            timestep=1000.0 * sigma,
-            return_dict=False,
-            **{name: tensor.expand(len(_SIGMAS), *tensor.shape[1:]) for name, tensor in text.items()},
-        )[0]
+        text = {name: tensor.expand(len(_SIGMAS), *tensor.shape[1:]) for name, tensor in text.items()}
+        noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
+        arguments = backbone.arguments(pipe.transformer, noisy, sigma, text)
+        velocity = backbone.prediction(pipe.transformer(**arguments, return_dict=False)[0], latents)
         losses.append(float(flow_matching_loss(velocity, latents, noise)))
     return sum(losses) / len(losses)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from seg4diff.backbones import find_backbone
-from seg4diff.backbones.text import TextEncoding, columns_of_characters, find_words
+from seg4diff.backbones.text import find_words
 from seg4diff.magnet.settings import DataSettings
 from seg4diff.magnet.sources import Example, Source, UnusableExampleError
 from seg4diff.masks import decode_mask, run_lengths
@@ -307,7 +307,7 @@ class _Encoder:
         self._pipe = pipe
         self._data = data
         self._backbone = find_backbone(pipe)
-        self._clip: TextEncoding = self._backbone.text_encodings(pipe, 0)[0]
+        self._span = self._backbone.name_span(pipe)
 
     @torch.no_grad()
     def __call__(self, example: Example) -> tuple[dict[str, Any], dict[str, Tensor], Counter[str]]:
@@ -351,7 +351,7 @@ class _Encoder:
             if not names:
                 raise UnusableExampleError("no class names", example.name)
             try:
-                prompts = plan_prompts(names, self._clip, find_preset("default"))
+                prompts = plan_prompts(names, self._span, find_preset("default"))
             except ValueError as error:
                 raise UnusableExampleError("class names that no prompt holds", str(error)) from None
             first = prompts[0]
@@ -369,10 +369,10 @@ class _Encoder:
             classes = {}
             for name in names:
                 try:
-                    classes[name] = find_words([self._clip], [caption], name)
+                    classes[name] = find_words([self._span], {self._span.encoder: caption}, name)
                 except ValueError:  # not a word of the caption, or one that was cut off
                     left_out[CUT_OFF] += name.casefold() in caption.casefold()
-            content = columns_of_characters(self._clip, caption, 0, len(caption))
+            content = self._span.columns(caption)
             texts.append({"text": caption, "content": content, "classes": classes})
         return texts, +left_out
 

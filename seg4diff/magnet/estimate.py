@@ -27,8 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seg4diff.backbones import find_backbone
-from seg4diff.kernels.api import backend
+from seg4diff.backbones import Backbone, families, find_backbone
+from seg4diff.kernels.api import backend as kernel_backend
 from seg4diff.kernels.aten import backward, forward
 from seg4diff.kernels.types import Inputs, Request
 from seg4diff.magnet.adapters import add_adapters
@@ -43,24 +43,6 @@ Device = Literal["cuda", "cpu"]
 PARTS = ("weights", "LoRA", "gradients", "optimizer", "saved activations", "attention", "maps", "backward")
 _GIB = 2**30
 _TYPICAL_MASKS = 8  # masks of one picture, where the settings allow as many
-
-# Transformers whose shape is known without a file: SD3-medium, as published in its config.json.
-_KNOWN = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": {
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 192,
-    }
-}
-SD3_MEDIUM = _KNOWN["stabilityai/stable-diffusion-3-medium-diffusers"]
 
 
 @dataclass(frozen=True)
@@ -89,17 +71,17 @@ def estimate_memory(
     settings: TrainSettings,
     *,
     device: Device = "cuda",
-    text_tokens: int = 154,
+    text_tokens: int | None = None,
     pixels_per_latent: int = 8,
     masks: int = _TYPICAL_MASKS,
 ) -> Estimate:
     """Predict the peak memory of training.
 
     Args:
-        config: of the transformer, as its ``config.json`` has it.
+        config: of the transformer, as its ``config.json`` has it, the name of its class included.
         settings: of the run; ``memory.precision="auto"`` is bfloat16 on ``"cuda"`` and float32 on ``"cpu"``.
         device: decides the attention backend whose workspace is counted.
-        text_tokens: length of a prompt; 154 is SD3 without T5.
+        text_tokens: length of a prompt; that of the family, without optional text encoders, when None.
         pixels_per_latent: how much the VAE shrinks a side.
         masks: of one picture.
 
@@ -107,25 +89,26 @@ def estimate_memory(
         ValueError: no expert layer is known and ``mask.layers`` names none, or the settings do not suit the
             model.
     """
-    from diffusers import SD3Transformer2DModel
+    import diffusers
 
+    backbone = _family(config)
     precision = settings.memory.precision
     if precision == "auto":
         precision = "bfloat16" if device == "cuda" else "float32"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     with torch.device("meta"), _quiet():
-        transformer: Any = SD3Transformer2DModel.from_config(dict(config)).to(dtype).eval()
+        transformer: Any = getattr(diffusers, backbone.transformer).from_config(dict(config)).to(dtype).eval()
         layers = mask_layers(transformer, settings.mask) if settings.mask.weight > 0 else ()
         stop_after = layers[-1] if settings.fm_weight == 0 else None
         quantised = _nf4_savings(transformer, dtype) if settings.memory.quantise == "nf4" else 0
         add_adapters(transformer, settings.lora, stop_after=stop_after)
     tracker = _Tracker(counts_workspace=device == "cpu")
-    with backend("aten"), FakeTensorMode(allow_non_fake_inputs=True):
+    with kernel_backend("aten"), FakeTensorMode(allow_non_fake_inputs=True):
         trained = _made_fake(transformer)
         if settings.memory.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         magnet = _Observed(transformer, settings, tracker)
-        batch = _batch(settings, transformer, text_tokens, pixels_per_latent, masks)
+        batch = _batch(settings, transformer, text_tokens or backbone.text_tokens, pixels_per_latent, masks)
         resident = _bytes_of(weight for weight in transformer.parameters() if not weight.requires_grad)
         resident += _bytes_of(transformer.buffers())
         adapters = _bytes_of(trained)
@@ -205,13 +188,14 @@ def report(found: Mapping[str, Estimate]) -> Group:
 
 
 def model_shape(model: str) -> tuple[dict[str, Any], int, int]:
-    """Configuration of a model's transformer, length of a prompt without T5, and pixels a latent covers.
+    """Configuration of a model's transformer, length of a prompt, and pixels a latent covers.
 
     Raises:
         FileNotFoundError: the model is no folder, and its configuration cannot be fetched.
     """
-    if model in _KNOWN:
-        return dict(_KNOWN[model]), 154, 8
+    for backbone in families():
+        if model in backbone.configurations:
+            return dict(backbone.configurations[model]), backbone.text_tokens, 8
     folder = Path(model)
     if model == "demo":
         from seg4diff.demo import WEIGHTS
@@ -234,7 +218,8 @@ def model_shape(model: str) -> tuple[dict[str, Any], int, int]:
         configs = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in read.items()}
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model={model!r} has no readable configuration ({error})") from error
-    return configs["transformer"], 154, 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    text_tokens = _family(configs["transformer"]).text_tokens
+    return configs["transformer"], text_tokens, 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
 
 
 class _Tracker(TorchDispatchMode):
@@ -329,28 +314,40 @@ class _Observed(Magnet):
         return chosen, chosen
 
 
+def _family(config: Mapping[str, Any]) -> Backbone:
+    """The family of a transformer with this configuration.
+
+    Raises:
+        ValueError: it is of none.
+    """
+    name = config.get("_class_name")
+    for backbone in families():
+        if backbone.transformer == name:
+            return backbone
+    known = ", ".join(backbone.transformer for backbone in families())
+    raise ValueError(f"_class_name={name!r} of the transformer's configuration is unknown; known: {known}")
+
+
 def _batch(
     settings: TrainSettings, transformer: Any, text_tokens: int, pixels_per_latent: int, masks: int
 ) -> Batch:
     """A batch of the run's shape, without data."""
     rows, side = settings.batch, settings.data.resolution // pixels_per_latent
-    config = transformer.config
+    backbone = find_backbone(transformer)
+    channels = backbone.latent_channels(transformer)
     small = min(settings.data.resolution, 256)
     masks = min(masks, settings.mask.max_masks)
     group = (
-        tuple((column,) for column in range(1, min(77, text_tokens)))
+        tuple((column,) for column in range(1, min(backbone.name_tokens, text_tokens)))
         if settings.mask.pairing != "class"
         else None
     )
     columns: tuple[tuple[int, ...], ...] = group or tuple((1 + c, 2 + c) for c in range(masks))
     return Batch(
-        latents=torch.empty(rows, config.in_channels, side, side),
-        noise=torch.empty(rows, config.in_channels, side, side),
+        latents=torch.empty(rows, channels, side, side),
+        noise=torch.empty(rows, channels, side, side),
         sigma=torch.empty(rows),
-        text={
-            "encoder_hidden_states": torch.empty(rows, text_tokens, config.joint_attention_dim),
-            "pooled_projections": torch.empty(rows, config.pooled_projection_dim),
-        },
+        text=backbone.empty_text(transformer, rows, text_tokens),
         masks=tuple(torch.empty(masks, small, small, dtype=torch.uint8) for _ in range(rows)),
         columns=(columns,) * rows,
     )

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from seg4diff.backbones import find_backbone
 from seg4diff.magnet.encoding import Encodings
 from seg4diff.magnet.objective import Magnet, resize
 from seg4diff.magnet.sampling import HeldOutSamples
@@ -63,20 +64,7 @@ class SamplePrompts:
     ) -> None:
         self._prompts = tuple(prompts)
         self._steps, self._scale = steps, guidance_scale
-        embeddings = pipe.encode_prompt(
-            prompt=list(prompts),
-            prompt_2=None,
-            prompt_3=None,
-            do_classifier_free_guidance=True,
-            max_sequence_length=77 if pipe.text_encoder_3 is None else 256,
-        )
-        names = (
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "pooled_prompt_embeds",
-            "negative_pooled_prompt_embeds",
-        )
-        self._embeddings = dict(zip(names, embeddings, strict=True))
+        self._embeddings = find_backbone(pipe).prompt_arguments(pipe, list(prompts))
         parts = dict.fromkeys(pipe.components)
         parts.update(vae=pipe.vae, scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))
         self._pipeline, self._parts = type(pipe), parts
@@ -87,15 +75,13 @@ class SamplePrompts:
         place: Any = next(transformer.parameters())
         pipe = self._pipeline(**{**self._parts, "transformer": transformer})
         pipe.set_progress_bar_config(disable=True)
-        latents = pipe(
+        pipe.vae.to(place.device)
+        images = pipe(
             **{name: tensor.to(place.device) for name, tensor in self._embeddings.items()},
             num_inference_steps=self._steps,
             guidance_scale=self._scale,
             generator=torch.Generator().manual_seed(0),
-            output_type="latent",
+            output_type="np",
         ).images
-        vae = pipe.vae.to(place.device)
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        pictures = vae.decode(latents.to(vae.dtype)).sample.float().cpu()
-        vae.to("cpu")
-        return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        pipe.vae.to("cpu")
+        return np.asarray(images, dtype=np.float32)

@@ -42,13 +42,13 @@ class LoraSettings:
     Attributes:
         rank: of every adapter.
         alpha: adapters are scaled by alpha / rank; 0 means alpha = rank.
-        targets: modules within the joint attention of a block.
+        targets: modules within the joint attention of a block; empty for those of the model family.
         blocks: transformer blocks that get adapters; empty for all.
     """
 
     rank: _Count = 16
     alpha: _Weight = 0.0
-    targets: Annotated[tuple[_Name, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[_Name, ...] = ()
     blocks: tuple[_Whole, ...] = ()
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from seg4diff.backbones import transformer_of
+from seg4diff.backbones import find_backbone, transformer_of
 from seg4diff.loading import is_out_of_memory, out_of_memory_remedy
 from seg4diff.magnet.adapters import ADAPTER
 from seg4diff.saving import write_atomically
@@ -31,7 +31,7 @@ _LAYOUTS = {
     # "transformer.transformer_blocks.0.attn.to_q.lora_A.weight", as diffusers and this library write it; its
     # training scripts add text encoders
     "diffusers": re.compile(
-        r"(?P<component>transformer|text_encoder|text_encoder_2)\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight"
+        r"(?P<component>transformer|text_encoder(_\d+)?)\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight"
     ),
     # "backbone.transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight", the authors' checkpoints
     "authors": re.compile(
@@ -64,7 +64,7 @@ def save_lora(
         ValueError: there is no such adapter.
         OSError: the file cannot be written; what was there is untouched.
     """
-    from diffusers import StableDiffusion3Pipeline
+    import diffusers
     from peft import get_peft_model_state_dict
 
     configurations: Any = getattr(transformer, "peft_config", {})
@@ -86,7 +86,7 @@ def save_lora(
 
     def write(temporary: Path) -> None:
         try:
-            StableDiffusion3Pipeline.save_lora_weights(
+            getattr(diffusers, find_backbone(transformer).pipeline).save_lora_weights(
                 str(temporary.parent),
                 transformer_lora_layers=layers,
                 transformer_lora_adapter_metadata=metadata,
@@ -251,8 +251,8 @@ def _check(parts: Mapping[str, Mapping[str, Tensor]], pipe: Any, file: Path) -> 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
     """Modules by their path within the pipeline."""
     modules = {f"transformer.{name}": module for name, module in transformer_of(pipe).named_modules()}
-    for component in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipe, component, None)
+    for component in (name for name in pipe.components if name.startswith("text_encoder")):
+        encoder = getattr(pipe, component)
         for name, module in () if encoder is None else encoder.named_modules():
             modules[f"{component}.{name}"] = module
             # Some versions of transformers have this level, some do not; diffusers takes files of both kinds.

@@ -21,6 +21,7 @@ from torch import Tensor
 from seg4diff.attention.maps import maps_of
 from seg4diff.attention.patch import patch_of
 from seg4diff.backbones import Backbone
+from seg4diff.backbones.base import PURE_NOISE
 from seg4diff.kernels.types import MapRequest
 
 Geometry = Literal["aspect", "crop", "squash"]
@@ -99,7 +100,7 @@ class ImageMaps:
 
     index: int
     maps: tuple[Tensor, ...]
-    grid: tuple[int, ...]
+    grid: tuple[int, int]
     timestep: float
 
 
@@ -213,13 +214,13 @@ def run_maps(
                 known_text=known_text,
             ):
                 layer_maps = maps_of(pipe.transformer, chosen, maps, inputs.arguments)  # [L, rows, ...]
-                grid = state.backbone.read_call(state.transformer, inputs.arguments).grid
+                height, width = state.backbone.read_call(state.transformer, inputs.arguments).grid
                 row_maps = layer_maps.mean(dim=0) if average_layers else layer_maps.transpose(0, 1)
                 for picture, entry in zip(inputs.pictures, row_maps, strict=True):
                     found[picture].append(entry)
                     if len(found[picture]) == len(prompts[picture]):
                         bar.update()
-                        yield ImageMaps(picture, tuple(found.pop(picture)), grid, inputs.timestep)
+                        yield ImageMaps(picture, tuple(found.pop(picture)), (height, width), inputs.timestep)
     except torch.OutOfMemoryError as error:
         width, height = views[0].pixels.size
         raise torch.OutOfMemoryError(
@@ -294,7 +295,7 @@ def model_inputs(
                 )
                 pictures = tuple(batch[row] for row in rows)
                 yield ModelInputs(
-                    pictures, texts, index, 1000.0 * float(sigma), {**arguments, "return_dict": False}
+                    pictures, texts, index, PURE_NOISE * float(sigma), {**arguments, "return_dict": False}
                 )
 
 

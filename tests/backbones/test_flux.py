@@ -156,7 +156,7 @@ def test_arguments_are_those_of_the_pipeline(pipe: Any) -> None:
 def test_fill_models_see_an_image_of_which_nothing_is_known() -> None:
     fill = tiny.flux_transformer(in_channels=16 + 16 + 64)
     backbone = find_backbone(fill)
-    text = backbone.empty_text(fill, 1, 9, torch.float32)
+    text = backbone.empty_text(fill, 1, 9)
     arguments = backbone.arguments(fill, torch.randn(1, 4, 8, 12), torch.tensor([0.5]), text)
     tokens = arguments["hidden_states"]
     assert tokens.shape == (1, 24, 96)
@@ -177,7 +177,7 @@ def test_expert_layers_and_guidance_distillation() -> None:
     with pytest.raises(ValueError, match="Flux.1 transformer of 4 blocks"):
         backbone.expert_layers(small)
     assert backbone.expert_layers(tiny.flux_transformer(19, 38)) == tuple(range(10, 19))
-    text = backbone.empty_text(small, 1, 9, torch.float32)
+    text = backbone.empty_text(small, 1, 9)
     arguments = backbone.arguments(small, torch.randn(1, 4, 8, 12), torch.tensor([0.5]), text)
     assert arguments["guidance"].tolist() == [3.5]
 

@@ -13,7 +13,6 @@ from benchmarks.memory import peak_bytes
 from seg4diff.cli import main
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.estimate import (
-    SD3_MEDIUM,
     Estimate,
     estimate_memory,
     estimate_variants,
@@ -32,6 +31,11 @@ def settings(**changes: Any) -> TrainSettings:
     for name, change in changes.items():
         values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
     return build_settings(values)
+
+
+def config_of(transformer: Any) -> dict[str, Any]:
+    """What the transformer's config.json would hold."""
+    return {**transformer.config, "_class_name": type(transformer).__name__}
 
 
 def measured(transformer: Any, chosen: TrainSettings) -> int:
@@ -81,13 +85,13 @@ def test_within_ten_percent_of_the_measurement(changes: dict[str, Any]) -> None:
     transformer = tiny.transformer(layers=3, heads=2, head_dim=32, sample_size=32)
     if chosen.memory.precision == "bfloat16":
         transformer.to(torch.bfloat16)
-    predicted = estimate_memory(transformer.config, chosen, device="cpu", text_tokens=TEXT, masks=MASKS)
+    predicted = estimate_memory(config_of(transformer), chosen, device="cpu", text_tokens=TEXT, masks=MASKS)
     assert predicted.peak == pytest.approx(measured(transformer, chosen), rel=0.1)
 
 
 @pytest.mark.slow
 def test_switches_save_what_they_should() -> None:
-    config = tiny.transformer(layers=2, heads=2, head_dim=32).config
+    config = config_of(tiny.transformer(layers=2, heads=2, head_dim=32))
 
     def peak(**changes: Any) -> Estimate:
         return estimate_memory(config, settings(**changes), text_tokens=TEXT)
@@ -105,7 +109,11 @@ def test_switches_save_what_they_should() -> None:
 
 def test_known_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     config, text, pixels = model_shape("stabilityai/stable-diffusion-3-medium-diffusers")
-    assert (config, text, pixels) == (SD3_MEDIUM, 154, 8)
+    assert (config["num_layers"], config["attention_head_dim"], text, pixels) == (24, 64, 154, 8)
+    config, text, pixels = model_shape("black-forest-labs/FLUX.1-dev")
+    assert (config["num_layers"], config["num_single_layers"], text, pixels) == (19, 38, 512, 8)
+    with pytest.raises(ValueError, match="_class_name='UNet2DModel' .*; known: FluxTransformer2DModel"):
+        estimate_memory({"_class_name": "UNet2DModel"}, settings())
     with pytest.raises(FileNotFoundError, match="no readable configuration"):
         model_shape(str(tmp_path))
 

@@ -285,7 +285,7 @@ Effect = Callable[[TrainResult, Checkpoint], bool]
         ({"data": {"text": "classes"}}, None),
         ({"optimizer": {"weight_decay": 0.5}}, None),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "effect" if value else "trains",
 )
 def test_every_switch_trains_and_has_an_effect(
     changes: dict[str, Any], effect: Effect | None, cache: Path, two_steps: Any, tmp_path: Path

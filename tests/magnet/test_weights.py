@@ -201,6 +201,7 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.filterwarnings("default")  # peft warns of names that do not fit each other, and goes on
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_altered_files_are_refused_by_name(suffix: str, tmp_path: Path) -> None:
     """Or loaded, where the altered bits are weights: neither format has a hash."""
