@@ -113,12 +113,13 @@ class _Guidance(Observer):
             own = sample[forward.rows("conditional")].to(wide)
             self._step_away = self._scale * (own - sample[batch:].to(wide))
             self._perturbed = 0
-        elif self._step_away is None:
+        step_away = self._step_away
+        if step_away is None:
             return None
         # What is added to both branches is added to the pipeline's uncond + g (cond - uncond), whatever g is.
         # Skip-layer guidance subtracts its second forward from the conditional prediction, which has moved.
-        repeats = len(predicted) // len(self._step_away)
-        away = self._step_away.repeat(repeats, *(1 for _ in predicted.shape[1:]))
+        repeats = len(predicted) // len(step_away)
+        away = step_away.repeat(repeats, *(1 for _ in predicted.shape[1:]))
         moved = (predicted + away).to(sample.dtype)
         return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(sample=moved)
 

@@ -218,7 +218,7 @@ class _Recorder(Observer):
     def __init__(self, request: LayerRequest, steps: Steps, branch: Branch) -> None:
         self.request = request
         self._steps = steps
-        self._branch = branch
+        self._branch: Branch = branch
         self._sums: list[_Sum] = []
         self._prompts: dict[int, PromptCall] = {}
         self._number = -1  # of the pipeline call, or of the forward outside of one

@@ -57,8 +57,9 @@ class SkippedBlock(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        returned = tuple(given[name] for name in self._returns)
-        return returned if len(returned) > 1 else returned[0]
+        if len(self._returns) == 1:
+            return given[self._returns[0]]
+        return tuple(given[name] for name in self._returns)
 
 
 class SkippedModule(StandIn):

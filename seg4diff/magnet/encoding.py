@@ -323,7 +323,8 @@ class _Encoder:
         texts, tensors = self.texts(chosen)
         pixels = torch.from_numpy(np.array(fitted.image)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
         latents = self._backbone.latents(self._pipe, pixels)[0]
-        small = fitted.image.resize((min(_THUMBNAIL, fitted.image.width),) * 2)
+        side = min(_THUMBNAIL, fitted.image.width)
+        small = fitted.image.resize((side, side))
         tensors |= {"latents": latents, "thumbnail": torch.from_numpy(np.array(small))}
         description = {
             "name": example.name,
@@ -385,7 +386,8 @@ def _fit(example: Example, data: DataSettings) -> Example:
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
-    image = example.image.resize((data.resolution,) * 2, Image.Resampling.BICUBIC, box=box)
+    size = (data.resolution, data.resolution)
+    image = example.image.resize(size, Image.Resampling.BICUBIC, box=box)
     small = min(data.resolution, _MASK_SIDE)
     masks, classes = [], []
     for mask, name in zip(example.masks, example.classes, strict=True):

@@ -99,7 +99,7 @@ def estimate_memory(
     with torch.device("meta"), _quiet():
         transformer: Any = getattr(diffusers, backbone.transformer).from_config(dict(config)).to(dtype).eval()
         layers = mask_layers(transformer, settings.mask) if settings.mask.weight > 0 else ()
-        stop_after = layers[-1] if settings.fm_weight == 0 else None
+        stop_after = layers[-1] if layers and settings.fm_weight == 0 else None
         quantised = _nf4_savings(transformer, dtype) if settings.memory.quantise == "nf4" else 0
         add_adapters(transformer, settings.lora, stop_after=stop_after)
     tracker = _Tracker(counts_workspace=device == "cpu")

@@ -147,7 +147,7 @@ class _Run:
         pipe = _load(settings, accelerator.device) if pipe is None else pipe
         transformer: Any = transformer_of(pipe)
         layers = mask_layers(transformer, settings.mask) if settings.mask.weight > 0 else ()
-        stop_after = layers[-1] if settings.fm_weight == 0 else None
+        stop_after = layers[-1] if layers and settings.fm_weight == 0 else None
         self._set_up_data(pipe)
         del pipe
         _free_memory()

@@ -43,7 +43,7 @@ with seg4diff.perturb(pipe, layers=[9]), seg4diff.edit(pipe, drop="sofa", weight
 seg4diff.guide(pipe, "a cat on a sofa", scale=3.0, layers=[9])
 
 report = seg4diff.analyze(pipe, ["a cat on a sofa"], steps=4)
-budget: torch.Tensor = report.by_layer.image_to_text
+mass: torch.Tensor = report.by_layer.image_to_text
 layers: tuple[int, ...] = seg4diff.expert_layers(pipe, ["a cat"]).order
 seg4diff.load_lora(pipe, "adapters.safetensors")
-demo = seg4diff.demo.load_pipeline()
+demo = seg4diff.load_pipeline("demo")
