@@ -376,3 +376,25 @@ def test_unsupported_models_are_refused_by_name() -> None:
         seg4diff.patch(unet)
     with pytest.raises(TypeError, match="neither|not a diffusers pipeline"):
         seg4diff.patch("stabilityai/stable-diffusion-3-medium-diffusers")
+
+
+@torch.no_grad()
+def test_edits_that_cannot_reach_the_attention_raise() -> None:
+    """Where every attention call is left to diffusers, an edit would do nothing and say nothing."""
+    from seg4diff.attention.interception import Answer, Interceptor
+
+    class Nothing(Answer):
+        def __call__(self, *_: Any) -> None:
+            return None
+
+    transformer = tiny.transformer()
+    attention = transformer.transformer_blocks[0].attn
+    attention.processor = Interceptor(type(attention.processor)).intercepted(attention.processor, Nothing())
+    with pytest.raises(RuntimeError, match="JointAttnProcessor2_0 made no joint attention call"):
+        transformer(**tiny.transformer_inputs())
+
+    whole = tiny.transformer()
+    # Less text than the transformer was called with: nothing has the length of the whole sequence.
+    whole.context_embedder.register_forward_hook(lambda m, a, out: out[:, 1:])
+    with seg4diff.perturb(whole, 0), pytest.raises(RuntimeError, match="made no joint attention call"):
+        whole(**tiny.transformer_inputs())

@@ -340,3 +340,98 @@ def test_analyze(pipe: Any) -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     looked = seg4diff.analyze(pipe, ["a cat"], images=image, noise_levels=(1,), steps=4)
     assert looked.uniform_to_text == pytest.approx(512 / 528)
+
+
+# Other pipelines of the family
+
+
+@torch.no_grad()
+def test_kontext_pipeline(pipe: Any) -> None:
+    """Maps have rows for the generated image alone, of the size that is asked for, not for the reference."""
+    from diffusers import FluxKontextPipeline
+
+    kontext = FluxKontextPipeline(**pipe.components)
+    kontext.set_progress_bar_config(disable=True)
+    reference = torch.rand(1, 3, 32, 64, generator=seeded())
+    call = {"height": 64, "width": 96, "max_area": 64 * 96, "_auto_resize": False}
+    call |= {"num_inference_steps": 1, "max_sequence_length": 32, "output_type": "latent"}
+    with seg4diff.capture(kontext, [1, 3], maps=MapRequest(heads="each")) as captured:
+        drawn = kontext(image=reference, prompt=PROMPT, generator=seeded(), **call).images
+    with attention_calls() as calls:
+        stock = kontext(image=reference, prompt=PROMPT, generator=seeded(), **call).images
+    torch.testing.assert_close(drawn, stock)
+    joint = [(q, k) for q, k in calls if q.shape[1::2] == (2, 16)]  # the VAE has an attention too
+    assert len(joint) == 4
+    for record in captured.records:
+        assert record.grid == (4, 6)
+        query, key = (tensor.double() for tensor in joint[record.layer])
+        exact = (query @ key.transpose(-1, -2) / 4).softmax(dim=-1)[:, :, 32 : 32 + 24, :32]
+        torch.testing.assert_close(record.maps.double(), exact, rtol=1e-4, atol=1e-7)
+    assert captured.heatmap("sofa").shape == (64, 96)
+
+
+@torch.no_grad()
+def test_fill_pipeline(pipe: Any) -> None:
+    from diffusers import FluxFillPipeline
+
+    parts = dict(pipe.components)
+    for name in ("image_encoder", "feature_extractor"):
+        del parts[name]
+    parts["transformer"] = tiny.flux_transformer(in_channels=16 + 16 + 256)
+    fill = FluxFillPipeline(**parts)
+    fill.set_progress_bar_config(disable=True)
+    image, mask = torch.rand(1, 3, 64, 96, generator=seeded()), torch.ones(1, 1, 64, 96)
+    call = {"height": 64, "width": 96, "num_inference_steps": 1, "max_sequence_length": 32}
+    call |= {"output_type": "latent"}
+    with seg4diff.capture(fill, 1) as captured:
+        drawn = fill(prompt="a red dog", image=image, mask_image=mask, generator=seeded(), **call).images
+    stock = fill(prompt="a red dog", image=image, mask_image=mask, generator=seeded(), **call).images
+    torch.testing.assert_close(drawn, stock)
+    assert captured.records[0].grid == (4, 6)
+    assert captured.columns("dog") == [2]
+    found = seg4diff.segment(fill, np.zeros((64, 64, 3), np.uint8), ["cat", "dog"], layers=1)
+    assert found.labels.shape == (64, 64)
+
+
+@torch.no_grad()
+def test_ip_adapter() -> None:
+    """The joint attention is captured, the adapter's own attention runs as ever, whatever their lengths."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    transformer, inputs = tiny.flux_transformer(), tiny.flux_inputs()
+    torch.manual_seed(0)
+    adapters = {
+        name: FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=8).eval()
+        if "single" not in name
+        else processor
+        for name, processor in transformer.attn_processors.items()
+    }
+    transformer.set_attn_processor(dict(adapters))
+    for tokens in (4, 9, 33):  # 33: as many keys as image and text tokens have together
+        given = {"ip_hidden_states": [torch.randn(2, tokens, 8)]}
+        stock = transformer(**inputs, joint_attention_kwargs=dict(given)).sample
+        with attention_calls() as calls:
+            transformer(**inputs, joint_attention_kwargs=dict(given))
+        joint = [(q, k) for q, k in calls if q.shape[2] == 33]
+        with seg4diff.capture(transformer) as captured:
+            output = transformer(**inputs, joint_attention_kwargs=dict(given)).sample
+        torch.testing.assert_close(output, stock)
+        assert not torch.allclose(stock, transformer(**inputs, joint_attention_kwargs={
+            "ip_hidden_states": [torch.zeros(2, tokens, 8)]}).sample, rtol=1e-3)  # fmt: skip
+        for record, (query, key) in zip(captured.records, joint, strict=True):
+            scores = query.double() @ key.double().transpose(-1, -2) / 4
+            exact = scores.softmax(dim=-1)[:, :, 9:, :9].mean(dim=1)
+            torch.testing.assert_close(record.maps.double(), exact, rtol=1e-5, atol=1e-8)
+    assert all(adapters[name] is now for name, now in transformer.attn_processors.items())
+
+
+@torch.no_grad()
+def test_offloaded_pipeline(pipe: Any) -> None:
+    """Sequential offloading: the scores of segmentation stay what they were."""
+    from accelerate import cpu_offload
+
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    expected = seg4diff.segment(pipe, image, ["cat", "dog"], layers=2).scores
+    other = tiny.flux_pipeline()
+    cpu_offload(other.transformer, execution_device="cpu", offload_buffers=False)
+    torch.testing.assert_close(seg4diff.segment(other, image, ["cat", "dog"], layers=2).scores, expected)
