@@ -23,6 +23,7 @@ from typing import cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference
 from .aten import backend as aten
@@ -32,6 +33,9 @@ from .types import DTYPES, AttentionMaps, Backend, Inputs, JointAttention, MapRe
 _chosen: Backend = "auto"  # torch.compile guards on it: a graph is traced again under another choice
 
 _FLOAT32 = torch.finfo(torch.float32)
+
+LARGEST_BIAS = 88
+"""Largest value of a text bias: exp(88) is about the largest float32."""
 
 
 @contextmanager
@@ -70,6 +74,7 @@ def joint_attention(
     maps: MapRequest | None = None,
     statistics: bool = False,
     text_value_for_image: Tensor | None = None,
+    text_bias: Tensor | None = None,
 ) -> JointAttention:
     """Softmax attention over image and text tokens together, with I2T maps and statistics.
 
@@ -85,6 +90,13 @@ def joint_attention(
         text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
             A linear edit of the I2T probabilities along the text axis, P G, is exactly ``G @ text_value``
             here.
+        text_bias: what is added to the scores of the text columns, float32 [B, T], at most 88; -inf masks a
+            column, as of a padding token. A row of a masked token is a row like any other. Not
+            differentiable. Values are checked on a CPU, outside of ``torch.compile``: elsewhere a NaN or
+            +inf gives NaN.
+
+    Entries of a map in masked columns are exactly 0, and a ``"logit"`` map does not contain the bias. Where
+    all T columns are masked, ``"text_probability"`` is 0.
 
     Under autocast, tensors are cast to the autocast dtype, as PyTorch's own attention does.
 
@@ -103,7 +115,7 @@ def joint_attention(
     }
     if text_value_for_image is not None:
         tensors["text_value_for_image"] = text_value_for_image
-    return cast(JointAttention, _attend(tensors, scale, maps, statistics))
+    return cast(JointAttention, _attend(tensors, text_bias, scale, maps, statistics))
 
 
 def attention_maps(
@@ -115,6 +127,7 @@ def attention_maps(
     scale: float | None = None,
     maps: MapRequest = MapRequest(),  # noqa: B008 (frozen)
     statistics: bool = False,
+    text_bias: Tensor | None = None,
 ) -> AttentionMaps:
     """The I2T map alone: no values, no attention output.
 
@@ -129,11 +142,15 @@ def attention_maps(
         raise ValueError("text_query=None, but statistics=True needs it: text rows count too")
     if not isinstance(maps, MapRequest):
         raise TypeError(f"maps={maps!r} must be a MapRequest")
-    return cast(AttentionMaps, _attend(tensors, scale, maps, statistics))
+    return cast(AttentionMaps, _attend(tensors, text_bias, scale, maps, statistics))
 
 
 def _attend(
-    tensors: dict[str, Tensor], scale: float | None, maps: MapRequest | None, statistics: bool
+    tensors: dict[str, Tensor],
+    text_bias: Tensor | None,
+    scale: float | None,
+    maps: MapRequest | None,
+    statistics: bool,
 ) -> JointAttention | AttentionMaps:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -148,6 +165,8 @@ def _attend(
         if not isinstance(maps, MapRequest):
             raise TypeError(f"maps={maps!r} must be a MapRequest or None")
         maps.columns(tensors["text_key"].shape[1])
+    if text_bias is not None:
+        _check_bias(text_bias, tensors["text_key"])
     value = tensors.get("value")
     inputs = Inputs(
         query=tensors["query"],
@@ -157,9 +176,10 @@ def _attend(
         text_key=tensors["text_key"],
         text_value=tensors.get("text_value"),
         text_value_for_image=tensors.get("text_value_for_image"),
+        text_bias=text_bias,
     )
     factor = inputs.query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
-    return _attend_of(_chosen, inputs.query)(inputs, factor, maps, statistics)
+    return _attend_of(_chosen, inputs)(inputs, factor, maps, statistics)
 
 
 def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,6 +224,38 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
             )
 
 
+def _check_bias(text_bias: Tensor, text_key: Tensor) -> None:
+    accepted = (
+        f"accepted: float32 [B, T], here {list(text_key.shape[:2])}, values up to {LARGEST_BIAS} or -inf"
+    )
+    if not isinstance(text_bias, Tensor):
+        raise TypeError(f"text_bias must be a tensor, got {type(text_bias).__name__}; {accepted}")
+    if text_bias.dtype != torch.float32:
+        remedy = (
+            "; a mask becomes torch.where(mask, 0.0, -torch.inf)" if text_bias.dtype == torch.bool else ""
+        )
+        raise ValueError(f"text_bias has dtype {text_bias.dtype}; {accepted}{remedy}")
+    if text_bias.shape != text_key.shape[:2]:
+        raise ValueError(f"text_bias has shape {list(text_bias.shape)}; {accepted}")
+    if text_bias.device != text_key.device:
+        raise ValueError(f"text_bias is on {text_bias.device}, but text_key is on {text_key.device}")
+    if text_bias.requires_grad:
+        raise ValueError("text_bias requires grad, but it is not differentiable; detach it")
+    if _readable(text_bias):
+        refused = text_bias[~(text_bias <= LARGEST_BIAS)]  # NaN, too
+        if refused.numel():
+            raise ValueError(f"text_bias has a value of {float(refused[0])}; {accepted}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether reading values costs no synchronisation and breaks no trace."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(tensor, FakeTensor)
+    )
+
+
 def _checked_scale(scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale={scale!r} must be a number or None")
@@ -214,12 +266,13 @@ def _checked_scale(scale: float) -> float:
     return float(scale)
 
 
-def _attend_of(name: Backend, query: Tensor) -> Attend:
-    """The function of the backend ``name`` for tensors like ``query``."""
+def _attend_of(name: Backend, inputs: Inputs) -> Attend:
+    """The function of the backend ``name`` for ``inputs``."""
     if name == "auto":
-        name = "triton" if query.device.type == "cuda" and _triton_refusal(query) is None else "aten"
+        on_gpu = inputs.query.device.type == "cuda"
+        name = "triton" if on_gpu and _triton_refusal(inputs) is None else "aten"
     if name == "triton":
-        refusal = _triton_refusal(query)
+        refusal = _triton_refusal(inputs)
         if refusal is not None:
             raise ValueError(f'backend("triton") cannot run this: {refusal}; backend("aten") can')
         from .triton import backend as triton
@@ -228,10 +281,10 @@ def _attend_of(name: Backend, query: Tensor) -> Attend:
     return aten.attend if name == "aten" else reference.attend
 
 
-def _triton_refusal(query: Tensor) -> str | None:
-    """Why the Triton backend cannot take tensors like ``query``, or None if it can."""
+def _triton_refusal(inputs: Inputs) -> str | None:
+    """Why the Triton backend cannot take ``inputs``, or None if it can."""
     try:
         from .triton import backend as triton
     except ImportError as error:
         return f"Triton is not importable ({error})"
-    return triton.refusal(query)
+    return triton.refusal(inputs.query) or triton.call_refusal(inputs)

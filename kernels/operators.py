@@ -25,7 +25,7 @@ from .types import (
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor? value, Tensor? text_query, Tensor text_key, Tensor? text_value, "
-    "Tensor? text_value_for_image"
+    "Tensor? text_value_for_image, Tensor? text_bias"
 )
 _REQUEST = "float scale, str? kind, str heads, SymInt start, SymInt stop"
 _FORWARD_SCHEMA = f"({_INPUTS}, {_REQUEST}) -> (Tensor image, Tensor text, Tensor lse, Tensor maps)"
@@ -35,7 +35,7 @@ _BACKWARD_SCHEMA = (
 )
 _VALUE_NORM_SCHEMA = "(Tensor value) -> Tensor"
 _MASS_SCHEMA = (
-    "(Tensor query, Tensor text_query, Tensor text_key, Tensor lse, float scale) "
+    "(Tensor query, Tensor text_query, Tensor text_key, Tensor lse, float scale, Tensor? text_bias) "
     "-> (Tensor image_to_text, Tensor text_to_text)"
 )
 
@@ -44,7 +44,7 @@ Forward = Callable[[Inputs, Request], tuple[Tensor, Tensor, Tensor, Tensor]]
 Backward = Callable[
     [Tensor | None, Tensor | None, Tensor | None, Inputs, Tensor, Tensor, Tensor, Request], tuple[Tensor, ...]
 ]
-AttentionMass = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+AttentionMass = Callable[..., tuple[Tensor, Tensor]]
 ValueNorm = Callable[[Tensor], Tensor]
 Attend = Callable[[Inputs, float, MapRequest | None, bool], JointAttention | AttentionMaps]
 
@@ -85,17 +85,18 @@ def register(
     # Autocast has done its work on the arguments; matrix products inside are to stay as precise as written.
     def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(args[0].device.type, enabled=False):
-            return forward(Inputs(*args[:7]), Request(*args[7:]))
+            return forward(Inputs(*args[:8]), Request(*args[8:]))
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
-        d_image, d_text, d_maps, *tensors = args[:10]
-        image, text, lse, *request = args[10:]
+        d_image, d_text, d_maps, *tensors = args[:11]
+        image, text, lse, *request = args[11:]
         with torch.autocast(lse.device.type, enabled=False):
             return backward(d_image, d_text, d_maps, Inputs(*tensors), image, text, lse, Request(*request))
 
     def run_mass(*args: Any) -> tuple[Tensor, Tensor]:
+        *others, text_bias = args
         with torch.autocast(args[0].device.type, enabled=False):
-            return mass(*args)
+            return mass(*others) if text_bias is None else mass(*others, text_bias=text_bias)
 
     def run_value_norm(value: Tensor) -> Tensor:
         return value_norm(value).contiguous()
@@ -106,10 +107,10 @@ def register(
     mass_op = custom_op(f"{namespace}_mass", run_mass, mutates_args=(), schema=_MASS_SCHEMA)
     norm_op = custom_op(f"{namespace}_value_norm", run_value_norm, mutates_args=(), schema=_VALUE_NORM_SCHEMA)
 
-    forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:7]), Request(*args[7:])))
-    backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:10])))
+    forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:8]), Request(*args[8:])))
+    backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:11])))
 
-    def fake_mass(query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Any:
+    def fake_mass(query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, *rest: Any) -> Any:
         batch, heads = query.shape[0], query.shape[2]
         return tuple(lse.new_empty((batch, heads, rows.shape[1])) for rows in (query, text_query))
 
@@ -122,22 +123,22 @@ def register(
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         image, text, lse, _ = output
-        ctx.save_for_backward(*inputs[:7], image, text, lse)
-        ctx.request = inputs[7:]
+        ctx.save_for_backward(*inputs[:8], image, text, lse)
+        ctx.request = inputs[8:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse)
 
     def differentiate(ctx: Any, d_image: Any, d_text: Any, d_lse: Any, d_maps: Any) -> Any:
         saved = ctx.saved_tensors
-        inputs, outputs = saved[:7], saved[7:]
+        inputs, outputs = saved[:8], saved[8:]
         if inputs[2] is None:  # no values, hence no outputs to differentiate
             d_image = d_text = None
         if ctx.request[1] is None:
             d_maps = None
         if d_image is None and d_text is None and d_maps is None:
-            return (None,) * 12
+            return (None,) * 13
         gradients = call_backward(d_image, d_text, d_maps, *inputs, *outputs, *ctx.request)
-        return *(None if t is None else g for t, g in zip(inputs, gradients, strict=True)), *(None,) * 5
+        return *(None if t is None else g for t, g in zip(inputs[:7], gradients, strict=True)), *(None,) * 6
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     # Dynamo traces calls of the operators themselves, not of the objects that define them.
@@ -154,12 +155,14 @@ def register(
             request: tuple[Any, ...] = (scale, None, "mean", 0, 0)
         else:
             request = (scale, maps.kind, maps.heads, *maps.columns(text_key.shape[1]))
-        image, text, lse, entries = call_forward(*inputs.tensors(), *request)
+        image, text, lse, entries = call_forward(*inputs.tensors(), inputs.text_bias, *request)
         shown = None
         if statistics and text_query is not None:
             value, text_value = inputs.value, inputs.text_value
             with torch.no_grad():
-                image_to_text, text_to_text = call_mass(query, text_query, text_key, lse, scale)
+                image_to_text, text_to_text = call_mass(
+                    query, text_query, text_key, lse, scale, inputs.text_bias
+                )
                 shown = AttentionStatistics(
                     image_to_text=image_to_text,
                     text_to_text=text_to_text,

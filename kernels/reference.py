@@ -7,6 +7,7 @@ Half-precision inputs are widened to float32 and the outputs rounded once; float
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .types import AttentionMaps, AttentionStatistics, Inputs, JointAttention, MapRequest, wide_dtype
@@ -19,21 +20,26 @@ def attend(
     query, value, text_query, text_value = inputs.query, inputs.value, inputs.text_query, inputs.text_value
     tokens = query.shape[1]
     keys = torch.cat([_wide(inputs.key), _wide(inputs.text_key)], dim=1)  # [B, S, H, D]
-    image_scores = scale * torch.einsum("bqhd,bkhd->bhqk", _wide(query), keys)  # [B, H, N, S]
-    image_probability = image_scores.softmax(dim=-1)
+    bias = None
+    if inputs.text_bias is not None:
+        bias = inputs.text_bias.to(keys.dtype)[:, None, None]  # [B, 1, 1, T]
+    image_logits, image_scores = _scores(query, keys, scale, bias)  # [B, H, N, S]
+    image_probability = _softmax(image_scores)
     text_scores = text_probability = None
     if text_query is not None:
-        text_scores = scale * torch.einsum("bqhd,bkhd->bhqk", _wide(text_query), keys)  # [B, H, T, S]
-        text_probability = text_scores.softmax(dim=-1)
+        text_scores = _scores(text_query, keys, scale, bias)[1]  # [B, H, T, S]
+        text_probability = _softmax(text_scores)
 
     entries = None
     if maps is not None:
         if maps.kind == "probability":
             entries = image_probability[..., tokens:]
         elif maps.kind == "logit":
-            entries = image_scores[..., tokens:]
+            entries = image_logits[..., tokens:]
+            if bias is not None:
+                entries = entries.masked_fill(bias == -torch.inf, 0.0)
         else:
-            entries = image_scores[..., tokens:].softmax(dim=-1)
+            entries = _softmax(image_scores[..., tokens:])
         start, stop = maps.columns(inputs.text_key.shape[1])
         entries = entries[..., start:stop]  # [B, H, N, T']
         if maps.heads == "mean":
@@ -67,6 +73,20 @@ def attend(
         maps=entries,
         statistics=result_statistics,
     )
+
+
+def _scores(rows: Tensor, keys: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scaled products of ``rows`` [B, M, H, D] and wide ``keys`` [B, S, H, D], without and with the bias of
+    the last T columns, [B, H, M, S].
+    """
+    logits = scale * torch.einsum("bqhd,bkhd->bhqk", _wide(rows), keys)
+    return logits, logits if bias is None else logits + F.pad(bias, (keys.shape[1] - bias.shape[-1], 0))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis; zeros, with zero gradients, where every score is -inf."""
+    empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
 
 
 def value_norm(value: Tensor) -> Tensor:

@@ -104,7 +104,10 @@ def exact_maps(**arguments: Any) -> AttentionMaps:
 
 
 def _doubled(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
+    return {
+        name: a.double() if isinstance(a, Tensor) and name != "text_bias" else a
+        for name, a in arguments.items()
+    }
 
 
 def pytorch_attention(
@@ -116,6 +119,7 @@ def pytorch_attention(
     text_value: Tensor,
     *,
     text_value_for_image: Tensor | None = None,
+    text_bias: Tensor | None = None,
     scale: float | None = None,
     maps: MapRequest | None = None,
     statistics: bool = False,
@@ -127,15 +131,18 @@ def pytorch_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     keys = torch.cat([key, text_key], dim=1)
     read_by_image = text_value if text_value_for_image is None else text_value_for_image
-    inputs = Inputs(query, key, value, text_query, text_key, text_value, text_value_for_image)
+    inputs = Inputs(query, key, value, text_query, text_key, text_value, text_value_for_image, text_bias)
+    mask = None
+    if text_bias is not None:
+        mask = F.pad(text_bias.to(query.dtype), (key.shape[1], 0))[:, None, None]  # [B, 1, 1, S]
     shown = attend(inputs, factor, maps, statistics)
     assert isinstance(shown, JointAttention)
     return JointAttention(
-        image=_flash(query, keys, torch.cat([value, read_by_image], dim=1), factor),
-        text=_flash(text_query, keys, torch.cat([value, text_value], dim=1), factor),
+        image=_flash(query, keys, torch.cat([value, read_by_image], dim=1), factor, mask),
+        text=_flash(text_query, keys, torch.cat([value, text_value], dim=1), factor, mask),
         lse=shown.lse,
         maps=shown.maps,
-        statistics=_with_usual_mass(shown.statistics, query, text_query, text_key, shown.lse, factor),
+        statistics=_with_usual_mass(shown.statistics, inputs, shown.lse, factor),
     )
 
 
@@ -145,36 +152,33 @@ def pytorch_maps(
     text_query: Tensor | None,
     text_key: Tensor,
     *,
+    text_bias: Tensor | None = None,
     scale: float | None = None,
     maps: MapRequest = MapRequest(),  # noqa: B008 (frozen)
     statistics: bool = False,
 ) -> AttentionMaps:
     """The baseline of maps alone, see :func:`pytorch_attention`."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    inputs = Inputs(query, key, None, text_query if statistics else None, text_key, None, None)
+    inputs = Inputs(query, key, None, text_query if statistics else None, text_key, None, None, text_bias)
     shown = attend(inputs, factor, maps, statistics)
     assert isinstance(shown, AttentionMaps)
-    mass = _with_usual_mass(shown.statistics, query, text_query, text_key, shown.lse, factor)
-    return replace(shown, statistics=mass)
+    return replace(shown, statistics=_with_usual_mass(shown.statistics, inputs, shown.lse, factor))
 
 
 def _with_usual_mass(
-    statistics: AttentionStatistics | None,
-    query: Tensor,
-    text_query: Tensor | None,
-    text_key: Tensor,
-    lse: Tensor | None,
-    scale: float,
+    statistics: AttentionStatistics | None, inputs: Inputs, lse: Tensor | None, scale: float
 ) -> AttentionStatistics | None:
     """The statistics with attention mass as PyTorch computes it from a log-sum-exp, all that flash keeps."""
+    query, text_query, text_key = inputs.query, inputs.text_query, inputs.text_key
     if statistics is None or text_query is None or lse is None:
         return None
+    bias = 0.0 if inputs.text_bias is None else inputs.text_bias[:, None, None]
     masses = []
     for rows, norm in zip(
         (query, text_query), lse.split([query.shape[1], text_query.shape[1]], dim=2), strict=True
     ):
         scores = scale * torch.einsum("bqhd,bkhd->bhqk", rows.float(), text_key.float())
-        masses.append((scores - norm[..., None]).exp().sum(dim=-1))
+        masses.append((scores + bias - norm[..., None]).exp().sum(dim=-1))
     return replace(statistics, image_to_text=masses[0], text_to_text=masses[1])
 
 
@@ -192,6 +196,6 @@ def attention_rows(inputs: Mapping[str, Tensor], rows: Tensor, dtype: torch.dtyp
     return outputs, probability[..., inputs["key"].shape[1] :].mean(dim=1)
 
 
-def _flash(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _flash(rows: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (rows, keys, values))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)

@@ -76,6 +76,9 @@ class Inputs:
 
     A map alone needs no values: then all three are None, and ``text_query`` is None unless the statistics
     are wanted. Otherwise ``text_value_for_image`` alone may be None.
+
+    ``text_bias``, float32 [B, T] or None, is added to the scores of text columns; -inf masks a column. It has
+    no gradient.
     """
 
     query: Tensor
@@ -85,13 +88,14 @@ class Inputs:
     text_key: Tensor
     text_value: Tensor | None
     text_value_for_image: Tensor | None
+    text_bias: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All seven, in the order of :data:`STREAMS`."""
+        """The seven that have gradients, in the order of :data:`STREAMS`."""
         return tuple(getattr(self, name) for name in STREAMS)
 
 
-STREAMS = tuple(stream.name for stream in fields(Inputs))
+STREAMS = tuple(stream.name for stream in fields(Inputs))[:7]
 
 
 @dataclass(frozen=True)

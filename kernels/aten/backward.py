@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..operators import empty_gradients
 from ..types import STREAMS, Inputs, Request, wide_dtype
-from .blocks import block_rows, dense_channels, products
+from .blocks import block_rows, dense_channels, products, softmax
 
 _FREE_CHANNELS = 4  # of their own for what the map adds, see `_image_gradients`
 
@@ -73,7 +73,7 @@ def _stream_gradients(
     if d_out is None and d_maps is None:
         return (None,) * 5
     d_rows, d_text_key, d_text_value, map_sum = _text_gradients(
-        rows, inputs.text_key, text_value, d_out, out, lse, d_maps, request
+        rows, inputs.text_key, inputs.text_bias, text_value, d_out, out, lse, d_maps, request
     )
     if d_out is None and map_sum is None:  # logits and text probabilities know of the text columns alone
         return d_rows, None, None, d_text_key, d_text_value
@@ -87,6 +87,7 @@ def _stream_gradients(
 def _text_gradients(
     rows: Tensor,
     text_key: Tensor,
+    text_bias: Tensor | None,
     text_value: Tensor | None,
     d_out: Tensor | None,
     out: Tensor,
@@ -105,10 +106,15 @@ def _text_gradients(
     d_text_key = torch.empty_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
     d_text_value = None if d_out is None else torch.empty_like(d_text_key)
     map_sum = rows.new_empty((batch, heads, count), dtype=wide) if shown == "probability" else None
+    bias = None if text_bias is None else text_bias[:, None].to(wide)  # [B, 1, T]
     if d_maps is not None and request.heads == "mean":
         d_maps = (d_maps / heads)[:, None].expand(-1, heads, -1, -1)  # [B, H, M, T']
+    if d_maps is not None and bias is not None:
+        d_maps = d_maps.masked_fill(bias[:, None, :, start:stop] == -torch.inf, 0.0)
     for head in range(heads):
         scores = products(rows[:, :, head], text_key[:, :, head]).mul_(scale)  # [B, M, T]
+        if bias is not None:
+            scores.add_(bias)
         d_scores = torch.zeros_like(scores)
         d_entries = scores.new_zeros(()) if d_maps is None else d_maps[:, head]
         if d_out is not None or shown == "probability":
@@ -127,7 +133,7 @@ def _text_gradients(
         if shown == "logit":
             d_scores[..., start:stop] += d_entries
         elif shown == "text_probability":
-            entries = scores.softmax(dim=-1)
+            entries = softmax(scores, bias)
             weighted = d_entries * entries[..., start:stop]
             d_scores -= entries * weighted.sum(dim=-1, keepdim=True)
             d_scores[..., start:stop] += weighted

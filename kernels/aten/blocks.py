@@ -16,6 +16,16 @@ def products(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.bmm(rows.to(wide), columns.to(wide).transpose(1, 2))
 
 
+def softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax over the last axis of ``scores`` [B, M, T], which contain ``bias`` [B, 1, T]; zeros where the
+    bias masks all columns.
+    """
+    entries = scores.softmax(dim=-1)
+    if bias is not None:
+        entries.masked_fill_((bias == -torch.inf).all(dim=-1, keepdim=True), 0.0)
+    return entries
+
+
 def block_rows(q: Tensor, columns: int) -> int:
     """How many rows of ``q`` [B, H, M, D] make a block of scores with ``columns`` keys."""
     return max(1, BLOCK_ELEMENTS // (q.shape[0] * q.shape[1] * columns))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..operators import empty_outputs
 from ..types import Inputs, Request, wide_dtype
-from .blocks import block_rows, dense_channels, products
+from .blocks import block_rows, dense_channels, products, softmax
 
 
 def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,7 +29,8 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
         image, lse[:, :, :tokens] = _flash(query, keys, values, request.scale)
     elif lse.shape[-1] > 0:
         lse[:, :, :tokens] = _log_sum_exp(query, key, request.scale)
-    _attend_to_text(query, inputs.text_key, edited, image, lse[:, :, :tokens], maps, request)
+    bias = inputs.text_bias
+    _attend_to_text(query, inputs.text_key, bias, edited, image, lse[:, :, :tokens], maps, request)
     if text_query is not None:
         if keys is not None and values is not None:
             text, lse[:, :, tokens:] = _flash(text_query, keys, values, request.scale)
@@ -38,13 +39,14 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
             lse[:, :, tokens:] = _log_sum_exp(text_query, key, request.scale)
         without_map = Request(request.scale, None, "mean", 0, 0)
         rows = lse[:, :, tokens:]
-        _attend_to_text(text_query, inputs.text_key, inputs.text_value, text, rows, maps, without_map)
+        _attend_to_text(text_query, inputs.text_key, bias, inputs.text_value, text, rows, maps, without_map)
     return image, text, lse, maps
 
 
 def _attend_to_text(
     rows: Tensor,
     text_key: Tensor,
+    text_bias: Tensor | None,
     text_value: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -60,6 +62,7 @@ def _attend_to_text(
     heads, start, stop = rows.shape[2], request.start, request.stop
     normalised = lse.shape[-1] > 0
     shown = request.kind
+    bias = None if text_bias is None else text_bias[:, None].to(wide)  # [B, 1, T]
     if shown == "logit" and request.heads == "mean":  # linear: one product of the un-split projections
         columns = text_key[:, start:stop].flatten(2).to(wide) * (request.scale / heads)
         torch.bmm(rows.flatten(2).to(wide), columns.transpose(1, 2), out=maps)
@@ -72,8 +75,10 @@ def _attend_to_text(
         torch.mul(products(rows[:, :, head], text_key[:, :, head]), request.scale, out=scores)
         if shown == "logit":
             _reduce(maps, head, heads, scores[..., start:stop], request)
-        elif shown == "text_probability":
-            _reduce(maps, head, heads, scores.softmax(dim=-1)[..., start:stop], request)
+        if bias is not None:
+            scores.add_(bias)
+        if shown == "text_probability":
+            _reduce(maps, head, heads, softmax(scores, bias)[..., start:stop], request)
         if not normalised:
             continue
         of_image.copy_(lse[:, head])
@@ -85,6 +90,9 @@ def _attend_to_text(
             from_image = out[:, :, head] * probability[..., text_tokens:]
             values = text_value[:, :, head].to(wide)
             out[:, :, head] = torch.baddbmm(from_image, probability[..., :text_tokens], values)
+    if request.kind == "logit" and bias is not None:
+        masked = bias[..., start:stop] == -torch.inf  # [B, 1, T']
+        maps.masked_fill_(masked if request.heads == "mean" else masked[:, None], 0.0)
 
 
 def _reduce(maps: Tensor, head: int, heads: int, entries: Tensor, request: Request) -> None:
@@ -150,7 +158,12 @@ def _log_sum_exp(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def attention_mass(
-    query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float
+    query: Tensor,
+    text_query: Tensor,
+    text_key: Tensor,
+    lse: Tensor,
+    scale: float,
+    text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mass that image rows [B, H, N] and text rows [B, H, T] give to the text columns."""
     tokens, heads = query.shape[1:3]
@@ -159,5 +172,7 @@ def attention_mass(
         last = first + rows.shape[1]
         for head in range(heads):
             entries = products(rows[:, :, head], text_key[:, :, head]).mul_(scale)
+            if text_bias is not None:
+                entries.add_(text_bias[:, None])
             masses[:, head, first:last] = entries.sub_(lse[:, head, first:last, None]).exp_().sum(dim=-1)
     return masses[:, :, :tokens].clone(), masses[:, :, tokens:].clone()

@@ -38,6 +38,11 @@ def refusal(query: Tensor) -> str | None:
     return None
 
 
+def call_refusal(inputs: Inputs) -> str | None:
+    """Why the kernels cannot do what a call asks for, or None if they can."""
+    return None if inputs.text_bias is None else "a text bias is not supported"
+
+
 def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image output, text output, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
     inputs = readable_inputs(inputs)

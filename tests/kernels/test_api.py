@@ -249,7 +249,7 @@ def test_a_backend_inside_a_compiled_function(inputs: dict[str, Tensor]) -> None
 
 
 def test_nothing_runs_before_the_checks(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(name: str, query: Tensor) -> Any:
+    def chosen(name: str, inputs: Any) -> Any:
         raise AssertionError("a backend was asked for")
 
     monkeypatch.setattr(api, "_attend_of", chosen)

@@ -267,10 +267,11 @@ def test_compiles_as_one_graph() -> None:
 def test_operators_keep_the_rules_of_torch_library(kind: str | None) -> None:
     inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32, edited=True)
     tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
-    request = (0.25, kind, "mean", 0, 0 if kind is None else 5)
+    bias = torch.tensor([[0.5, -torch.inf, 0.0, 1.0, 0.0]])
+    request = (bias, 0.25, kind, "mean", 0, 0 if kind is None else 5)
     torch.library.opcheck(torch.ops.seg4diff.aten_forward.default, (*tensors, *request))
     lse = torch.zeros(1, 2, 14)
-    given = (tensors[0], tensors[3], tensors[4], lse, 0.25)
+    given = (tensors[0], tensors[3], tensors[4], lse, 0.25, bias)
     detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
     torch.library.opcheck(torch.ops.seg4diff.aten_mass.default, detached)
     torch.library.opcheck(torch.ops.seg4diff.aten_value_norm.default, (tensors[2].detach(),))
