@@ -35,7 +35,7 @@ from tests.support.materialised import joint_scores
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-MAP = MapRequest(text=slice(0, 77))  # CLIP's tokens
+MAP = MapRequest(columns=("text", slice(0, 77)))  # CLIP's tokens
 MIB = 2**20
 Inputs = dict[str, Tensor]
 Attend = Callable[[Inputs], tuple[Tensor, ...]]
@@ -102,7 +102,7 @@ def materialising(inputs: Inputs) -> tuple[Tensor, ...]:
     scores = joint_scores(*(inputs[name] for name in ("query", "key", "text_query", "text_key")))
     probability = scores.softmax(dim=-1)  # [B, H, S, S]
     del scores
-    maps = probability.mean(dim=1)[:, :tokens, tokens:][..., MAP.text]
+    maps = probability.mean(dim=1)[:, :tokens, tokens:][..., MAP.columns[1]]
     del probability
     return *sdpa(inputs), maps
 
@@ -130,7 +130,7 @@ def gate(case: Case, inputs: Inputs) -> None:
     _, usual_maps = attention_rows(inputs, rows, torch.float32)
     usual = sdpa(inputs)[0]
     assert_accurate(image[:, rows], exact.flatten(2), usual[:, rows], name="output")
-    exact_maps, usual_maps = exact_maps[..., MAP.text], usual_maps[..., MAP.text]
+    exact_maps, usual_maps = exact_maps[..., MAP.columns[1]], usual_maps[..., MAP.columns[1]]
     if GPU or case.dtype == torch.float32:
         assert_accurate(maps[:, rows], exact_maps, usual_maps, name="map")
     else:  # exponentials of PyTorch's flash attention on a CPU have 20 bits in half precision

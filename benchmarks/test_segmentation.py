@@ -45,7 +45,7 @@ def test_early_stop(transformer: Any) -> None:
         "pooled_projections": torch.randn(1, 2048, **options),
         "timestep": torch.full((1,), 515.0, device=transformer.device),
     }
-    request = MapRequest(text=slice(0, 77))
+    request = MapRequest(columns=("text", slice(0, 77)))
 
     def maps(stop_early: bool) -> torch.Tensor:
         with seg4diff.capture(transformer, EXPERT, maps=request, stop_early=stop_early) as captured:

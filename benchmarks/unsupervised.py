@@ -47,7 +47,7 @@ def empty_prompt_maps(pipe: Any, images: list[Any], layers: tuple[int, ...]) -> 
     """Per-head maps [pictures, H, N, 77] of the empty prompt, layers averaged, and clean latents."""
     views = views_of(pipe, images, find_preset("default"))
     maps: dict[int, Tensor] = {}
-    request = MapRequest(heads="each", text=slice(0, 77))
+    request = MapRequest(heads="each", columns=("text", slice(0, 77)))
     with torch.no_grad():
         for inputs in model_inputs(
             pipe, views, [[""]] * len(views), steps=28, noise_indices=(-8,), batch_size=8

@@ -17,20 +17,32 @@ Triton runs on a GPU that it supports and ATen elsewhere; :func:`backend` choose
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import cast, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference
 from .aten import backend as aten
 from .operators import Attend
-from .types import DTYPES, AttentionMaps, Backend, Inputs, JointAttention, MapRequest
+from .types import (
+    DTYPES,
+    AttentionMaps,
+    Backend,
+    Inputs,
+    JointAttention,
+    MapRequest,
+    readable,
+    wide_dtype,
+)
 
 _chosen: Backend = "auto"  # torch.compile guards on it: a graph is traced again under another choice
+
+log = logging.getLogger(__name__)
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -64,9 +76,9 @@ def backend(name: Backend) -> Iterator[None]:
 
 def joint_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    text_query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    text_query: Tensor | None,
     text_key: Tensor,
     text_value: Tensor,
     *,
@@ -76,15 +88,18 @@ def joint_attention(
     text_value_for_image: Tensor | None = None,
     text_bias: Tensor | None = None,
 ) -> JointAttention:
-    """Softmax attention over image and text tokens together, with I2T maps and statistics.
+    """Softmax attention over image and text tokens together, with a map and statistics.
 
     Differentiable through ``image``, ``text`` and ``maps`` with respect to all seven tensors.
 
     Args:
-        query, key, value: image tokens, [B, N, H, D], float16, bfloat16, float32 or float64; any strides.
-        text_query, text_key, text_value: text tokens, [B, T, H, D], same dtype and device.
+        query: image tokens, [B, N, H, D], float16, bfloat16, float32 or float64; any strides.
+        key, value: of the image tokens, same shape. Both None: every row reads the text alone
+            (cross-attention).
+        text_query: text tokens, [B, T, H, D], same dtype and device. None: only image rows are computed.
+        text_key, text_value: of the text tokens, same shape.
         scale: factor of the scores, positive and finite; 1 / sqrt(D) when None.
-        maps: the I2T map to return; None for no map.
+        maps: the map to return; None for no map.
         statistics: also return attention mass and value norms, see
             :class:`seg4diff.kernels.types.AttentionStatistics`.
         text_value_for_image: text values that *image* rows read, [B, T, H, D]; text rows keep ``text_value``.
@@ -96,15 +111,21 @@ def joint_attention(
             +inf gives NaN.
 
     Entries of a map in masked columns are exactly 0, and a ``"logit"`` map does not contain the bias. Where
-    all T columns are masked, ``"text_probability"`` is 0.
+    all T columns are masked, ``"text_probability"`` is 0; without image keys, the output of such a row is 0
+    and its log-sum-exp -inf.
 
     Under autocast, tensors are cast to the autocast dtype, as PyTorch's own attention does.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices, ranges or the scale do not fit, or the tensors the chosen
-            :func:`backend`; the message names the argument and its value.
+        ValueError: shapes, devices, ranges or values do not fit, or the tensors the chosen :func:`backend`;
+            the message names the argument and its value.
     """
+    if (key is None) != (value is None):
+        missing, present = ("key", "value") if key is None else ("value", "key")
+        raise ValueError(
+            f"{missing} is None, but {present} is given; give both, or neither for rows that read text alone"
+        )
     tensors = {
         "query": query,
         "key": key,
@@ -112,15 +133,15 @@ def joint_attention(
         "text_query": text_query,
         "text_key": text_key,
         "text_value": text_value,
+        "text_value_for_image": text_value_for_image,
     }
-    if text_value_for_image is not None:
-        tensors["text_value_for_image"] = text_value_for_image
-    return cast(JointAttention, _attend(tensors, text_bias, scale, maps, statistics))
+    optional = {"key", "value", "text_query", "text_value_for_image"}
+    return cast(JointAttention, _attend(tensors, optional, text_bias, scale, maps, statistics, None))
 
 
 def attention_maps(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     text_query: Tensor | None,
     text_key: Tensor,
     *,
@@ -128,58 +149,87 @@ def attention_maps(
     maps: MapRequest = MapRequest(),  # noqa: B008 (frozen)
     statistics: bool = False,
     text_bias: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> AttentionMaps:
-    """The I2T map alone: no values, no attention output.
+    """A map alone: no values, no attention output.
 
-    Costs one pass over the scores for ``"probability"`` and only the text columns for the other kinds.
-    Differentiable through ``maps``. Arguments and errors are those of :func:`joint_attention`; ``text_query``
-    is needed by the statistics only and may be None without them.
+    Costs one pass over the scores of the chosen rows for ``"probability"`` and only the chosen columns for
+    the other kinds, or with ``lse``. Differentiable through ``maps``. Arguments and errors are those of
+    :func:`joint_attention`.
+
+    Args:
+        key: is read for ``"probability"`` without ``lse``, for the statistics and for image columns. None
+            where it is not read, or in cross-attention.
+        text_query: is read for text rows and for the statistics; None where it is not read.
+        lse: natural log-sum-exp of the rows over all keys, bias included, from whoever computed it: float32
+            (float64 for float64 tensors) [B, H, N] for image rows or [B, H, N + T], image rows first. It
+            normalises a ``"probability"`` map; a row of -inf has read nothing, its entries are 0. The map is
+            differentiable in it: one without a graph is a constant. Shards of keys merge exactly:
+            ``torch.stack(parts).logsumexp(0)``.
     """
-    tensors = {"query": query, "key": key, "text_key": text_key}
-    if text_query is not None:
-        tensors["text_query"] = text_query
-    elif statistics:
+    tensors = {"query": query, "key": key, "text_query": text_query, "text_key": text_key}
+    if text_query is None and statistics:
         raise ValueError("text_query=None, but statistics=True needs it: text rows count too")
     if not isinstance(maps, MapRequest):
         raise TypeError(f"maps={maps!r} must be a MapRequest")
-    return cast(AttentionMaps, _attend(tensors, text_bias, scale, maps, statistics))
+    optional = {"key", "text_query"}
+    return cast(AttentionMaps, _attend(tensors, optional, text_bias, scale, maps, statistics, lse))
 
 
 def _attend(
-    tensors: dict[str, Tensor],
+    given: dict[str, Tensor | None],
+    optional: set[str],
     text_bias: Tensor | None,
     scale: float | None,
     maps: MapRequest | None,
     statistics: bool,
+    lse: Tensor | None,
 ) -> JointAttention | AttentionMaps:
-    for name, tensor in tensors.items():
+    tensors = _autocast(_tensors_of(given, optional))
+    _check_tensors(tensors)
+    query, text_key = tensors["query"], tensors["text_key"]
+    if maps is not None:
+        if not isinstance(maps, MapRequest):
+            raise TypeError(f"maps={maps!r} must be a MapRequest or None")
+        maps.check({"image": query.shape[1], "text": text_key.shape[1]}, query.device)
+        if maps.rows[0] == "text" and "text_query" not in tensors:
+            raise ValueError(f"text_query is None, but maps.rows={maps.rows!r} needs it")
+        if maps.columns[0] == "image" and "key" not in tensors:
+            raise ValueError(f"key is None, but maps.columns={maps.columns!r} needs it")
+    if text_bias is not None:
+        _check_bias(text_bias, text_key)
+    if lse is not None and maps is not None:
+        _check_lse(lse, tensors, maps, statistics)
+    text_rows = "text_value" in tensors or statistics or (maps is not None and maps.rows[0] == "text")
+    inputs = Inputs(
+        query=query,
+        key=tensors.get("key"),
+        value=tensors.get("value"),
+        text_query=tensors.get("text_query") if text_rows else None,
+        text_key=text_key,
+        text_value=tensors.get("text_value"),
+        text_value_for_image=tensors.get("text_value_for_image"),
+        text_bias=text_bias,
+    )
+    factor = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
+    name: Backend = _chosen if lse is None or _chosen == "reference" else "aten"  # no attention is computed
+    return _attend_of(name, inputs, maps, statistics)(inputs, factor, maps, statistics, lse)
+
+
+def _tensors_of(given: dict[str, Tensor | None], optional: set[str]) -> dict[str, Tensor]:
+    """Those that are given, of four axes."""
+    tensors = {}
+    for name, tensor in given.items():
+        if tensor is None and name in optional:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}; expected [batch, tokens, heads, head_dim]"
             )
-    tensors = _autocast(tensors)
-    _check_tensors(tensors)
-    if maps is not None:
-        if not isinstance(maps, MapRequest):
-            raise TypeError(f"maps={maps!r} must be a MapRequest or None")
-        maps.columns(tensors["text_key"].shape[1])
-    if text_bias is not None:
-        _check_bias(text_bias, tensors["text_key"])
-    value = tensors.get("value")
-    inputs = Inputs(
-        query=tensors["query"],
-        key=tensors["key"],
-        value=value,
-        text_query=tensors.get("text_query") if value is not None or statistics else None,
-        text_key=tensors["text_key"],
-        text_value=tensors.get("text_value"),
-        text_value_for_image=tensors.get("text_value_for_image"),
-        text_bias=text_bias,
-    )
-    factor = inputs.query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
-    return _attend_of(_chosen, inputs)(inputs, factor, maps, statistics)
+        tensors[name] = tensor
+    return tensors
 
 
 def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -241,19 +291,27 @@ def _check_bias(text_bias: Tensor, text_key: Tensor) -> None:
         raise ValueError(f"text_bias is on {text_bias.device}, but text_key is on {text_key.device}")
     if text_bias.requires_grad:
         raise ValueError("text_bias requires grad, but it is not differentiable; detach it")
-    if _readable(text_bias):
+    if readable(text_bias):
         refused = text_bias[~(text_bias <= LARGEST_BIAS)]  # NaN, too
         if refused.numel():
             raise ValueError(f"text_bias has a value of {float(refused[0])}; {accepted}")
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether reading values costs no synchronisation and breaks no trace."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not isinstance(tensor, FakeTensor)
-    )
+def _check_lse(lse: Tensor, tensors: dict[str, Tensor], maps: MapRequest, statistics: bool) -> None:
+    if maps.kind != "probability":
+        raise ValueError(f"lse is given, but a map of kind={maps.kind!r} does not use it; omit it")
+    if statistics:
+        raise ValueError("lse is given, but statistics=True computes the attention anew; omit one of them")
+    query = tensors["query"]
+    batch, image_rows, heads, _ = query.shape
+    both = [batch, heads, image_rows + tensors["text_key"].shape[1]]
+    shapes = [both] if maps.rows[0] == "text" else [[batch, heads, image_rows], both]
+    dtype = wide_dtype(query.dtype)
+    accepted = f"accepted: {dtype} {' or '.join(map(str, shapes))} on {query.device}"
+    if not isinstance(lse, Tensor):
+        raise TypeError(f"lse must be a tensor, got {type(lse).__name__}; {accepted}")
+    if list(lse.shape) not in shapes or lse.dtype != dtype or lse.device != query.device:
+        raise ValueError(f"lse is {lse.dtype} {list(lse.shape)} on {lse.device}; {accepted}")
 
 
 def _checked_scale(scale: float) -> float:
@@ -266,13 +324,18 @@ def _checked_scale(scale: float) -> float:
     return float(scale)
 
 
-def _attend_of(name: Backend, inputs: Inputs) -> Attend:
-    """The function of the backend ``name`` for ``inputs``."""
+def _attend_of(name: Backend, inputs: Inputs, maps: MapRequest | None, statistics: bool) -> Attend:
+    """The function of the backend ``name`` for a call."""
     if name == "auto":
-        on_gpu = inputs.query.device.type == "cuda"
-        name = "triton" if on_gpu and _triton_refusal(inputs) is None else "aten"
+        name = "aten"
+        if inputs.query.device.type == "cuda":
+            refusal = _triton_refusal(inputs, maps, statistics)
+            if refusal is None:
+                name = "triton"
+            elif not torch.compiler.is_compiling():
+                _log_refusal(refusal)
     if name == "triton":
-        refusal = _triton_refusal(inputs)
+        refusal = _triton_refusal(inputs, maps, statistics)
         if refusal is not None:
             raise ValueError(f'backend("triton") cannot run this: {refusal}; backend("aten") can')
         from .triton import backend as triton
@@ -281,10 +344,27 @@ def _attend_of(name: Backend, inputs: Inputs) -> Attend:
     return aten.attend if name == "aten" else reference.attend
 
 
-def _triton_refusal(inputs: Inputs) -> str | None:
-    """Why the Triton backend cannot take ``inputs``, or None if it can."""
+@cache
+def _log_refusal(refusal: str) -> None:
+    """Once for each reason."""
+    log.debug("ATen computes what Triton cannot: %s", refusal)
+
+
+def _triton_refusal(inputs: Inputs, maps: MapRequest | None, statistics: bool) -> str | None:
+    """Why the Triton backend cannot take a call, or None if it can."""
     try:
         from .triton import backend as triton
     except ImportError as error:
         return f"Triton is not importable ({error})"
-    return triton.refusal(inputs.query) or triton.call_refusal(inputs)
+    refusal = triton.refusal(inputs.query) or triton.call_refusal(inputs)
+    if refusal is None and maps is not None and maps.kind == "probability":
+        through_lse = maps.columns[0] == "image"
+        through_lse |= maps.rows[0] == "text" and (inputs.text_value is not None or statistics)
+        differentiable = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in inputs.tensors()
+        )
+        if through_lse and differentiable:
+            return (
+                f"gradients of a map of rows={maps.rows[0]!r}, columns={maps.columns[0]!r} are not supported"
+            )
+    return refusal

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .relations import map_entries
 from .types import (
     AttentionMaps,
     AttentionStatistics,
@@ -24,14 +25,14 @@ from .types import (
 )
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor? value, Tensor? text_query, Tensor text_key, Tensor? text_value, "
+    "Tensor query, Tensor? key, Tensor? value, Tensor? text_query, Tensor text_key, Tensor? text_value, "
     "Tensor? text_value_for_image, Tensor? text_bias"
 )
 _REQUEST = "float scale, str? kind, str heads, SymInt start, SymInt stop"
 _FORWARD_SCHEMA = f"({_INPUTS}, {_REQUEST}) -> (Tensor image, Tensor text, Tensor lse, Tensor maps)"
 _BACKWARD_SCHEMA = (
-    f"(Tensor? d_image, Tensor? d_text, Tensor? d_maps, {_INPUTS}, Tensor image, Tensor text, Tensor lse, "
-    f"{_REQUEST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor? d_image, Tensor? d_text, Tensor? d_maps, Tensor? d_lse, {_INPUTS}, Tensor image, Tensor text, "
+    f"Tensor lse, {_REQUEST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _VALUE_NORM_SCHEMA = "(Tensor value) -> Tensor"
 _MASS_SCHEMA = (
@@ -41,12 +42,10 @@ _MASS_SCHEMA = (
 
 
 Forward = Callable[[Inputs, Request], tuple[Tensor, Tensor, Tensor, Tensor]]
-Backward = Callable[
-    [Tensor | None, Tensor | None, Tensor | None, Inputs, Tensor, Tensor, Tensor, Request], tuple[Tensor, ...]
-]
+Backward = Callable[..., tuple[Tensor, ...]]
 AttentionMass = Callable[..., tuple[Tensor, Tensor]]
 ValueNorm = Callable[[Tensor], Tensor]
-Attend = Callable[[Inputs, float, MapRequest | None, bool], JointAttention | AttentionMaps]
+Attend = Callable[[Inputs, float, MapRequest | None, bool, Tensor | None], JointAttention | AttentionMaps]
 
 
 def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,11 +54,13 @@ def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Ten
     batch, tokens, heads, width = query.shape
     text_tokens = text_key.shape[1]
     wide = wide_dtype(query.dtype)
-    with_values = inputs.value is not None
+    with_values = inputs.text_value is not None
+    text_rows = 0 if inputs.text_query is None else text_tokens
     image = query.new_empty((batch, tokens if with_values else 0, heads, width))
-    text = query.new_empty((batch, text_tokens if with_values else 0, heads, width))
-    image_rows = with_values or inputs.text_query is not None or request.kind == "probability"
-    rows = (tokens if image_rows else 0) + (text_tokens if inputs.text_query is not None else 0)
+    text = query.new_empty((batch, text_rows if with_values else 0, heads, width))
+    of_text_alone = request.kind in ("logit", "text_probability")
+    image_rows = tokens if with_values or text_rows > 0 or not of_text_alone else 0
+    rows = image_rows + text_rows
     lse = query.new_empty((batch, heads, rows), dtype=wide)
     columns = request.stop - request.start
     if request.kind is None:
@@ -88,10 +89,11 @@ def register(
             return forward(Inputs(*args[:8]), Request(*args[8:]))
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
-        d_image, d_text, d_maps, *tensors = args[:11]
-        image, text, lse, *request = args[11:]
+        d_image, d_text, d_maps, d_lse, *tensors = args[:12]
+        image, text, lse, *request = args[12:]
+        given = (d_image, d_text, d_maps, Inputs(*tensors), image, text, lse, Request(*request))
         with torch.autocast(lse.device.type, enabled=False):
-            return backward(d_image, d_text, d_maps, Inputs(*tensors), image, text, lse, Request(*request))
+            return backward(*given) if d_lse is None else backward(*given, d_lse=d_lse)
 
     def run_mass(*args: Any) -> tuple[Tensor, Tensor]:
         *others, text_bias = args
@@ -108,7 +110,7 @@ def register(
     norm_op = custom_op(f"{namespace}_value_norm", run_value_norm, mutates_args=(), schema=_VALUE_NORM_SCHEMA)
 
     forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:8]), Request(*args[8:])))
-    backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:11])))
+    backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[4:12])))
 
     def fake_mass(query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, *rest: Any) -> Any:
         batch, heads = query.shape[0], query.shape[2]
@@ -126,18 +128,19 @@ def register(
         ctx.save_for_backward(*inputs[:8], image, text, lse)
         ctx.request = inputs[8:]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
 
     def differentiate(ctx: Any, d_image: Any, d_text: Any, d_lse: Any, d_maps: Any) -> Any:
         saved = ctx.saved_tensors
         inputs, outputs = saved[:8], saved[8:]
-        if inputs[2] is None:  # no values, hence no outputs to differentiate
+        if inputs[5] is None:  # no values, hence no outputs to differentiate
             d_image = d_text = None
+        if inputs[3] is None:
+            d_text = None
         if ctx.request[1] is None:
             d_maps = None
-        if d_image is None and d_text is None and d_maps is None:
+        if d_image is None and d_text is None and d_maps is None and d_lse is None:
             return (None,) * 13
-        gradients = call_backward(d_image, d_text, d_maps, *inputs, *outputs, *ctx.request)
+        gradients = call_backward(d_image, d_text, d_maps, d_lse, *inputs, *outputs, *ctx.request)
         return *(None if t is None else g for t, g in zip(inputs[:7], gradients, strict=True)), *(None,) * 6
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
@@ -147,32 +150,103 @@ def register(
     call_mass = getattr(torch.ops.seg4diff, f"{name}_mass").default
     call_value_norm = getattr(torch.ops.seg4diff, f"{name}_value_norm").default
 
-    def attend(
-        inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool
-    ) -> JointAttention | AttentionMaps:
-        query, text_query, text_key = inputs.query, inputs.text_query, inputs.text_key
-        if maps is None:
-            request: tuple[Any, ...] = (scale, None, "mean", 0, 0)
-        else:
-            request = (scale, maps.kind, maps.heads, *maps.columns(text_key.shape[1]))
-        image, text, lse, entries = call_forward(*inputs.tensors(), inputs.text_bias, *request)
-        shown = None
-        if statistics and text_query is not None:
-            value, text_value = inputs.value, inputs.text_value
-            with torch.no_grad():
-                image_to_text, text_to_text = call_mass(
-                    query, text_query, text_key, lse, scale, inputs.text_bias
-                )
-                shown = AttentionStatistics(
-                    image_to_text=image_to_text,
-                    text_to_text=text_to_text,
-                    image_value_norm=None if value is None else call_value_norm(value),
-                    text_value_norm=None if text_value is None else call_value_norm(text_value),
-                )
-        if inputs.value is None:
-            return AttentionMaps(maps=entries, statistics=shown, lse=lse if lse.shape[-1] > 0 else None)
-        return JointAttention(
-            image=image, text=text, lse=lse, maps=None if maps is None else entries, statistics=shown
+    def attention_statistics(inputs: Inputs, scale: float, lse: Tensor) -> AttentionStatistics:
+        query, text_query, value, text_value = (
+            inputs.query,
+            inputs.text_query,
+            inputs.value,
+            inputs.text_value,
         )
+        text_rows = query[:, :0] if text_query is None else text_query
+        with torch.no_grad():
+            masses = call_mass(query, text_rows, inputs.text_key, lse, scale, inputs.text_bias)
+            norms = (None if values is None else call_value_norm(values) for values in (value, text_value))
+            return AttentionStatistics(*masses, *norms)
+
+    def text_map(inputs: Inputs, rows: Tensor, scale: float, maps: MapRequest) -> tuple[Tensor, Tensor]:
+        """The map of ``rows`` and text columns, and the rows' log-sum-exp if it was needed."""
+        streams = (rows, inputs.key, None, None, inputs.text_key, None, None, inputs.text_bias)
+        _, _, lse, entries = call_forward(*streams, *_text_request(scale, maps, inputs))
+        return _chosen_columns(entries, maps), lse
+
+    def any_map(inputs: Inputs, scale: float, maps: MapRequest, lse: Tensor | None) -> Tensor:
+        """The map of any relation; ``lse`` [B, H, M] of the chosen rows, for probabilities."""
+        rows = _chosen_rows(inputs, maps)
+        if maps.kind == "text_probability":
+            return text_map(inputs, rows, scale, maps)[0]
+        stream, tokens = maps.columns
+        columns = inputs.text_key if stream == "text" else inputs.key
+        bias = inputs.text_bias if stream == "text" else None
+        assert columns is not None
+        columns, bias = pick(columns, 1, tokens), None if bias is None else pick(bias, 1, tokens)
+        return map_entries(rows, columns, bias, lse, scale, maps.heads)
+
+    def attend(
+        inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool, given: Tensor | None = None
+    ) -> JointAttention | AttentionMaps:
+        if inputs.text_value is None and not statistics:
+            assert maps is not None
+            lse = given
+            if given is not None:
+                lse = _of_rows(given, inputs, maps)
+            elif maps.columns[0] == "text":
+                entries, lse = text_map(inputs, _chosen_rows(inputs, maps), scale, maps)
+                return AttentionMaps(entries, None, lse.detach() if lse.shape[-1] > 0 else None)
+            elif maps.kind == "probability":
+                streams = (_chosen_rows(inputs, maps), inputs.key, None, None, inputs.text_key, None, None)
+                lse = call_forward(*streams, inputs.text_bias, scale, *_NO_MAP)[2]
+            entries = any_map(inputs, scale, maps, lse)
+            shown = given if given is not None or lse is None else lse.detach()
+            return AttentionMaps(entries, None, shown)
+
+        with_text_map = maps is not None and maps.image_to_text
+        request = _text_request(scale, maps, inputs) if maps and with_text_map else (scale, *_NO_MAP)
+        image, text, lse, entries = call_forward(*inputs.tensors(), inputs.text_bias, *request)
+        masses = attention_statistics(inputs, scale, lse) if statistics else None
+        if maps is not None and with_text_map:
+            entries = pick(_chosen_columns(entries, maps), entries.dim() - 2, maps.rows[1])
+        elif maps is not None:
+            norm = _of_rows(lse, inputs, maps) if maps.kind == "probability" else None
+            entries = any_map(inputs, scale, maps, norm)
+        if inputs.text_value is None:
+            return AttentionMaps(entries, masses, lse.detach())
+        return JointAttention(image, text, lse.detach(), None if maps is None else entries, masses)
 
     return attend
+
+
+_NO_MAP = (None, "mean", 0, 0)
+
+
+def pick(tensor: Tensor, axis: int, tokens: slice | Tensor) -> Tensor:
+    """Some tokens of a tensor."""
+    if isinstance(tokens, Tensor):
+        return tensor.index_select(axis, tokens)
+    return tensor[(slice(None),) * axis + (tokens,)]
+
+
+def _text_request(scale: float, maps: MapRequest, inputs: Inputs) -> tuple[Any, ...]:
+    """The request of all columns that are a range, else of all text columns."""
+    text_tokens = inputs.text_key.shape[1]
+    chosen = isinstance(maps.columns[1], slice)
+    return scale, maps.kind, maps.heads, *(maps.text_range(text_tokens) if chosen else (0, text_tokens))
+
+
+def _chosen_columns(entries: Tensor, maps: MapRequest) -> Tensor:
+    """The map of the columns wanted, out of what :func:`_text_request` asks for."""
+    tokens = maps.columns[1]
+    return entries.index_select(-1, tokens) if isinstance(tokens, Tensor) else entries
+
+
+def _chosen_rows(inputs: Inputs, maps: MapRequest) -> Tensor:
+    stream, tokens = maps.rows
+    rows = inputs.text_query if stream == "text" else inputs.query
+    assert rows is not None
+    return pick(rows, 1, tokens)
+
+
+def _of_rows(lse: Tensor, inputs: Inputs, maps: MapRequest) -> Tensor:
+    """The log-sum-exp of the chosen rows, [B, H, M], out of that of all, image rows first."""
+    stream, tokens = maps.rows
+    image_tokens = inputs.query.shape[1]
+    return pick(lse[:, :, image_tokens:] if stream == "text" else lse[:, :, :image_tokens], 2, tokens)

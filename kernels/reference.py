@@ -14,62 +14,69 @@ from .types import AttentionMaps, AttentionStatistics, Inputs, JointAttention, M
 
 
 def attend(
-    inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool
+    inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool, lse: Tensor | None = None
 ) -> JointAttention | AttentionMaps:
     """See :func:`seg4diff.kernels.api.joint_attention`; without values, ``attention_maps`` there."""
     query, value, text_query, text_value = inputs.query, inputs.value, inputs.text_query, inputs.text_value
-    tokens = query.shape[1]
-    keys = torch.cat([_wide(inputs.key), _wide(inputs.text_key)], dim=1)  # [B, S, H, D]
+    keys = _joined(inputs.key, inputs.text_key)  # [B, S, H, D]
+    of_image = keys.shape[1] - inputs.text_key.shape[1]
     bias = None
     if inputs.text_bias is not None:
         bias = inputs.text_bias.to(keys.dtype)[:, None, None]  # [B, 1, 1, T]
     image_logits, image_scores = _scores(query, keys, scale, bias)  # [B, H, N, S]
     image_probability = _softmax(image_scores)
-    text_scores = text_probability = None
-    if text_query is not None:
-        text_scores = _scores(text_query, keys, scale, bias)[1]  # [B, H, T, S]
-        text_probability = _softmax(text_scores)
+    text_rows = query.new_empty((query.shape[0], 0, *query.shape[2:])) if text_query is None else text_query
+    text_logits, text_scores = _scores(text_rows, keys, scale, bias)  # [B, H, T, S]
+    text_probability = _softmax(text_scores)
 
     entries = None
     if maps is not None:
-        if maps.kind == "probability":
-            entries = image_probability[..., tokens:]
+        of_text_rows = maps.rows[0] == "text"
+        scores = text_scores if of_text_rows else image_scores
+        if maps.kind == "probability" and lse is not None:
+            norm = lse[:, :, query.shape[1] :] if of_text_rows else lse[:, :, : query.shape[1]]
+            entries = (scores - norm.masked_fill(norm == -torch.inf, torch.inf)[..., None]).exp()
+        elif maps.kind == "probability":
+            entries = text_probability if of_text_rows else image_probability
         elif maps.kind == "logit":
-            entries = image_logits[..., tokens:]
+            entries = text_logits if of_text_rows else image_logits
             if bias is not None:
-                entries = entries.masked_fill(bias == -torch.inf, 0.0)
+                entries = entries.masked_fill(F.pad(bias, (of_image, 0)) == -torch.inf, 0.0)
         else:
-            entries = _softmax(image_scores[..., tokens:])
-        start, stop = maps.columns(inputs.text_key.shape[1])
-        entries = entries[..., start:stop]  # [B, H, N, T']
+            entries = F.pad(_softmax(scores[..., of_image:]), (of_image, 0))
+        first = of_image if maps.columns[0] == "text" else 0
+        last = keys.shape[1] if maps.columns[0] == "text" else of_image
+        entries = entries[:, :, maps.rows[1]][..., first:last][..., maps.columns[1]]
         if maps.heads == "mean":
             entries = entries.mean(dim=1)
 
     result_statistics = None
-    if statistics and text_probability is not None:
+    if statistics:
         result_statistics = AttentionStatistics(
-            image_to_text=image_probability[..., tokens:].detach().sum(dim=-1),
-            text_to_text=text_probability[..., tokens:].detach().sum(dim=-1),
+            image_to_text=image_probability[..., of_image:].detach().sum(dim=-1),
+            text_to_text=text_probability[..., of_image:].detach().sum(dim=-1),
             image_value_norm=None if value is None else value_norm(value),
             text_value_norm=None if text_value is None else value_norm(text_value),
         )
 
-    lse = None
-    if text_scores is not None:
-        lse = torch.cat([image_scores, text_scores], dim=2).detach().logsumexp(dim=-1)
-    elif maps is not None and maps.kind == "probability":
-        lse = image_scores.detach().logsumexp(dim=-1)
-    if value is None or text_value is None or text_probability is None or lse is None:
+    image_lse, text_lse = (scores.detach().logsumexp(dim=-1) for scores in (image_scores, text_scores))
+    every_lse = torch.cat([image_lse, text_lse], dim=2)
+    if text_value is None:
+        assert maps is not None
         assert entries is not None
+        if lse is None and statistics:
+            lse = every_lse
+        elif lse is None and maps.kind == "probability":
+            lse = (text_lse if maps.rows[0] == "text" else image_lse)[:, :, maps.rows[1]]
         return AttentionMaps(maps=entries, statistics=result_statistics, lse=lse)
 
     read_by_image = text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
-    image_values = torch.cat([_wide(value), _wide(read_by_image)], dim=1)
-    text_values = torch.cat([_wide(value), _wide(text_value)], dim=1)
     return JointAttention(
-        image=torch.einsum("bhqk,bkhd->bqhd", image_probability, image_values).to(query.dtype),
-        text=torch.einsum("bhqk,bkhd->bqhd", text_probability, text_values).to(query.dtype),
-        lse=lse,
+        image=torch.einsum("bhqk,bkhd->bqhd", image_probability, _joined(value, read_by_image)).to(
+            query.dtype
+        ),
+        text=torch.einsum("bhqk,bkhd->bqhd", text_probability, _joined(value, text_value)).to(query.dtype),
+        lse=every_lse,
         maps=entries,
         statistics=result_statistics,
     )
@@ -92,6 +99,11 @@ def _softmax(scores: Tensor) -> Tensor:
 def value_norm(value: Tensor) -> Tensor:
     """Euclidean norm of every value vector, [B, tokens, H, D] -> [B, H, tokens], in the wide dtype."""
     return torch.linalg.vector_norm(_wide(value.detach()), dim=-1).transpose(1, 2)
+
+
+def _joined(image: Tensor | None, text: Tensor) -> Tensor:
+    """Both streams along the token axis, wide; the text alone where there is no image stream."""
+    return _wide(text) if image is None else torch.cat([_wide(image), _wide(text)], dim=1)
 
 
 def _wide(tensor: Tensor) -> Tensor:

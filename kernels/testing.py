@@ -112,9 +112,9 @@ def _doubled(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def pytorch_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    text_query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    text_query: Tensor | None,
     text_key: Tensor,
     text_value: Tensor,
     *,
@@ -129,17 +129,23 @@ def pytorch_attention(
     Differentiable by PyTorch's autograd, in the precision of the inputs. Materialises the scores.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    keys = torch.cat([key, text_key], dim=1)
+    text_rows = query[:, :0] if text_query is None else text_query
+    keys = text_key if key is None else torch.cat([key, text_key], dim=1)
     read_by_image = text_value if text_value_for_image is None else text_value_for_image
     inputs = Inputs(query, key, value, text_query, text_key, text_value, text_value_for_image, text_bias)
     mask = None
     if text_bias is not None:
-        mask = F.pad(text_bias.to(query.dtype), (key.shape[1], 0))[:, None, None]  # [B, 1, 1, S]
+        of_image = keys.shape[1] - text_key.shape[1]
+        mask = F.pad(text_bias.to(query.dtype), (of_image, 0))[:, None, None]  # [B, 1, 1, S]
     shown = attend(inputs, factor, maps, statistics)
     assert isinstance(shown, JointAttention)
+
+    def joined(text: Tensor) -> Tensor:
+        return text if value is None else torch.cat([value, text], dim=1)
+
     return JointAttention(
-        image=_flash(query, keys, torch.cat([value, read_by_image], dim=1), factor, mask),
-        text=_flash(text_query, keys, torch.cat([value, text_value], dim=1), factor, mask),
+        image=_flash(query, keys, joined(read_by_image), factor, mask),
+        text=_flash(text_rows, keys, joined(text_value), factor, mask),
         lse=shown.lse,
         maps=shown.maps,
         statistics=_with_usual_mass(shown.statistics, inputs, shown.lse, factor),
@@ -148,7 +154,7 @@ def pytorch_attention(
 
 def pytorch_maps(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     text_query: Tensor | None,
     text_key: Tensor,
     *,
@@ -159,7 +165,8 @@ def pytorch_maps(
 ) -> AttentionMaps:
     """The baseline of maps alone, see :func:`pytorch_attention`."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    inputs = Inputs(query, key, None, text_query if statistics else None, text_key, None, None, text_bias)
+    rows = text_query if statistics or maps.rows[0] == "text" else None
+    inputs = Inputs(query, key, None, rows, text_key, None, None, text_bias)
     shown = attend(inputs, factor, maps, statistics)
     assert isinstance(shown, AttentionMaps)
     return replace(shown, statistics=_with_usual_mass(shown.statistics, inputs, shown.lse, factor))

@@ -60,7 +60,7 @@ class Blur:
         if self.padding not in get_args(Padding):
             accepted = ", ".join(map(repr, get_args(Padding)))
             raise ValueError(f"padding={self.padding!r} is unknown; accepted: {accepted}")
-        MapRequest(text=self.text)  # checks the range
+        MapRequest(columns=("text", self.text))  # checks the range
 
     def matrix(
         self, text_length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
@@ -71,7 +71,7 @@ class Blur:
         token i with its ends folded back into the range. So G is the transpose of A, which is not A itself
         where the padding is ``"reflect"``.
         """
-        first, last = MapRequest(text=self.text).columns(text_length)
+        first, last = MapRequest(columns=("text", self.text)).text_range(text_length)
         length, reach = last - first, self.kernel_size // 2
         offsets = torch.arange(-reach, reach + 1, device=device)
         weights = torch.exp(-(offsets.to(dtype) ** 2) / (2 * self.sigma**2))

@@ -396,7 +396,7 @@ def test_skip_layer_guidance_reads_the_edit_too(pipe: Any) -> None:
         ({"kernel_size": 5.0}, TypeError, "kernel_size=5.0"),
         ({"padding": "zeros"}, ValueError, "'zeros' is unknown; accepted: 'symmetric', 'reflect'"),
         ({"text": slice(0, 9, 2)}, ValueError, "has a step"),
-        ({"text": 5}, TypeError, "must be a slice"),
+        ({"text": 5}, TypeError, "a slice of its tokens"),
     ],
 )
 def test_bad_perturbations_are_named(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..operators import empty_gradients
 from ..types import STREAMS, Inputs, Request, wide_dtype
-from .blocks import block_rows, dense_channels, products, softmax
+from .blocks import block_rows, dense_channels, products, softmax, text_mask
 
 _FREE_CHANNELS = 4  # of their own for what the map adds, see `_image_gradients`
 
@@ -27,19 +27,22 @@ def backward(
     text: Tensor,
     lse: Tensor,
     request: Request,
+    d_lse: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None."""
     tokens = inputs.query.shape[1]
     gradients = dict(zip(STREAMS, empty_gradients(inputs), strict=True))
     edited = inputs.text_value_for_image is not None
     read = inputs.text_value_for_image if edited else inputs.text_value
-    found = _stream_gradients(inputs.query, read, d_image, image, lse[:, :, :tokens], d_maps, inputs, request)
+    of_image, of_text = (None, None) if d_lse is None else (d_lse[:, :, :tokens], d_lse[:, :, tokens:])
+    rows = lse[:, :, :tokens]
+    found = _stream_gradients(inputs.query, read, d_image, image, rows, d_maps, of_image, inputs, request)
     names = ("query", "key", "value", "text_key", "text_value_for_image" if edited else "text_value")
     totals = dict(zip(names, found, strict=True))
-    if inputs.text_query is not None and d_text is not None:
+    if inputs.text_query is not None:
         rows = lse[:, :, tokens:]
         found = _stream_gradients(
-            inputs.text_query, inputs.text_value, d_text, text, rows, None, inputs, request
+            inputs.text_query, inputs.text_value, d_text, text, rows, None, of_text, inputs, request
         )
         for name, gradient in zip(
             ("text_query", "key", "value", "text_key", "text_value"), found, strict=True
@@ -62,24 +65,27 @@ def _stream_gradients(
     out: Tensor,
     lse: Tensor,
     d_maps: Tensor | None,
+    d_lse: Tensor | None,
     inputs: Inputs,
     request: Request,
 ) -> tuple[Tensor | None, ...]:
-    """What the output and the map of one stream's ``rows`` [B, M, H, D] say of five tensors.
+    """What the output, map and log-sum-exp of one stream's ``rows`` [B, M, H, D] say of five tensors.
 
     They are the rows, the image keys and values, and the text keys and values that the rows read. Gradients
     are [B, tokens, H, D], or None where there is nothing to say.
     """
-    if d_out is None and d_maps is None:
+    if d_out is None and d_maps is None and d_lse is None:
         return (None,) * 5
-    d_rows, d_text_key, d_text_value, map_sum = _text_gradients(
-        rows, inputs.text_key, inputs.text_bias, text_value, d_out, out, lse, d_maps, request
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of a row that has read nothing
+    d_rows, d_text_key, d_text_value, row_sum = _text_gradients(
+        rows, inputs.text_key, inputs.text_bias, text_value, d_out, out, lse, d_maps, d_lse, request
     )
-    if d_out is None and map_sum is None:  # logits and text probabilities know of the text columns alone
+    # Logits and text probabilities know of the text columns alone.
+    if inputs.key is None or (d_out is None and row_sum is None):
         return d_rows, None, None, d_text_key, d_text_value
     differentiate = _image_gradients if rows.device.type == "cpu" else _image_gradients_in_blocks
     of_image, d_key, d_value = differentiate(
-        rows, inputs.key, inputs.value, d_out, out, lse, map_sum, request.scale
+        rows, inputs.key, inputs.value, d_out, out, lse, row_sum, request.scale
     )
     return d_rows.add_(of_image), d_key, d_value, d_text_key, d_text_value
 
@@ -93,10 +99,13 @@ def _text_gradients(
     out: Tensor,
     lse: Tensor,
     d_maps: Tensor | None,
+    d_lse: Tensor | None,
     request: Request,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients by way of the text columns, a head at a time: of rows, text keys and text values, wide,
-    [B, tokens, H, D], and the sum over a row of dM * P~ [B, H, M], where the map shows probabilities.
+    [B, tokens, H, D], and what is subtracted from the gradient of each row's probabilities beside <dO, O>,
+    [B, H, M]: the sum over the row of dM * P~, where the map shows probabilities, less the gradient of the
+    log-sum-exp. None if neither is there.
     """
     wide = wide_dtype(rows.dtype)
     batch, count, heads, _ = rows.shape
@@ -105,19 +114,21 @@ def _text_gradients(
     d_rows = torch.empty_like(rows, dtype=wide, memory_format=torch.contiguous_format)
     d_text_key = torch.empty_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
     d_text_value = None if d_out is None else torch.empty_like(d_text_key)
-    map_sum = rows.new_empty((batch, heads, count), dtype=wide) if shown == "probability" else None
+    row_sum = None if d_lse is None else -d_lse
+    if shown == "probability" and row_sum is None:
+        row_sum = rows.new_zeros((batch, heads, count), dtype=wide)
     bias = None if text_bias is None else text_bias[:, None].to(wide)  # [B, 1, T]
     if d_maps is not None and request.heads == "mean":
         d_maps = (d_maps / heads)[:, None].expand(-1, heads, -1, -1)  # [B, H, M, T']
-    if d_maps is not None and bias is not None:
-        d_maps = d_maps.masked_fill(bias[:, None, :, start:stop] == -torch.inf, 0.0)
+    if d_maps is not None and text_bias is not None:
+        d_maps = d_maps.masked_fill(text_mask(text_bias[:, start:stop])[:, None], 0.0)
     for head in range(heads):
         scores = products(rows[:, :, head], text_key[:, :, head]).mul_(scale)  # [B, M, T]
         if bias is not None:
             scores.add_(bias)
         d_scores = torch.zeros_like(scores)
         d_entries = scores.new_zeros(()) if d_maps is None else d_maps[:, head]
-        if d_out is not None or shown == "probability":
+        if d_out is not None or row_sum is not None:
             probability = (scores - lse[:, head, :, None]).exp_()
             delta = scores.new_zeros((batch, count))
             if d_out is not None and text_value is not None and d_text_value is not None:
@@ -125,10 +136,11 @@ def _text_gradients(
                 torch.bmm(d_o, text_value[:, :, head].to(wide).transpose(1, 2), out=d_scores)
                 delta = (d_o * out[:, :, head]).sum(dim=-1)
                 d_text_value[:, :, head] = torch.bmm(probability.transpose(1, 2), d_o)
-            if map_sum is not None:
-                d_scores[..., start:stop] += d_entries
-                map_sum[:, head] = (d_entries * probability[..., start:stop]).sum(dim=-1)
-                delta = delta + map_sum[:, head]
+            if row_sum is not None:
+                if shown == "probability":
+                    d_scores[..., start:stop] += d_entries
+                    row_sum[:, head] += (d_entries * probability[..., start:stop]).sum(dim=-1)
+                delta = delta + row_sum[:, head]
             d_scores.sub_(delta[..., None]).mul_(probability)
         if shown == "logit":
             d_scores[..., start:stop] += d_entries
@@ -140,7 +152,7 @@ def _text_gradients(
         d_scores.mul_(scale)
         d_rows[:, :, head] = torch.bmm(d_scores, text_key[:, :, head].to(wide))
         d_text_key[:, :, head] = torch.bmm(d_scores.transpose(1, 2), rows[:, :, head].to(wide))
-    return d_rows, d_text_key, d_text_value, map_sum
+    return d_rows, d_text_key, d_text_value, row_sum
 
 
 def _image_gradients(
@@ -150,24 +162,24 @@ def _image_gradients(
     d_out: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    map_sum: Tensor | None,
+    row_sum: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients by way of the image keys: of rows, keys and values [B, tokens, H, D], by the CPU's operator.
 
     It takes output and log-sum-exp as they are given, those of all keys, and so its probabilities are the
-    right ones. What it subtracts from the gradient of each row's probabilities, <dO, O>, lacks the map's
-    ``map_sum`` [B, H, M]: channels that dO fills with ones and O with that sum bring it in. Queries, keys and
+    right ones. What it subtracts from the gradient of each row's probabilities, <dO, O>, lacks
+    ``row_sum`` [B, H, M]: channels that dO fills with ones and O with that sum bring it in. Queries, keys and
     values are zero there, so that nothing else changes.
     """
     with_values = value is not None and d_out is not None
     width = rows.shape[-1]
     if value is None or d_out is None:
         value, d_out, out = torch.zeros_like(key), torch.zeros_like(rows), torch.zeros_like(rows)
-    if map_sum is not None:
+    if row_sum is not None:
         rows, key, value, out = (F.pad(tensor, (0, _FREE_CHANNELS)) for tensor in (rows, key, value, out))
         d_out = F.pad(d_out, (0, _FREE_CHANNELS), value=1.0)
-        rest = map_sum.transpose(1, 2)  # [B, M, H]
+        rest = row_sum.transpose(1, 2)  # [B, M, H]
         for channel in range(width, width + _FREE_CHANNELS):  # half precision holds it in three numbers
             out[..., channel] = rest
             rest = rest - out[..., channel]
@@ -186,7 +198,7 @@ def _image_gradients_in_blocks(
     d_out: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    map_sum: Tensor | None,
+    row_sum: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same for devices without that operator, in blocks of rows."""
@@ -200,7 +212,7 @@ def _image_gradients_in_blocks(
         block = slice(first, first + count)
         q = rows[:, block].transpose(1, 2).to(wide)
         probability = (scale * (q @ k.transpose(-1, -2)) - lse[:, :, block, None]).exp_()  # [B, H, rows, N]
-        delta = lse.new_zeros(()) if map_sum is None else map_sum[:, :, block, None]
+        delta = lse.new_zeros(()) if row_sum is None else row_sum[:, :, block, None]
         if v is not None and d_value is not None and d_out is not None:
             d_o = d_out[:, block].transpose(1, 2).to(wide)
             delta = delta + (d_o * out[:, block].transpose(1, 2)).sum(dim=-1, keepdim=True)

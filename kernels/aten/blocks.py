@@ -22,8 +22,18 @@ def softmax(scores: Tensor, bias: Tensor | None) -> Tensor:
     """
     entries = scores.softmax(dim=-1)
     if bias is not None:
-        entries.masked_fill_((bias == -torch.inf).all(dim=-1, keepdim=True), 0.0)
+        entries.masked_fill_(without_text(bias), 0.0)
     return entries
+
+
+def without_text(bias: Tensor) -> Tensor:
+    """Where the bias [B, 1, T] masks all columns, [B, 1, 1]."""
+    return (bias == -torch.inf).all(dim=-1, keepdim=True)
+
+
+def text_mask(bias: Tensor) -> Tensor:
+    """The columns that a bias [B, T] masks, [B, 1, T]."""
+    return (bias == -torch.inf)[:, None]
 
 
 def block_rows(q: Tensor, columns: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..operators import empty_outputs
 from ..types import Inputs, Request, wide_dtype
-from .blocks import block_rows, dense_channels, products, softmax
+from .blocks import block_rows, dense_channels, products, softmax, text_mask, without_text
 
 
 def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -24,22 +24,28 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     tokens = query.shape[1]
     edited = inputs.text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
     keys = values = None
-    if inputs.value is not None:
+    if key is None:
+        image.zero_()
+        lse.fill_(-torch.inf)
+    elif inputs.value is not None:
         keys, values = _by_head(key), _by_head(inputs.value)
         image, lse[:, :, :tokens] = _flash(query, keys, values, request.scale)
     elif lse.shape[-1] > 0:
         lse[:, :, :tokens] = _log_sum_exp(query, key, request.scale)
     bias = inputs.text_bias
-    _attend_to_text(query, inputs.text_key, bias, edited, image, lse[:, :, :tokens], maps, request)
+    shared = (inputs.text_key, bias, key is None)
+    _attend_to_text(query, *shared, edited, image, lse[:, :, :tokens], maps, request)
     if text_query is not None:
         if keys is not None and values is not None:
             text, lse[:, :, tokens:] = _flash(text_query, keys, values, request.scale)
             del keys, values
+        elif key is None:
+            text.zero_()
         else:
             lse[:, :, tokens:] = _log_sum_exp(text_query, key, request.scale)
         without_map = Request(request.scale, None, "mean", 0, 0)
         rows = lse[:, :, tokens:]
-        _attend_to_text(text_query, inputs.text_key, bias, inputs.text_value, text, rows, maps, without_map)
+        _attend_to_text(text_query, *shared, inputs.text_value, text, rows, maps, without_map)
     return image, text, lse, maps
 
 
@@ -47,6 +53,7 @@ def _attend_to_text(
     rows: Tensor,
     text_key: Tensor,
     text_bias: Tensor | None,
+    text_alone: bool,
     text_value: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -54,6 +61,8 @@ def _attend_to_text(
     request: Request,
 ) -> None:
     """Let ``rows`` [B, M, H, D], which have attended to the image keys, attend to the text keys as well.
+
+    ``text_alone``: there are no image keys, the log-sum-exp so far is -inf.
 
     Updates ``out`` [B, M, H, D] (where there are values) and ``lse`` [B, H, M] (where it is not empty) in
     place, and fills the map that ``request`` names.
@@ -82,16 +91,18 @@ def _attend_to_text(
         if not normalised:
             continue
         of_image.copy_(lse[:, head])
-        probability = buffer.softmax(dim=-1)
+        probability = softmax(buffer, bias if text_alone else None)
         torch.sub(buffer.amax(dim=-1), probability.amax(dim=-1).log_(), out=lse[:, head])
+        if text_alone and bias is not None:
+            lse[:, head].masked_fill_(without_text(bias)[..., 0], -torch.inf)
         if shown == "probability":
             _reduce(maps, head, heads, probability[..., start:stop], request)
         if text_value is not None:
             from_image = out[:, :, head] * probability[..., text_tokens:]
             values = text_value[:, :, head].to(wide)
             out[:, :, head] = torch.baddbmm(from_image, probability[..., :text_tokens], values)
-    if request.kind == "logit" and bias is not None:
-        masked = bias[..., start:stop] == -torch.inf  # [B, 1, T']
+    if request.kind == "logit" and text_bias is not None:
+        masked = text_mask(text_bias[:, start:stop])
         maps.masked_fill_(masked if request.heads == "mean" else masked[:, None], 0.0)
 
 
@@ -174,5 +185,7 @@ def attention_mass(
             entries = products(rows[:, :, head], text_key[:, :, head]).mul_(scale)
             if text_bias is not None:
                 entries.add_(text_bias[:, None])
-            masses[:, head, first:last] = entries.sub_(lse[:, head, first:last, None]).exp_().sum(dim=-1)
+            norm = lse[:, head, first:last, None]
+            norm = norm.masked_fill(norm == -torch.inf, torch.inf)  # of a row that has read nothing
+            masses[:, head, first:last] = entries.sub_(norm).exp_().sum(dim=-1)
     return masses[:, :, :tokens].clone(), masses[:, :, tokens:].clone()

@@ -40,7 +40,13 @@ def refusal(query: Tensor) -> str | None:
 
 def call_refusal(inputs: Inputs) -> str | None:
     """Why the kernels cannot do what a call asks for, or None if they can."""
-    return None if inputs.text_bias is None else "a text bias is not supported"
+    if inputs.text_bias is not None:
+        return "a text bias is not supported"
+    if inputs.key is None:
+        return "attention without image keys is not supported"
+    if inputs.text_value is not None and inputs.text_query is None:
+        return "attention without text queries is not supported"
+    return None
 
 
 def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:

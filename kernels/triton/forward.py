@@ -219,7 +219,7 @@ def attention(
         "weight": strided_by_head(weight),
         "tokens": tokens,
         "text_tokens": text_tokens,
-        "image_keys": 0 if over_text_alone else inputs.key.shape[1],
+        "image_keys": 0 if over_text_alone or inputs.key is None else inputs.key.shape[1],
         "tiles": tiles,
         "heads": heads,
         "factor": factor,

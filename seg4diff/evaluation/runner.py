@@ -218,7 +218,7 @@ class Evaluator:
             [views[i] for i in counted],
             [prompts[i] for i in counted],
             layers=self.settings.layers,
-            maps=MapRequest(heads="each" if apart else "mean", text=self.columns),
+            maps=MapRequest(heads="each" if apart else "mean", columns=("text", self.columns)),
             average_layers=not apart,
             seed=self.settings.seed,
             batch_size=self.settings.batch_size,

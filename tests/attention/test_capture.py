@@ -76,7 +76,7 @@ def test_wrong_maps_would_be_noticed() -> None:
 @torch.no_grad()
 def test_requests_reach_the_kernel(kind: Any, heads: Any) -> None:
     transformer = seg4diff.patch(tiny.transformer())
-    request = MapRequest(kind=kind, heads=heads, text=slice(2, 7))
+    request = MapRequest(kind=kind, heads=heads, columns=("text", slice(2, 7)))
     with (
         hooked_projections(transformer) as projections,
         seg4diff.capture(transformer, 1, maps=request) as captured,

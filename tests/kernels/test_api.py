@@ -65,16 +65,22 @@ def test_dtypes_that_do_not_fit(inputs: dict[str, Tensor], replaced: dict[str, A
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["query", "key", "value", "text_query", "text_key", "text_value"])
+@pytest.mark.parametrize("name", ["query", "text_key", "text_value"])
 def test_a_tensor_that_is_missing(inputs: dict[str, Tensor], name: str, autocast: bool) -> None:
     missing = {**inputs, name: None}
     with torch.autocast("cpu", enabled=autocast):
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
             joint_attention(**missing)  # type: ignore[arg-type]
-        if name in ("query", "key", "text_key"):
+        if name != "text_value":
             streams = (missing["query"], missing["key"], missing["text_query"], missing["text_key"])
             with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
                 attention_maps(*streams)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("missing", "present"), [("key", "value"), ("value", "key")])
+def test_keys_and_values_come_together(inputs: dict[str, Tensor], missing: str, present: str) -> None:
+    with pytest.raises(ValueError, match=f"{missing} is None, but {present} is given; give both, or neither"):
+        joint_attention(**{**inputs, missing: None})  # type: ignore[arg-type]
 
 
 def test_meta_tensors_give_shapes(inputs: dict[str, Tensor]) -> None:
@@ -93,10 +99,29 @@ def test_meta_tensors_give_shapes(inputs: dict[str, Tensor]) -> None:
             "kind='softmax' is unknown; accepted: probability, logit, text_prob",
         ),
         ({"heads": "median"}, ValueError, "heads='median' is unknown; accepted: mean, each$"),
-        ({"text": slice(0, 4, 2)}, ValueError, "has a step"),
-        ({"text": slice(0.5, 2)}, TypeError, "integer bounds"),
-        ({"text": slice(True, 2)}, TypeError, "integer bounds"),
-        ({"text": 3}, TypeError, "text=3 must be a slice"),
+        ({"columns": ("text", slice(0, 4, 2))}, ValueError, "columns=.*has a step; give the indices"),
+        ({"rows": ("text", slice(0.5, 2))}, TypeError, "rows=.* integer bounds"),
+        ({"columns": ("text", slice(True, 2))}, TypeError, "integer bounds"),
+        (
+            {"rows": slice(0, 3)},
+            TypeError,
+            "rows=slice.* must be a stream and a slice",
+        ),
+        ({"columns": ("text", 3)}, TypeError, "must be a stream and a slice"),
+        ({"columns": ("text", [3])}, TypeError, "must be a stream and a slice"),
+        ({"columns": ("audio", slice(None))}, ValueError, "unknown stream; accepted: image, text"),
+        (
+            {"rows": ("image", torch.zeros(2))},
+            ValueError,
+            "rows has indices of dtype torch.float32 and shape",
+        ),
+        ({"rows": ("image", torch.zeros(2, 2).long())}, ValueError, r"int64 and shape \[2, 2\]; accepted"),
+        ({"rows": ("image", torch.zeros(0).long())}, ValueError, "accepted: int64 of one axis, at least one"),
+        (
+            {"kind": "text_probability", "columns": ("image", slice(None))},
+            ValueError,
+            "kind='text_probability' is a softmax over text columns, but columns=.*; use columns=",
+        ),
     ],
 )
 def test_map_requests_that_mean_nothing(
@@ -111,7 +136,67 @@ def test_map_requests_that_mean_nothing(
 )
 def test_text_ranges_outside_the_text(inputs: dict[str, Tensor], text: slice) -> None:
     with pytest.raises(ValueError, match="inside the 4 text tokens; use bounds with 0 <= start < stop <= 4"):
-        joint_attention(**inputs, maps=MapRequest(text=text))
+        joint_attention(**inputs, maps=MapRequest(columns=("text", text)))
+
+
+@pytest.mark.parametrize("stream", ["image", "text"])
+@pytest.mark.parametrize("where", ["rows", "columns"])
+def test_ranges_and_indices_outside_a_stream(inputs: dict[str, Tensor], stream: Any, where: str) -> None:
+    length = {"image": 6, "text": 4}[stream]
+    for tokens, message in (
+        (slice(2, 9), f"{where}=.* inside the {length} {stream} tokens"),
+        (
+            torch.tensor([0, -1]),
+            f"{where} has the index -1 outside the {length} {stream} tokens; accepted: 0 to",
+        ),
+        (torch.tensor([length]), f"{where} has the index {length} outside the {length} {stream} tokens"),
+        (torch.tensor([0], device="meta"), f"{where} has indices on meta, but query is on cpu"),
+    ):
+        request = MapRequest(**{where: (stream, tokens)})
+        with pytest.raises(ValueError, match=message):
+            joint_attention(**inputs, maps=request)
+
+
+def test_a_relation_without_its_tensor(inputs: dict[str, Tensor]) -> None:
+    streams = (inputs["query"], None, None, inputs["text_key"])
+    with pytest.raises(ValueError, match="text_query is None, but maps.rows=.*text.* needs it"):
+        attention_maps(*streams, maps=MapRequest(rows=("text", slice(None))))
+    with pytest.raises(ValueError, match="key is None, but maps.columns=.*image.* needs it"):
+        attention_maps(*streams, maps=MapRequest(columns=("image", slice(None))))
+
+
+LSE = r"accepted: torch.float32 \[2, 3, 6\] or \[2, 3, 10\] on cpu"
+
+
+@pytest.mark.parametrize(
+    ("lse", "options", "error", "message"),
+    [
+        (0.5, {}, TypeError, f"lse must be a tensor, got float; {LSE}"),
+        (torch.zeros(2, 3, 7), {}, ValueError, rf"lse is torch.float32 \[2, 3, 7\] on cpu; {LSE}"),
+        (torch.zeros(2, 6, 3), {}, ValueError, f"lse is .*{LSE}"),
+        (torch.zeros(2, 3, 6).double(), {}, ValueError, f"lse is torch.float64.*{LSE}"),
+        (torch.zeros(2, 3, 6, device="meta"), {}, ValueError, f"on meta; {LSE}"),
+        (
+            torch.zeros(2, 3, 6),
+            {"maps": MapRequest(rows=("text", slice(None)))},
+            ValueError,
+            r"lse is .*accepted: torch.float32 \[2, 3, 10\] on cpu",
+        ),
+        (
+            torch.zeros(2, 3, 6),
+            {"maps": MapRequest("logit")},
+            ValueError,
+            "kind='logit' does not use it; omit",
+        ),
+        (torch.zeros(2, 3, 10), {"statistics": True}, ValueError, "lse is given, but statistics=True"),
+    ],
+)
+def test_a_log_sum_exp_that_means_nothing(
+    inputs: dict[str, Tensor], lse: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    streams = (inputs["query"], inputs["key"], inputs["text_query"], inputs["text_key"])
+    with pytest.raises(error, match=message):
+        attention_maps(*streams, lse=lse, **options)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +334,14 @@ def test_a_backend_inside_a_compiled_function(inputs: dict[str, Tensor]) -> None
 
 
 def test_nothing_runs_before_the_checks(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(name: str, inputs: Any) -> Any:
+    def chosen(name: str, *call: Any) -> Any:
         raise AssertionError("a backend was asked for")
 
     monkeypatch.setattr(api, "_attend_of", chosen)
     with pytest.raises(ValueError, match="tokens"):
         joint_attention(**changed(inputs, text_value=lambda t: t[:, :3]))
     with pytest.raises(ValueError, match="inside the 4 text tokens"):
-        joint_attention(**inputs, maps=MapRequest(text=slice(0, 9)))
+        joint_attention(**inputs, maps=MapRequest(columns=("text", slice(0, 9))))
     with pytest.raises(AssertionError, match="asked for"):
         joint_attention(**inputs)
 
@@ -275,7 +360,9 @@ def test_maps_alone_need_text_queries_for_the_statistics_only(inputs: dict[str, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_result_has_the_documented_shapes(heads: Any, dtype: torch.dtype) -> None:
     inputs = attention_inputs(2, 6, 5, 3, 8, dtype)
-    result = joint_attention(**inputs, maps=MapRequest(heads=heads, text=slice(1, 4)), statistics=True)
+    result = joint_attention(
+        **inputs, maps=MapRequest(heads=heads, columns=("text", slice(1, 4))), statistics=True
+    )
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert (result.image.shape, result.image.dtype) == ((2, 6, 3, 8), dtype)
     assert (result.text.shape, result.text.dtype) == ((2, 5, 3, 8), dtype)

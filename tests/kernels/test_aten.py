@@ -47,7 +47,7 @@ def test_forward(shape: tuple[int, ...], dtype: torch.dtype, edited: bool) -> No
     inputs = attention_inputs(*shape, dtype, edited=edited)
     for kind in KINDS:
         for heads in HEADS:
-            request = MapRequest(kind, heads, slice(1, 4))  # type: ignore[arg-type]
+            request = MapRequest(kind, heads, columns=("text", slice(1, 4)))  # type: ignore[arg-type]
             options: dict[str, Any] = {"maps": request, "statistics": True}
             actual = joint_attention(**inputs, **options)
             exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
@@ -65,7 +65,7 @@ def materialised(inputs: dict[str, Tensor], request: MapRequest) -> Tensor:
     tokens = inputs["query"].shape[1]
     scores = joint_scores(*(inputs[name] for name in ("query", "key", "text_query", "text_key")))
     entries = scores[:, :, :tokens].float().softmax(dim=-1)[..., tokens:]
-    entries = entries[..., request.text]
+    entries = entries[..., request.columns[1]]
     return entries.mean(dim=1) if request.heads == "mean" else entries
 
 
@@ -116,7 +116,7 @@ def gradients(
 def test_gradients_are_the_reference_s(kind: Any, heads: Any, given: str) -> None:
     """In float64, where a missing term cannot hide: every upstream gradient, alone and together."""
     inputs = attention_inputs(2, 21, 9, 3, 16, torch.float64, edited=True)
-    options: dict[str, Any] = {"maps": MapRequest(kind, heads, slice(2, 7))}
+    options: dict[str, Any] = {"maps": MapRequest(kind, heads, columns=("text", slice(2, 7)))}
     wanted = upstream(joint_attention(**inputs, **options), UPSTREAM[given])
     actual = gradients(joint_attention, inputs, wanted, **options)
     exact = gradients(exact_attention, inputs, wanted, **options)
@@ -164,7 +164,7 @@ def test_maps_alone(kind: Any) -> None:
     """The same map and gradients as with values, and only the log-sum-exp that was needed."""
     inputs = attention_inputs(2, 50, 20, 3, 32, torch.float64)
     streams = {name: t for name, t in inputs.items() if not name.endswith("value")}
-    request = MapRequest(kind, "mean", slice(3, 17))
+    request = MapRequest(kind, "mean", columns=("text", slice(3, 17)))
     whole = joint_attention(**inputs, maps=request, statistics=True)
     for statistics in (False, True):
         alone = attention_maps(**streams, maps=request, statistics=statistics)
@@ -225,7 +225,7 @@ def test_any_strides(layout: str, compiled: bool) -> None:
         torch.compiler.reset()  # each set of strides is one more compilation
         ours = torch.compile(joint_attention, backend="eager", fullgraph=True)
     inputs = attention_inputs(2, 21, 9, 3, 16, torch.float32, edited=True)
-    options: dict[str, Any] = {"maps": MapRequest(text=slice(1, 8)), "statistics": True}
+    options: dict[str, Any] = {"maps": MapRequest(columns=("text", slice(1, 8))), "statistics": True}
     for strided in [ALL_STREAMS] if compiled else [(name,) for name in ALL_STREAMS] + [ALL_STREAMS]:
         label = f"{layout}: {', '.join(strided)}"
         views = {name: LAYOUTS[layout](t) if name in strided else t for name, t in inputs.items()}

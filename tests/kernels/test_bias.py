@@ -127,7 +127,10 @@ def test_gradients_are_the_reference_s(kind: Any, heads: Any) -> None:
     inputs = attention_inputs(2, 21, 9, 3, 16, torch.float64, edited=True)
     bias = some_bias(2, 9)
     bias[1] = -torch.inf  # no valid text at all
-    options: dict[str, Any] = {"maps": MapRequest(kind, heads, slice(0, 7)), "text_bias": bias}
+    options: dict[str, Any] = {
+        "maps": MapRequest(kind, heads, columns=("text", slice(0, 7))),
+        "text_bias": bias,
+    }
     found = all_gradients(joint_attention, inputs, **options)
     for name, ours, exact in zip(
         inputs, found, all_gradients(exact_attention, inputs, **options), strict=True

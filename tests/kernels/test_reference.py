@@ -80,7 +80,7 @@ def test_against_loops(edited: bool, scale: float | None) -> None:
     expected = by_hand(inputs, 8**-0.5 if scale is None else scale)
     for kind in KINDS:
         for heads in HEADS:
-            request = MapRequest(kind, heads, slice(1, 3))  # type: ignore[arg-type]
+            request = MapRequest(kind, heads, columns=("text", slice(1, 3)))  # type: ignore[arg-type]
             result = joint_attention(**inputs, scale=scale, maps=request, statistics=True)
             torch.testing.assert_close(result.maps, REDUCTIONS[heads](expected[kind])[..., 1:3])
     for name in ("image", "text", "lse"):
@@ -111,7 +111,7 @@ def test_gradcheck(kind: Any, heads: Any) -> None:
         result = joint_attention(
             *tensors[:6],
             text_value_for_image=tensors[6],
-            maps=MapRequest(kind, heads, slice(0, 2)),
+            maps=MapRequest(kind, heads, columns=("text", slice(0, 2))),
         )
         return result.image, result.text, result.maps
 

@@ -129,7 +129,7 @@ def test_gradients(
 @pytest.mark.parametrize(("kind", "heads", "dtype"), KINDS)
 def test_every_map(kind: Any, heads: Any, dtype: torch.dtype) -> None:
     inputs = attention_inputs(2, 1000, 154, 6, 64, dtype, device="cuda")
-    options: dict[str, Any] = {"maps": MapRequest(kind, heads, slice(0, 77))}
+    options: dict[str, Any] = {"maps": MapRequest(kind, heads, columns=("text", slice(0, 77)))}
     generator = torch.Generator("cuda").manual_seed(1)
     exact = exact_attention(**inputs, **options)
     baseline = pytorch_attention(**inputs, **options)

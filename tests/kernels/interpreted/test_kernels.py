@@ -88,7 +88,7 @@ class Case:
 
     @property
     def maps(self) -> MapRequest:
-        return MapRequest(self.kind, self.reduction, slice(*self.text or (None,)))  # type: ignore[arg-type]
+        return MapRequest(self.kind, self.reduction, columns=("text", slice(*self.text or (None,))))  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Tensor]:
         return attention_inputs(
