@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .aten import affinity
 from .aten import backend as aten
 from .operators import Attend
 from .types import (
@@ -176,6 +177,140 @@ def attention_maps(
     return cast(AttentionMaps, _attend(tensors, optional, text_bias, scale, maps, statistics, lse))
 
 
+def propagate(
+    query: Tensor,
+    key: Tensor,
+    maps: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    hops: int = 1,
+) -> Tensor:
+    """Maps spread along the attention: mean over heads of softmax(scale * Q K^T), times the maps.
+
+    No matrix of rows by keys exists. Differentiable in ``maps``; query, key and ``lse`` are constants.
+    Under ``backend("reference")`` the reference computes it, otherwise ATen.
+
+    Args:
+        query: [B, N, H, D], float16, bfloat16, float32 or float64; any strides.
+        key: [B, M, H, D], same dtype and device.
+        maps: C numbers for each key, floating point [B, M, C].
+        scale: factor of the scores, positive and finite; 1 / sqrt(D) when None.
+        lse: natural log-sum-exp of the rows over more keys than these, float32 (float64 for float64
+            queries) [B, H, N]: rows then sum to less than 1, and a row of -inf gives 0. None: over these
+            keys alone.
+        hops: how often, at least 1; above 1 needs M = N.
+
+    Returns:
+        float32 (float64 for float64 queries) [B, N, C].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and what does.
+    """
+    _check_tensors(_tensors_of({"query": query, "key": key}, set()), one_stream=False)
+    wide = wide_dtype(query.dtype)
+    _check_one("maps", maps, query, [query.shape[0], key.shape[1], None], DTYPES)
+    if lse is not None:
+        _check_one("lse", lse, query, [query.shape[0], query.shape[2], query.shape[1]], (wide,))
+    if isinstance(hops, bool) or not isinstance(hops, int) or hops < 1:
+        raise ValueError(f"hops={hops!r} must be an integer of at least 1")
+    if hops > 1 and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"hops={hops} needs as many keys as queries, got {key.shape[1]} and {query.shape[1]}; use hops=1"
+        )
+    run = reference.propagate if _chosen == "reference" else affinity.propagate
+    maps = maps.to(wide)
+    for _ in range(hops):
+        maps = run(
+            query.detach(), key.detach(), maps, None if lse is None else lse.detach(), _factor(scale, query)
+        )
+    return maps
+
+
+def key_average(query: Tensor, key: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The key that each row reads on average, softmax(scale * Q K^T) K, and the row's log-sum-exp.
+
+    What :func:`row_divergence` and :func:`row_entropy` take. Not differentiable.
+
+    Args:
+        query: [B, N, H, D], float16, bfloat16, float32 or float64; any strides.
+        key: [B, M, H, D], same dtype and device.
+        scale: factor of the scores, positive and finite; 1 / sqrt(D) when None.
+
+    Returns:
+        The average [B, N, H, D] and the natural log-sum-exp [B, H, N], float32 (float64 for float64
+        inputs), never rounded to the dtype of the inputs.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and what does.
+    """
+    _check_tensors(_tensors_of({"query": query, "key": key}, set()), one_stream=False)
+    run = reference.key_average if _chosen == "reference" else affinity.key_average
+    with torch.no_grad():
+        average, lse = run(query, key, _factor(scale, query))
+    return average, lse
+
+
+def row_divergence(query: Tensor, kbar: Tensor, pairs: Tensor, *, scale: float | None = None) -> Tensor:
+    """Symmetric Kullback-Leibler divergence, KL(a||b) + KL(b||a), of pairs of rows of the attention.
+
+    It is ``scale * <q_a - q_b, kbar_a - kbar_b>``, a difference of differences, hence in float32 and at least
+    0; its error is relative to ``scale |q_a - q_b| (|kbar_a| + |kbar_b|)``. Not differentiable.
+
+    Args:
+        query: [B, N, H, D], as given to :func:`key_average`.
+        kbar: the average keys from there, [B, N, H, D].
+        pairs: which rows, int64 [P, 2] on the same device, the same for all batch elements and heads.
+        scale: as given to :func:`key_average`.
+
+    Returns:
+        In nats, [B, H, P], dtype of ``kbar``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and what does.
+    """
+    _check_tensors(_tensors_of({"query": query}, set()))
+    _check_one("kbar", kbar, query, list(query.shape), (wide_dtype(query.dtype),))
+    _check_one("pairs", pairs, query, [None, 2], (torch.int64,))
+    if readable(pairs):
+        outside = pairs[(pairs < 0) | (pairs >= query.shape[1])]
+        if outside.numel():
+            raise ValueError(
+                f"pairs has the row {int(outside[0])} outside the {query.shape[1]} rows; "
+                f"accepted: 0 to {query.shape[1] - 1}"
+            )
+    with torch.no_grad():
+        first, second = pairs.unbind(1)
+        wide = kbar.dtype
+        d_query = query.index_select(1, first).to(wide) - query.index_select(1, second).to(wide)
+        d_average = kbar.index_select(1, first) - kbar.index_select(1, second)
+        products = (d_query * d_average).sum(dim=-1)  # [B, P, H]
+        return products.mul(_factor(scale, query)).clamp_min(0.0).transpose(1, 2)
+
+
+def row_entropy(query: Tensor, kbar: Tensor, lse: Tensor, *, scale: float | None = None) -> Tensor:
+    """Entropy of every row of the attention, ``lse - scale * <q, kbar>``, at least 0. Not differentiable.
+
+    Args:
+        query: [B, N, H, D], as given to :func:`key_average`.
+        kbar, lse: what it returned, [B, N, H, D] and [B, H, N].
+        scale: as given to :func:`key_average`.
+
+    Returns:
+        In nats, [B, H, N], dtype of ``kbar``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, its value and what does.
+    """
+    _check_tensors(_tensors_of({"query": query}, set()))
+    wide = wide_dtype(query.dtype)
+    _check_one("kbar", kbar, query, list(query.shape), (wide,))
+    _check_one("lse", lse, query, [query.shape[0], query.shape[2], query.shape[1]], (wide,))
+    with torch.no_grad():
+        products = (query.to(wide) * kbar).sum(dim=-1).transpose(1, 2)
+        return (lse - products * _factor(scale, query)).clamp_min(0.0)
+
+
 def _attend(
     given: dict[str, Tensor | None],
     optional: set[str],
@@ -211,7 +346,7 @@ def _attend(
         text_value_for_image=tensors.get("text_value_for_image"),
         text_bias=text_bias,
     )
-    factor = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
+    factor = _factor(scale, query)
     name: Backend = _chosen if lse is None or _chosen == "reference" else "aten"  # no attention is computed
     return _attend_of(name, inputs, maps, statistics)(inputs, factor, maps, statistics, lse)
 
@@ -243,7 +378,7 @@ def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _check_tensors(tensors: dict[str, Tensor]) -> None:
+def _check_tensors(tensors: dict[str, Tensor], one_stream: bool = True) -> None:
     query = tensors["query"]
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -267,7 +402,7 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
         if 0 in tensor.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}: an axis of length zero")
         first = "text_key" if name.startswith("text_") else "query"
-        if tensor.shape[1] != tensors[first].shape[1]:
+        if one_stream and tensor.shape[1] != tensors[first].shape[1]:
             raise ValueError(
                 f"{name} has {tensor.shape[1]} tokens, but {first} has {tensors[first].shape[1]}; "
                 "tensors of one stream have equal lengths"
@@ -314,7 +449,26 @@ def _check_lse(lse: Tensor, tensors: dict[str, Tensor], maps: MapRequest, statis
         raise ValueError(f"lse is {lse.dtype} {list(lse.shape)} on {lse.device}; {accepted}")
 
 
-def _checked_scale(scale: float) -> float:
+def _check_one(
+    name: str, tensor: Tensor, query: Tensor, shape: list[int | None], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """One tensor beside the queries; an axis of None is at least 1."""
+    shown = f"[{', '.join('any' if length is None else str(length) for length in shape)}]"
+    kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    accepted = f"accepted: {kinds} {shown} on {query.device}"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}; {accepted}")
+    fits = len(shape) == tensor.dim() and all(
+        actual == wanted or (wanted is None and actual > 0)
+        for actual, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits or tensor.dtype not in dtypes or tensor.device != query.device:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; {accepted}")
+
+
+def _factor(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale={scale!r} must be a number or None")
     if not _FLOAT32.tiny <= scale <= _FLOAT32.max:

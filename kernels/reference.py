@@ -82,6 +82,22 @@ def attend(
     )
 
 
+def propagate(query: Tensor, key: Tensor, maps: Tensor, lse: Tensor | None, scale: float) -> Tensor:
+    """See :func:`seg4diff.kernels.api.propagate`, one hop; ``maps`` wide."""
+    scores = _scores(query, _wide(key), scale, None)[0]  # [B, H, N, M]
+    if lse is None:
+        probability = scores.softmax(dim=-1)
+    else:
+        probability = (scores - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp()
+    return probability.mean(dim=1) @ maps
+
+
+def key_average(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See :func:`seg4diff.kernels.api.key_average`."""
+    scores = _scores(query, _wide(key), scale, None)[0]  # [B, H, N, M]
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), _wide(key)), scores.logsumexp(dim=-1)
+
+
 def _scores(rows: Tensor, keys: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scaled products of ``rows`` [B, M, H, D] and wide ``keys`` [B, S, H, D], without and with the bias of
     the last T columns, [B, H, M, S].

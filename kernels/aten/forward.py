@@ -28,8 +28,8 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
         image.zero_()
         lse.fill_(-torch.inf)
     elif inputs.value is not None:
-        keys, values = _by_head(key), _by_head(inputs.value)
-        image, lse[:, :, :tokens] = _flash(query, keys, values, request.scale)
+        keys, values = by_head(key), by_head(inputs.value)
+        image, lse[:, :, :tokens] = flash(query, keys, values, request.scale)
     elif lse.shape[-1] > 0:
         lse[:, :, :tokens] = _log_sum_exp(query, key, request.scale)
     bias = inputs.text_bias
@@ -37,7 +37,7 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     _attend_to_text(query, *shared, edited, image, lse[:, :, :tokens], maps, request)
     if text_query is not None:
         if keys is not None and values is not None:
-            text, lse[:, :, tokens:] = _flash(text_query, keys, values, request.scale)
+            text, lse[:, :, tokens:] = flash(text_query, keys, values, request.scale)
             del keys, values
         elif key is None:
             text.zero_()
@@ -118,14 +118,14 @@ def _reduce(maps: Tensor, head: int, heads: int, entries: Tensor, request: Reque
         maps.div_(heads)
 
 
-def _by_head(tensor: Tensor) -> Tensor:
+def by_head(tensor: Tensor) -> Tensor:
     """[B, tokens, H, D] -> [B, H, tokens, D]."""
     tensor = tensor.transpose(1, 2)
     # The CPU operator reads keys and values again for every block of rows: copying costs less than strides.
     return tensor.contiguous() if tensor.device.type == "cpu" else tensor
 
 
-def _flash(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def flash(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, M, H, D] and natural log-sum-exp [B, H, M] of the rows ``query`` [B, M, H, D] over the keys
     ``k`` and values ``v`` [B, H, N, D].
     """
