@@ -234,7 +234,7 @@ def _measure(
             ):
                 level = noise_levels.index(-inputs.noise_index)
                 timesteps[level] = inputs.timestep
-                request = MapRequest(text=slice(0, span.first + span.length))
+                request = MapRequest(columns=("text", slice(0, span.first + span.length)))
                 maps = maps_of(pipe.transformer, chosen, request, inputs.arguments)  # [L, rows, N, T']
                 grid = state.backbone.read_call(state.transformer, inputs.arguments).grid
                 for row, picture in enumerate(inputs.pictures):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -29,8 +30,9 @@ class Record:
         layer: number of the block, through all block lists of the model in the order they run.
         timestep: of the forward, in the scheduler's units; of an average, the tuple of the timesteps
             averaged. A forward whose rows have different timesteps has a tuple with one for each row.
-        maps: the map asked for, float32, [B, N, T'] or [B, H, N, T'] (see `MapRequest`), or None. Rows are
-            the tokens of the generated image, columns text tokens in the model's order, padding included.
+        maps: the map asked for, float32, [B, rows, columns] or [B, H, rows, columns] (see `MapRequest`), or
+            None. Image tokens are those of the generated image, text tokens are in the model's order, padding
+            included.
         statistics: attention mass and value norms, or None.
         grid: tokens of the generated image along each axis, (height, width); N is their product.
         call: number of the pipeline call inside the context, from 0; of the forward on a bare transformer.
@@ -68,8 +70,8 @@ class Capture:
 
         Raises:
             RuntimeError: no prompt is known.
-            ValueError: the word is not in the prompt (the message lists the words that are), or it has no
-                token among the columns captured.
+            ValueError: the word is not in the prompt (the message lists the words that are), it has no token
+                among the columns captured, or those are not a range of text tokens.
         """
         if self._pipe is None:
             raise RuntimeError("a bare transformer has no tokenizer; capture the pipeline to look for words")
@@ -90,10 +92,10 @@ class Capture:
         request = self._recorder.request.maps
         if request is None:
             raise RuntimeError("no map was captured (maps=None), so words have no columns")
-        first, last = request.columns(prompt.text_tokens)
+        first, last = request.text_range(prompt.text_tokens)
         columns = [column - first for column in found if first <= column < last]
         if not columns:
-            raise ValueError(f"{words!r} has no token inside text={request.text!r}, the columns captured")
+            raise ValueError(f"{words!r} has no token inside columns={request.columns!r}, those captured")
         return columns
 
     def heatmap(
@@ -138,6 +140,11 @@ class Capture:
         maps = torch.stack([_mean_over_heads(m[image]) for m in per_record]).mean(dim=0)  # [N, T']
         columns = self.columns(words, image=image, encoder=encoder)
         grid = chosen[0].grid
+        if maps.shape[0] != math.prod(grid):
+            raise ValueError(
+                f"{maps.shape[0]} rows were captured, not the {math.prod(grid)} tokens of the image; "
+                'heat maps need rows=("image", slice(None))'
+            )
         heat = maps[:, columns].mean(dim=-1).reshape(grid)
         if not resize:
             return heat
@@ -166,7 +173,8 @@ def capture(
     Args:
         target: a pipeline, or a bare transformer, possibly compiled.
         layers: the layers to record, numbered through all block lists of the model; all when None.
-        maps: the map to record, see `MapRequest`; None for statistics alone.
+        maps: the map to record, see `MapRequest`; None for statistics alone. Image tokens are those of the
+            generated image.
         statistics: also record attention mass and value norms.
         steps: `"mean"` keeps one running average per layer and pipeline call, `"each"` every step. Default:
             `"mean"` for a pipeline, `"each"` for a bare transformer.

@@ -269,7 +269,7 @@ class Patch:
                     )
                 left_out: tuple[str, ...] = ()
                 if layer == stop:
-                    with_text_rows = any(request.statistics for request in requests)
+                    with_text_rows = any(request.needs_text_rows for request in requests)
                     left_out = entry.unneeded + (() if with_text_rows else entry.text_queries)
                 stand_ins = tuple(skipped_modules(block, left_out))
                 mode = Mode(self._place, attention, stock, shared[key], requests, stand_ins)

@@ -11,7 +11,7 @@ from torch import Tensor
 from seg4diff.attention.interception import Answer
 from seg4diff.backbones import Layout
 from seg4diff.kernels.api import attention_maps, joint_attention
-from seg4diff.kernels.types import AttentionStatistics, MapRequest
+from seg4diff.kernels.types import AttentionStatistics, MapRequest, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,11 @@ class LayerRequest:
     statistics: bool = False
     edit_text_value: Callable[[Tensor], Tensor] | None = None
     observe: Callable[[Projections], Any] | None = None
+
+    @property
+    def needs_text_rows(self) -> bool:
+        """Whether the answer depends on the queries of text tokens."""
+        return self.statistics or (self.maps is not None and self.maps.rows[0] == "text")
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class JointAnswer(Answer):
             p.text_key,
             p.text_value,
             scale=scale,
-            maps=first.maps,
+            maps=None if first.maps is None else _of_generated(first.maps, layout),
             statistics=any(request.statistics for request in self.requests),
             text_value_for_image=edited,
         )
@@ -129,11 +134,11 @@ class JointAnswer(Answer):
         for request, seen in zip(self.requests, observed, strict=True):
             maps = None
             if request is first:
-                maps = _of_generated(attention.maps, layout)
+                maps = attention.maps
             elif request.maps is not None:
                 maps = _answer(LayerRequest(maps=request.maps), p, layout, scale).maps
             statistics = attention.statistics if request.statistics else None
-            results.append(LayerResult(maps, _of_generated(statistics, layout), seen))
+            results.append(LayerResult(maps, _statistics_of_generated(statistics, layout), seen))
         return layout.join(attention.image, attention.text), tuple(results)
 
 
@@ -141,23 +146,49 @@ def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float 
     """Maps and statistics of one request, without the attention's output."""
     if request.maps is None:
         return LayerResult(None, None)
-    text_query = p.text_query if request.statistics else None
     attention = attention_maps(
-        p.query, p.key, text_query, p.text_key, scale=scale, maps=request.maps, statistics=request.statistics
+        p.query,
+        p.key,
+        p.text_query if request.needs_text_rows else None,
+        p.text_key,
+        scale=scale,
+        maps=_of_generated(request.maps, layout),
+        statistics=request.statistics,
     )
-    return LayerResult(_of_generated(attention.maps, layout), _of_generated(attention.statistics, layout))
+    return LayerResult(attention.maps, _statistics_of_generated(attention.statistics, layout))
 
 
-def _of_generated(result: Any, layout: Layout) -> Any:
-    """Maps [B, (H,) N, T'] or statistics without the tokens of reference images."""
-    if result is None or layout.generated == layout.image_tokens:
-        return result
-    if isinstance(result, Tensor):
-        return result[..., : layout.generated, :]
-    norm = result.image_value_norm
-    return AttentionStatistics(
-        image_to_text=result.image_to_text[..., : layout.generated],
-        text_to_text=result.text_to_text,
+def _of_generated(request: MapRequest, layout: Layout) -> MapRequest:
+    """The request without the tokens of reference images, which follow those of the generated one.
+
+    Raises:
+        ValueError: a range of image tokens that leaves the generated image.
+    """
+    if layout.generated == layout.image_tokens:
+        return request
+
+    def within(tokens: Tokens) -> Tokens:
+        stream, chosen = tokens
+        if stream != "image" or not isinstance(chosen, slice):
+            return tokens
+        if chosen.stop is not None and chosen.stop > layout.generated:
+            raise ValueError(
+                f"{tokens!r} leaves the generated image, which has {layout.generated} image tokens"
+            )
+        return stream, slice(chosen.start, layout.generated if chosen.stop is None else chosen.stop)
+
+    return replace(request, rows=within(request.rows), columns=within(request.columns))
+
+
+def _statistics_of_generated(
+    statistics: AttentionStatistics | None, layout: Layout
+) -> AttentionStatistics | None:
+    """Statistics without the tokens of reference images."""
+    if statistics is None or layout.generated == layout.image_tokens:
+        return statistics
+    norm = statistics.image_value_norm
+    return replace(
+        statistics,
+        image_to_text=statistics.image_to_text[..., : layout.generated],
         image_value_norm=None if norm is None else norm[..., : layout.generated],
-        text_value_norm=result.text_value_norm,
     )

@@ -154,7 +154,7 @@ class Magnet(nn.Module):
             request = MapRequest(
                 kind=self.mask.scores,
                 heads="each" if self.mask.pairing == "head" else "mean",
-                text=slice(0, last + 1),
+                columns=("text", slice(0, last + 1)),
             )
             maps, output = forward_with_maps(
                 self.transformer, self.layers, request, arguments, stop_early=stop_early

@@ -230,7 +230,7 @@ def segment_unsupervised(
         views,
         [[""]] * len(images),
         layers=used,
-        maps=MapRequest(heads=grouping.heads, text=slice(span.first, span.first + span.length)),
+        maps=MapRequest(heads=grouping.heads, columns=("text", slice(span.first, span.first + span.length))),
         seed=seed,
         generator=generator,
         batch_size=batch_size,

@@ -83,7 +83,7 @@ def segment(
         views,
         [[prompt.text for prompt in plans[per_image]] for per_image in names],
         layers=used,
-        maps=MapRequest(text=slice(0, span.first + span.length)),
+        maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
         seed=seed,
         generator=generator,
         batch_size=batch_size,

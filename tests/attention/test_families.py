@@ -113,7 +113,9 @@ def counted(forward: Any, number: int, ran: list[int]) -> Any:
 def test_statistics_and_slices(family: Family) -> None:
     transformer, inputs = family.transformer(), family.inputs()
     exact = exact_maps(family, transformer, inputs)
-    with seg4diff.capture(transformer, 1, maps=MapRequest(text=slice(2, 5)), statistics=True) as captured:
+    with seg4diff.capture(
+        transformer, 1, maps=MapRequest(columns=("text", slice(2, 5))), statistics=True
+    ) as captured:
         transformer(**inputs)
     (record,) = captured.records
     assert record.maps is not None
@@ -156,7 +158,7 @@ def test_map_gradients_are_finite_differences(family: Family) -> None:
     transformer = family.transformer().double()
     inputs = {name: value.double() for name, value in family.inputs().items()}
     weight = find_backbone(transformer).attention(transformer, 1).to_k.weight
-    request = MapRequest(text=slice(3, 4))
+    request = MapRequest(columns=("text", slice(3, 4)))
 
     def value() -> Tensor:
         maps = maps_of(transformer, [1], request, inputs)

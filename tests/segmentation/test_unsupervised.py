@@ -180,7 +180,7 @@ def test_default_preset_keeps_heads_and_layers_apart(pipe: object) -> None:
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))[None]
         sigma = backbone.sigma(pipe, latents, 28, -8)
         noisy = (1 - sigma) * latents + sigma * noise
-        request = seg4diff.MapRequest(heads="each", text=slice(0, 77))
+        request = seg4diff.MapRequest(heads="each", columns=("text", slice(0, 77)))
         with seg4diff.capture(pipe.transformer, layers=[0, 2], maps=request) as captured:  # type: ignore[attr-defined]
             pipe.transformer(hidden_states=noisy, timestep=1000 * sigma, **backbone.encode_text(pipe, [""]))  # type: ignore[attr-defined]
     columns = [record.maps[0, head] for record in captured.records for head in range(2)]  # type: ignore[index]
