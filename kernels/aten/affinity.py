@@ -15,7 +15,7 @@ from torch import Tensor
 from ..types import wide_dtype
 from .forward import by_head, flash
 
-_BLOCK_ELEMENTS = 2**20  # of one head's scores: 4 MiB in float32, which a cache holds
+_BLOCK_ELEMENTS = 2**19  # of one head's scores: 2 MiB in float32, which a cache holds
 
 _ARGUMENTS = "Tensor query, Tensor key, Tensor maps, Tensor? lse, float scale"
 

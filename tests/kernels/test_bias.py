@@ -245,17 +245,6 @@ def test_the_largest_bias_is_accepted() -> None:
     assert found.image.isfinite().all()
 
 
-def test_triton_says_what_it_cannot_do() -> None:
-    pytest.importorskip("triton")
-    from seg4diff.kernels.triton import backend as triton
-
-    inputs = attention_inputs(2, 6, 4, 3, 16, torch.float32)
-    from seg4diff.kernels.types import Inputs
-
-    given = Inputs(**inputs, text_value_for_image=None, text_bias=torch.zeros(2, 4))
-    assert triton.call_refusal(given) == "a text bias is not supported"
-
-
 def test_traces_without_reading_values() -> None:
     inputs = attention_inputs(2, 20, 9, 2, 16, torch.float32)
     bias = some_bias(2, 9)
