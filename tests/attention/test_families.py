@@ -14,7 +14,7 @@ from seg4diff.attention.maps import maps_of
 from seg4diff.backbones import families, find_backbone
 from seg4diff.kernels.types import MapRequest
 from tests.support.compiling import compile_counter
-from tests.support.families import FAMILIES, Family, every_family, exact_maps
+from tests.support.families import FAMILIES, Family, attention_calls, every_family, exact_maps
 
 
 def sample_of(transformer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -123,6 +123,36 @@ def test_statistics_and_slices(family: Family) -> None:
     torch.testing.assert_close(record.maps.double(), exact[1].mean(1)[..., 2:5], rtol=1e-5, atol=1e-8)
     mass = record.statistics.image_to_text.double()
     torch.testing.assert_close(mass, exact[1].sum(-1), rtol=1e-5, atol=1e-8)
+
+
+@every_family
+@pytest.mark.parametrize("stop_early", [False, True])
+@torch.no_grad()
+def test_relations(family: Family, stop_early: bool) -> None:
+    """Text rows that read the image, and chosen image rows, of the generated image alone."""
+    transformer, inputs = family.transformer(), family.inputs()
+    streams = {"image": family.image, "text": family.text}
+    with attention_calls() as calls:
+        transformer(**inputs)
+    query, key = [(q, k) for q, k in calls if q.shape[2] == k.shape[2] == family.tokens][1]
+    scores = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
+    matrix = scores.softmax(dim=-1)  # [B, H, S, S]
+    chosen = torch.tensor([7, 2])
+    for rows, columns in (
+        (("text", slice(None)), ("image", slice(None))),
+        (("image", slice(3, 8)), ("image", slice(None))),
+        (("image", chosen), ("text", slice(1, 4))),
+        (("text", slice(2, 5)), ("text", slice(None))),
+    ):
+        request = MapRequest(heads="each", rows=rows, columns=columns)
+        with seg4diff.capture(transformer, 1, maps=request, stop_early=stop_early) as captured:
+            transformer(**inputs)
+        maps = captured.records[0].maps
+        expected = matrix[:, :, streams[rows[0]]][:, :, rows[1]]
+        expected = expected[..., streams[columns[0]]][..., columns[1]]
+        assert maps is not None
+        assert maps.shape == expected.shape
+        torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-8)
 
 
 @every_family
