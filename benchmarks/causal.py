@@ -23,8 +23,8 @@ from torch import Tensor
 
 import seg4diff
 from seg4diff.demo import CLASSES, HELD_OUT, scene
-from seg4diff.evaluation.metrics import Counts, confusion_matrix, counts_of
 from seg4diff.loading import load_pipeline
+from seg4diff.metrics import Counts, confusion_matrix, counts_of
 
 
 def draw(pipe: Any, captions: list[str], steps: int, guidance_scale: float, batch_size: int) -> Tensor:

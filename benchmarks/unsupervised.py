@@ -3,7 +3,7 @@
     python -m benchmarks.unsupervised [--scenes 100] [--out benchmarks/results/unsupervised.json]
 
 The figure is the matched mIoU in %: regions and classes are matched per picture by the Hungarian method,
-pixels are counted over all scenes (``seg4diff.evaluation.metrics.matched_counts``); in brackets without the
+pixels are counted over all scenes (``seg4diff.metrics.matched_counts``); in brackets without the
 pairs that have no pixel in common. "true number" methods are told how many classes each scene has, ours are
 not.
 """
@@ -25,10 +25,10 @@ from torch import Tensor
 import seg4diff
 from seg4diff.attention.patch import patch_of
 from seg4diff.demo import CLASSES, HELD_OUT, scene
-from seg4diff.evaluation.metrics import Counts, matched_counts
 from seg4diff.kernels.types import MapRequest
 from seg4diff.loading import load_pipeline
-from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
+from seg4diff.metrics import Counts, matched_counts
+from seg4diff.segmentation.maps import find_preset, model_inputs, views_of
 
 
 def clusters(features: Tensor, count: int, grid: tuple[int, int]) -> Tensor:

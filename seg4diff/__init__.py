@@ -15,15 +15,15 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.attention.patch import is_patched as is_patched
     from seg4diff.attention.patch import patch as patch
     from seg4diff.attention.patch import unpatch as unpatch
-    from seg4diff.guidance import guide as guide
+    from seg4diff.editing.blur import edit as edit
+    from seg4diff.editing.blur import perturb as perturb
+    from seg4diff.editing.guidance import guide as guide
     from seg4diff.kernels.types import MapRequest as MapRequest
     from seg4diff.loading import load_pipeline as load_pipeline
     from seg4diff.magnet.weights import load_lora as load_lora
-    from seg4diff.perturbation import edit as edit
-    from seg4diff.perturbation import perturb as perturb
     from seg4diff.segmentation import Segmentation as Segmentation
     from seg4diff.segmentation import segment as segment
-    from seg4diff.segmentation.unsupervised import segment_unsupervised as segment_unsupervised
+    from seg4diff.segmentation.regions import segment_unsupervised as segment_unsupervised
 
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
@@ -34,16 +34,16 @@ _PUBLIC = {
     "analyze": "seg4diff.analysis",
     "capture": "seg4diff.attention.capture",
     "demo": "",
-    "edit": "seg4diff.perturbation",
+    "edit": "seg4diff.editing.blur",
     "expert_layers": "seg4diff.analysis",
-    "guide": "seg4diff.guidance",
+    "guide": "seg4diff.editing.guidance",
     "is_patched": "seg4diff.attention.patch",
     "load_lora": "seg4diff.magnet.weights",
     "load_pipeline": "seg4diff.loading",
     "patch": "seg4diff.attention.patch",
-    "perturb": "seg4diff.perturbation",
+    "perturb": "seg4diff.editing.blur",
     "segment": "seg4diff.segmentation",
-    "segment_unsupervised": "seg4diff.segmentation.unsupervised",
+    "segment_unsupervised": "seg4diff.segmentation.regions",
     "unpatch": "seg4diff.attention.patch",
 }
 __all__ = sorted(_PUBLIC)

@@ -18,8 +18,8 @@ from seg4diff.commands.generate import Generate, run_generate
 from seg4diff.commands.regions import Regions, run_regions
 from seg4diff.commands.segment import Segment, run_segment
 from seg4diff.evaluation.commands import Evaluate, Prepare, run_evaluate, run_prepare
+from seg4diff.files import check_folder
 from seg4diff.magnet.commands import Caption, Train, run_caption, run_train
-from seg4diff.saving import check_folder
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all went well; something failed; what was asked for makes no sense; Ctrl-C."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seg4diff.saving import write_atomically
+from seg4diff.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from seg4diff.commands.model_options import ModelOptions, load_patched, model_files
-from seg4diff.saving import check_folder, check_outputs
+from seg4diff.files import check_folder, check_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def run_analyze(options: Analyze) -> None:
     Raises:
         ValueError, FileNotFoundError: what is asked for makes no sense, or files are missing.
     """
-    from seg4diff.analysis.measuring import check_levels
+    from seg4diff.analysis.analyze import check_levels
 
     prompts = _prompts(options)
     if options.dataset is None and not prompts and not options.images:
@@ -105,7 +105,7 @@ def _prompts(options: Analyze) -> list[str]:
 
 
 def _analyze(options: Analyze, prompts: list[str]) -> None:
-    from seg4diff.analysis.measuring import analyze
+    from seg4diff.analysis.analyze import analyze
     from seg4diff.analysis.report import print_tables
     from seg4diff.images import as_rgb
 
@@ -142,7 +142,7 @@ def _analyze(options: Analyze, prompts: list[str]) -> None:
 def _rank(options: Analyze, dataset: str, outputs: list[Path], inputs: list[str | Path]) -> None:
     import numpy as np
 
-    from seg4diff.analysis.ranking import expert_layers
+    from seg4diff.analysis.rank_layers import expert_layers
     from seg4diff.analysis.report import print_tables
     from seg4diff.evaluation.datasets import limit_samples, open_dataset
 

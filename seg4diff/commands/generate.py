@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from seg4diff.commands.model_options import ModelOptions, load_patched, model_files
-from seg4diff.saving import check_folder, check_outputs, save_picture
+from seg4diff.files import check_folder, check_outputs, save_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def run_generate(options: Generate) -> None:
     numbers = range(len(options.prompts) * options.images)
     check_outputs([file for number in numbers for file in _files(options, number)], model_files(options))
 
-    from seg4diff.perturbation import Blur
+    from seg4diff.editing.blur import Blur
 
     blur = Blur(options.sigma, options.kernel_size, options.padding)
     pipe = load_patched(options)

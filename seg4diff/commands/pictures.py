@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from seg4diff.commands.model_options import ModelOptions, model_files
-from seg4diff.saving import check_folder, check_outputs, distinct_stems, save_picture
+from seg4diff.files import check_folder, check_outputs, distinct_stems, save_picture
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -45,7 +45,7 @@ def run_regions(options: Regions) -> None:
     """
     paths = check_pictures(options)
 
-    from seg4diff.segmentation.unsupervised import find_grouping, segment_unsupervised
+    from seg4diff.segmentation.regions import find_grouping, segment_unsupervised
 
     find_grouping(options.preset, options.threshold)
     pipe = load_patched(options)

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from seg4diff.demo.scenes import CLASSES, HELD_OUT, Scene, scene
-from seg4diff.evaluation.metrics import confusion_matrix, counts_of
-from seg4diff.saving import write_atomically
+from seg4diff.files import write_atomically
+from seg4diff.metrics import confusion_matrix, counts_of
 from seg4diff.visualization import colorize, contact_sheet, heatmap_overlay
 
 if TYPE_CHECKING:

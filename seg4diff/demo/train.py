@@ -44,7 +44,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from seg4diff.saving import write_atomically
+from seg4diff.files import write_atomically
 
 from . import WEIGHTS
 from .scenes import CLASSES, HELD_OUT, SIZE, STUFF, THINGS, describe, scene

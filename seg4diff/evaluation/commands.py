@@ -197,7 +197,7 @@ def _segment(options: Evaluate) -> None:
 
     from seg4diff.evaluation.report import markdown
     from seg4diff.evaluation.runner import Settings, check_predictions, process_state
-    from seg4diff.saving import write_atomically
+    from seg4diff.files import write_atomically
 
     if options.save_predictions:
         for dataset in datasets:
@@ -299,7 +299,7 @@ def _generate(options: Evaluate) -> None:
     import seg4diff
     from seg4diff.evaluation.generation import clip_score, generate, markdown
     from seg4diff.evaluation.runner import process_state, versions_of
-    from seg4diff.saving import write_atomically
+    from seg4diff.files import write_atomically
 
     pipe = load_model(replace(_on_own_device(options), lora=None))
     state = process_state(pipe)

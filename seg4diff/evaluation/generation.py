@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from seg4diff.evaluation.published import CLIP_SCORE
 from seg4diff.evaluation.results import no_space
+from seg4diff.files import write_atomically
 from seg4diff.images import as_rgb
-from seg4diff.saving import write_atomically
 
 Layout = Literal["plain", "compbench"]
 

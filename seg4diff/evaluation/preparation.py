@@ -13,9 +13,9 @@ from tqdm import tqdm
 from seg4diff.evaluation.datasets import Dataset
 from seg4diff.evaluation.datasets.folder import CLASSES, IMAGES, LABELS
 from seg4diff.evaluation.loading_ahead import Failure, load_ahead
-from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.evaluation.results import no_space
-from seg4diff.saving import check_outputs, checked_name, write_atomically
+from seg4diff.files import check_outputs, checked_name, write_atomically
+from seg4diff.metrics import IGNORED
 from seg4diff.visualization import palette
 
 _AT_ONCE = 32

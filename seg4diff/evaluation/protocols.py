@@ -18,9 +18,9 @@ from torch import Tensor
 
 from seg4diff.backbones.text import TextSpan
 from seg4diff.evaluation.datasets import Dataset
-from seg4diff.evaluation.metrics import IGNORED
-from seg4diff.segmentation.recipe import Preset, Resize, resize_scores
-from seg4diff.segmentation.unsupervised import winning_regions
+from seg4diff.metrics import IGNORED
+from seg4diff.segmentation.maps import Preset, Resize, resize_scores
+from seg4diff.segmentation.regions import winning_regions
 from seg4diff.segmentation.zero_shot import PlannedPrompt, plan_prompts
 
 ProtocolName = Literal["oracle", "full", "unsupervised"]

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from seg4diff.evaluation.datasets import Dataset
-from seg4diff.evaluation.metrics import IGNORED
 from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
 from seg4diff.evaluation.results import Result, read_results
 from seg4diff.evaluation.runner import Evaluator, Report, Speed, answer_again
-from seg4diff.saving import write_atomically
+from seg4diff.files import write_atomically
+from seg4diff.metrics import IGNORED
 from seg4diff.visualization import contact_sheet, label_overlay
 
 _DESCRIPTIONS = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.evaluation.loading_ahead import Failure
-from seg4diff.evaluation.metrics import Counts, Rates, counts_of, rates_of
+from seg4diff.metrics import Counts, Rates, counts_of, rates_of
 
 logger = logging.getLogger(__name__)
 

@@ -30,13 +30,6 @@ from tqdm import tqdm
 from seg4diff.attention.patch import patch_of
 from seg4diff.evaluation.datasets import Dataset
 from seg4diff.evaluation.loading_ahead import Failure, Loaded, load, load_ahead
-from seg4diff.evaluation.metrics import (
-    IGNORED,
-    Rates,
-    boundary_counts,
-    confusion_matrix,
-    matched_counts,
-)
 from seg4diff.evaluation.protocols import (
     BackgroundBy,
     Protocol,
@@ -54,9 +47,16 @@ from seg4diff.evaluation.results import (
     read_results,
     remove_results,
 )
+from seg4diff.files import check_outputs, checked_name, write_atomically
 from seg4diff.kernels.types import MapRequest
-from seg4diff.saving import check_outputs, checked_name, write_atomically
-from seg4diff.segmentation.recipe import (
+from seg4diff.metrics import (
+    IGNORED,
+    Rates,
+    boundary_counts,
+    confusion_matrix,
+    matched_counts,
+)
+from seg4diff.segmentation.maps import (
     NOISE_INDEX,
     NOISE_STEPS,
     Preset,
@@ -65,7 +65,7 @@ from seg4diff.segmentation.recipe import (
     run_maps,
     views_of,
 )
-from seg4diff.segmentation.unsupervised import find_grouping
+from seg4diff.segmentation.regions import find_grouping
 from seg4diff.visualization import palette
 
 logger = logging.getLogger(__name__)

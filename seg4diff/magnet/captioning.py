@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from seg4diff.files import write_atomically
 from seg4diff.images import as_rgb
 from seg4diff.magnet.sources import picture_files
-from seg4diff.saving import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seg4diff.saving import DamagedFileError, read_sealed, write_sealed
+from seg4diff.files import DamagedFileError, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 

@@ -150,7 +150,7 @@ def measure(pipe: Any, drawn: Sequence[Scene], layer: int, expert: int) -> Measu
 def zero_shot(pipe: Any, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[int, float]:
     """Zero-shot mIoU of each layer, the names present given; pixels are counted over all scenes."""
     import seg4diff
-    from seg4diff.evaluation.metrics import confusion_matrix, counts_of
+    from seg4diff.metrics import confusion_matrix, counts_of
 
     seg4diff.patch(pipe)
     scores = {}
@@ -179,7 +179,7 @@ def zero_shot(pipe: Any, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[
 def unsupervised(pipe: Any, drawn: Sequence[Scene], layer: int) -> float:
     """mIoU of nameless regions, matched one to one with the classes of each scene."""
     import seg4diff
-    from seg4diff.evaluation.metrics import Counts, matched_counts
+    from seg4diff.metrics import Counts, matched_counts
 
     seg4diff.patch(pipe)
     total: Counts | None = None

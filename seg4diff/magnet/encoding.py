@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 from seg4diff.backbones import find_backbone
 from seg4diff.backbones.text import find_words
+from seg4diff.files import SEAL_BYTES, DamagedFileError, read_sealed, write_sealed
 from seg4diff.magnet.settings import DataSettings
 from seg4diff.magnet.sources import Example, Source, UnusableExampleError
 from seg4diff.masks import decode_mask, run_lengths
-from seg4diff.saving import SEAL_BYTES, DamagedFileError, read_sealed, write_sealed
-from seg4diff.segmentation.recipe import find_preset
+from seg4diff.segmentation.maps import find_preset
 from seg4diff.segmentation.zero_shot import plan_prompts
 
 logger = logging.getLogger(__name__)

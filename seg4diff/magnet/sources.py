@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from seg4diff.files import checked_name
 from seg4diff.images import as_rgb
 from seg4diff.magnet.settings import DataSettings
 from seg4diff.masks import decode_mask
-from seg4diff.saving import checked_name
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 

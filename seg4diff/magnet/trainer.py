@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from seg4diff.backbones import transformer_of
+from seg4diff.files import write_atomically
 from seg4diff.magnet.adapters import add_adapters
 from seg4diff.magnet.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from seg4diff.magnet.encoding import Encodings, encode
@@ -35,7 +36,6 @@ from seg4diff.magnet.sampling import HeldOutSamples, TrainingSamples, collate, p
 from seg4diff.magnet.settings import TrainSettings, build_settings
 from seg4diff.magnet.sources import open_source
 from seg4diff.magnet.weights import FILE_NAME, save_lora
-from seg4diff.saving import write_atomically
 
 logger = logging.getLogger(__name__)
 

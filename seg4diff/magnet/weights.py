@@ -20,9 +20,9 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from seg4diff.backbones import find_backbone, transformer_of
+from seg4diff.files import write_atomically
 from seg4diff.loading import is_out_of_memory, out_of_memory_remedy
 from seg4diff.magnet.adapters import ADAPTER
-from seg4diff.saving import write_atomically
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for adapters in a folder."""

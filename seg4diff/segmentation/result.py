@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from seg4diff.saving import write_atomically
+from seg4diff.files import write_atomically
 from seg4diff.visualization import label_overlay, palette
 
 

@@ -13,7 +13,7 @@ from seg4diff.attention.patch import patch_of
 from seg4diff.backbones.text import TextSpan
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
-from seg4diff.segmentation.recipe import (
+from seg4diff.segmentation.maps import (
     ImageMaps,
     Preset,
     View,

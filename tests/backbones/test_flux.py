@@ -297,7 +297,7 @@ def test_edits_touch_the_conditional_branch_alone(pipe: Any) -> None:
 @pytest.mark.parametrize("true_cfg", [False, True])
 def test_guidance(pipe: Any, true_cfg: bool) -> None:
     """uncond + g (cond - uncond) + scale (cond - perturbed), from three forwards of the stock pipeline."""
-    from seg4diff.perturbation import Blur
+    from seg4diff.editing.blur import Blur
 
     call = {**CALL, "num_inference_steps": 1}
     if true_cfg:

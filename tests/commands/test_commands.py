@@ -127,7 +127,7 @@ def test_generate_draws_what_the_library_draws(pipe: Any, tmp_path: Path) -> Non
     assert np.array_equal(perturbed, expected)
     assert not np.array_equal(perturbed, plain)
     guided = drawn(tmp_path, f"--seed 3 --guide 2 --guide-layers 1 {blur}")
-    blurred = seg4diff.perturbation.Blur(2, 9, "reflect")
+    blurred = seg4diff.editing.blur.Blur(2, 9, "reflect")
     output = seg4diff.guide(pipe, prompt, scale=2, layers=1, blur=blurred, **call, generator=seeded())
     assert np.array_equal(guided, np.asarray(output.images[0]))
     assert not np.array_equal(guided, plain)

@@ -15,10 +15,10 @@ import seg4diff
 from seg4diff.evaluation import runner
 from seg4diff.evaluation.datasets import open_dataset
 from seg4diff.evaluation.loading_ahead import Failure
-from seg4diff.evaluation.metrics import Counts, Rates
 from seg4diff.evaluation.report import choose, markdown, speed_line, write_contact_sheet, write_report
 from seg4diff.evaluation.results import Result, Tally
 from seg4diff.evaluation.runner import Report, Settings, Speed, evaluate, make_evaluator
+from seg4diff.metrics import Counts, Rates
 from tests.support import miniature, tiny
 from tests.support.images import size_of
 from tests.support.painted import CLASSES, LABELS, PerfectMaps

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from seg4diff.evaluation.metrics import Counts, counts_of, rates_of
 from seg4diff.evaluation.results import (
     Result,
     Tally,
@@ -19,6 +18,7 @@ from seg4diff.evaluation.results import (
     no_space,
     read_results,
 )
+from seg4diff.metrics import Counts, counts_of, rates_of
 
 
 def counts(*numbers: tuple[int, int, int]) -> Counts:

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors import safe_open
 
 from seg4diff.backbones import find_backbone
+from seg4diff.files import DamagedFileError
 from seg4diff.magnet import encoding
 from seg4diff.magnet.encoding import CUT_OFF, encode
 from seg4diff.magnet.sampling import HeldOutSamples, TrainingSamples, collate, positions, split
 from seg4diff.magnet.settings import DataSettings, TrainSettings
 from seg4diff.magnet.sources import Example, UnusableExampleError
-from seg4diff.saving import DamagedFileError
 from tests.support import runs, tiny
 
 

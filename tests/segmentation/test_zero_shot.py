@@ -14,7 +14,7 @@ from PIL import Image
 
 import seg4diff
 from seg4diff.backbones.text import TextSpan
-from seg4diff.segmentation.recipe import find_preset, resize_scores
+from seg4diff.segmentation.maps import find_preset, resize_scores
 from seg4diff.segmentation.zero_shot import plan_prompts
 from tests.support import tiny
 from tests.support.hooked import hooked_projections, image_to_text

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from seg4diff.backbones import find_backbone
-from seg4diff.segmentation.recipe import ImageMaps, View
+from seg4diff.segmentation.maps import ImageMaps, View
 
 CLASSES = ("cat", "red sofa", "tree", "dog house")
 """The third begins like no other; two have several tokens; "dog house" is not "dog"."""

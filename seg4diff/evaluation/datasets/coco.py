@@ -21,10 +21,10 @@ from seg4diff.evaluation.datasets.layout import (
     require,
     value_table,
 )
-from seg4diff.evaluation.metrics import IGNORED
+from seg4diff.files import checked_name
 from seg4diff.images import as_rgb
 from seg4diff.masks import decode_mask
-from seg4diff.saving import checked_name
+from seg4diff.metrics import IGNORED
 
 _IMAGES = ("coco/val2017", "coco/images/val2017")
 _PIXEL_MAPS = ("coco/stuffthingmaps/val2017", "coco/annotations/val2017")

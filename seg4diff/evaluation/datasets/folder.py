@@ -15,7 +15,7 @@ from seg4diff.evaluation.datasets.layout import (
     require,
     value_table,
 )
-from seg4diff.evaluation.metrics import IGNORED
+from seg4diff.metrics import IGNORED
 
 IMAGES, LABELS, CLASSES = "images", "labels", "classes.txt"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from seg4diff.evaluation.metrics import IGNORED
+from seg4diff.files import checked_name
 from seg4diff.images import as_rgb
-from seg4diff.saving import checked_name
+from seg4diff.metrics import IGNORED
 
 _INVALID = -1
 

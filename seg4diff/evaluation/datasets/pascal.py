@@ -19,7 +19,7 @@ from seg4diff.evaluation.datasets.layout import (
     require,
     value_table,
 )
-from seg4diff.evaluation.metrics import IGNORED
+from seg4diff.metrics import IGNORED
 
 _VOC = "VOCdevkit/VOC2012"
 _VOC_DOWNLOAD = (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from seg4diff.evaluation.datasets import DATASETS, Dataset, class_names, open_dataset
-from seg4diff.evaluation.metrics import confusion_matrix
+from seg4diff.metrics import confusion_matrix
 from tests.support import miniature
 
 Names = list[list[str | None]]

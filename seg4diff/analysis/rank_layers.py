@@ -14,15 +14,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from seg4diff.analysis.measuring import analyze, check_levels, pictures_bar
+from seg4diff.analysis.analyze import analyze, check_levels, pictures_bar
 from seg4diff.analysis.report import _figure
 from seg4diff.attention.maps import maps_of
 from seg4diff.attention.patch import patch_of
-from seg4diff.evaluation.metrics import confusion_matrix, counts_of
+from seg4diff.files import write_atomically
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
-from seg4diff.saving import write_atomically
-from seg4diff.segmentation.recipe import Resize, find_preset, model_inputs, resize_scores, views_of
+from seg4diff.metrics import confusion_matrix, counts_of
+from seg4diff.segmentation.maps import Resize, find_preset, model_inputs, resize_scores, views_of
 from seg4diff.segmentation.zero_shot import plan_prompts
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from seg4diff.analysis.principal import principal_components
+from seg4diff.analysis.pca import principal_components
 from seg4diff.analysis.report import Measures, Report
 from seg4diff.attention.observer import Forward, Observer, PromptCall, SameText, attach
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult, Projections
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import AttentionStatistics
-from seg4diff.segmentation.recipe import find_preset, model_inputs, views_of
+from seg4diff.segmentation.maps import find_preset, model_inputs, views_of
 
 PROJECTIONS = ("query", "key", "value")
 

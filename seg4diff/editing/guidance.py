@@ -13,7 +13,7 @@ from seg4diff.attention.observer import Forward, Observer, PromptCall, attach
 from seg4diff.attention.patch import patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult
 from seg4diff.backbones import Backbone
-from seg4diff.perturbation import Blur
+from seg4diff.editing.blur import Blur
 
 
 def guide(
@@ -48,7 +48,7 @@ def guide(
         scale: how far to move away; 0 is the pipeline's own call. The default is that of diffusers' pipeline
             of perturbed-attention guidance for Stable Diffusion 3.
         layers: the layers that read blurred text in the perturbed rows; the model's expert layers when None.
-        blur: the perturbation, see :class:`seg4diff.perturbation.Blur`.
+        blur: the perturbation, see :class:`seg4diff.editing.blur.Blur`.
         call: everything else that the pipeline's call accepts: ``guidance_scale``, ``negative_prompt``,
             ``generator``, ``callback_on_step_end``, ...
 
@@ -68,7 +68,7 @@ def guide(
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale={scale!r} must be at least 0 and finite")
     if not isinstance(blur, Blur):
-        raise TypeError(f"blur={blur!r} must be a seg4diff.perturbation.Blur")
+        raise TypeError(f"blur={blur!r} must be a seg4diff.editing.blur.Blur")
     chosen = state.layers_or_experts(layers)
     if scale == 0:
         return pipe(prompt, **call)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.ndimage import binary_erosion
 
-from seg4diff.evaluation.metrics import (
+from seg4diff.metrics import (
     Counts,
     boundary_counts,
     confusion_matrix,

@@ -14,7 +14,7 @@ from PIL import Image
 
 import seg4diff
 from seg4diff.analysis import Ranking, analyze, expert_layers
-from seg4diff.evaluation.metrics import confusion_matrix, counts_of
+from seg4diff.metrics import confusion_matrix, counts_of
 from tests.support.images import random_image
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import seg4diff
 from seg4diff.backbones import find_backbone
-from seg4diff.segmentation.unsupervised import group_attention, segment_unsupervised, winning_regions
+from seg4diff.segmentation.regions import group_attention, segment_unsupervised, winning_regions
 from tests.support.images import random_image
 from tests.support.paths import REFERENCE
 
@@ -60,7 +60,7 @@ def _by_loops(attention: np.ndarray, threshold: float, sharpness: float, taken_a
 @pytest.mark.parametrize("preset", ["default", "paper", "reference"])
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_grouping_is_its_definition(preset: str, share: float) -> None:
-    from seg4diff.segmentation.unsupervised import GROUPINGS
+    from seg4diff.segmentation.regions import GROUPINGS
 
     threshold = share * (1.6 if preset == "default" else 0.1)
 
@@ -222,8 +222,8 @@ def test_refusals_leave_the_pipeline_usable(pipe: object) -> None:
 def test_regions_of_scenes_beat_a_single_one() -> None:
     """The demo model, on scenes it has not seen: matched mIoU, twelve pictures."""
     from seg4diff.demo import CLASSES, HELD_OUT, scene
-    from seg4diff.evaluation.metrics import Counts, matched_counts
     from seg4diff.loading import load_pipeline
+    from seg4diff.metrics import Counts, matched_counts
 
     scenes = [scene(HELD_OUT + 500 + number) for number in range(12)]
     pipe = seg4diff.patch(load_pipeline("demo", "cpu"))

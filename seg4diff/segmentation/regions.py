@@ -19,7 +19,7 @@ from torch import Tensor
 from seg4diff.attention.patch import patch_of
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
-from seg4diff.segmentation.recipe import ImageMaps, View, find_preset, run_maps, views_of
+from seg4diff.segmentation.maps import ImageMaps, View, find_preset, run_maps, views_of
 from seg4diff.segmentation.result import Segmentation
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seg4diff.analysis.principal import principal_components
+from seg4diff.analysis.pca import principal_components
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(60, 40), (30, 16), (50, 5), (10, 40)])

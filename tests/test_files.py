@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seg4diff.saving import (
+from seg4diff.files import (
     DamagedFileError,
     check_outputs,
     checked_name,

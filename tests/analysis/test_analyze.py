@@ -12,7 +12,7 @@ from torch import Tensor
 
 import seg4diff
 from seg4diff.analysis import Report, analyze
-from seg4diff.analysis.principal import principal_components
+from seg4diff.analysis.pca import principal_components
 from seg4diff.kernels.testing import assert_accurate, error_ratio
 from tests.support import tiny
 from tests.support.hooked import hooked_projections

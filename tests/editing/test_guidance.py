@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import seg4diff
-from seg4diff.guidance import guide
-from seg4diff.perturbation import Blur
+from seg4diff.editing.blur import Blur
+from seg4diff.editing.guidance import guide
 from tests.support import tiny
 from tests.support.materialised import materialised
 from tests.support.tiny import seeded
