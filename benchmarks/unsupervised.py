@@ -28,7 +28,9 @@ from seg4diff.demo import CLASSES, HELD_OUT, scene
 from seg4diff.kernels.types import MapRequest
 from seg4diff.loading import load_pipeline
 from seg4diff.metrics import Counts, matched_counts
-from seg4diff.segmentation.maps import find_preset, model_inputs, views_of
+from seg4diff.segmentation.inputs import views_of
+from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.presets import find_preset
 
 
 def clusters(features: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
@@ -44,19 +46,15 @@ def label_map(regions: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def empty_prompt_maps(pipe: Any, images: list[Any], layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Per-head maps [pictures, H, N, 77] of the empty prompt, layers averaged, and clean latents."""
-    views = views_of(pipe, images, find_preset("default"))
-    maps: dict[int, Tensor] = {}
+    """Per-head maps [images, H, N, 77] of the empty prompt, layers averaged, and clean latents."""
+    views = views_of(pipe, images, find_preset("default").fit)
     request = MapRequest(heads="each", columns=("text", slice(0, 77)))
+    found = run_maps(
+        pipe, views, [[""]] * len(views), layers=layers, maps=request, batch_size=8, progress=False
+    )
+    maps = {one.index: one.maps[0].mean(dim=0) for one in found}
+    pixels = pipe.image_processor.preprocess([view.pixels for view in views])
     with torch.no_grad():
-        for inputs in model_inputs(
-            pipe, views, [[""]] * len(views), steps=28, noise_indices=(-8,), batch_size=8
-        ):
-            with seg4diff.capture(pipe.transformer, layers, maps=request, stop_early=True) as captured:
-                pipe.transformer(**inputs.arguments)
-            stacked = torch.stack([r.maps for r in captured.records if r.maps is not None]).mean(dim=0)
-            maps |= dict(zip(inputs.pictures, stacked, strict=True))
-        pixels = pipe.image_processor.preprocess([view.pixels for view in views])
         latents = torch.cat([patch_of(pipe).backbone.latents(pipe, part) for part in pixels.split(8)])
     return torch.stack([maps[position] for position in range(len(views))]), latents
 
@@ -114,7 +112,7 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     for name, method in methods.items():
         labels = method()
-        together = [sum_of(labels, truths, match_apart=apart) for apart in (True, False)]
+        together = [sum_of(labels, truths, match_disjoint=disjoint) for disjoint in (True, False)]
         figures[name] = {
             "miou": 100 * together[0].mean_iou,
             "miou_touching": 100 * together[1].mean_iou,
@@ -129,10 +127,10 @@ def main() -> None:
         options.out.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def sum_of(labels: list[Tensor], truths: list[Tensor], *, match_apart: bool) -> Counts:
+def sum_of(labels: list[Tensor], truths: list[Tensor], *, match_disjoint: bool) -> Counts:
     """Matched counts over all pictures."""
     counts = [
-        matched_counts(one, truth, len(CLASSES), match_apart=match_apart)
+        matched_counts(one, truth, len(CLASSES), match_disjoint=match_disjoint)
         for one, truth in zip(labels, truths, strict=True)
     ]
     total = counts[0]

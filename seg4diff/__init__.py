@@ -21,16 +21,16 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.kernels.types import MapRequest as MapRequest
     from seg4diff.loading import load_pipeline as load_pipeline
     from seg4diff.magnet.weights import load_lora as load_lora
-    from seg4diff.segmentation import Segmentation as Segmentation
-    from seg4diff.segmentation import segment as segment
     from seg4diff.segmentation.regions import segment_unsupervised as segment_unsupervised
+    from seg4diff.segmentation.result import Segmentation as Segmentation
+    from seg4diff.segmentation.zero_shot import segment as segment
 
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
     "Capture": "seg4diff.attention.capture",
     "MapRequest": "seg4diff.kernels.types",
     "Record": "seg4diff.attention.capture",
-    "Segmentation": "seg4diff.segmentation",
+    "Segmentation": "seg4diff.segmentation.result",
     "analyze": "seg4diff.analysis",
     "capture": "seg4diff.attention.capture",
     "demo": "",
@@ -42,7 +42,7 @@ _PUBLIC = {
     "load_pipeline": "seg4diff.loading",
     "patch": "seg4diff.attention.patch",
     "perturb": "seg4diff.editing.blur",
-    "segment": "seg4diff.segmentation",
+    "segment": "seg4diff.segmentation.zero_shot",
     "segment_unsupervised": "seg4diff.segmentation.regions",
     "unpatch": "seg4diff.attention.patch",
 }

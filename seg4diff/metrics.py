@@ -111,7 +111,7 @@ def counts_of(confusion: Tensor) -> Counts:
 
 
 def matched_counts(
-    regions: Tensor, actual: Tensor, classes: int, *, ignored: int = IGNORED, match_apart: bool = True
+    regions: Tensor, actual: Tensor, classes: int, *, ignored: int = IGNORED, match_disjoint: bool = True
 ) -> Counts:
     """Counts of one picture's nameless regions, matched one to one with its classes by largest overlap.
 
@@ -122,8 +122,8 @@ def matched_counts(
     Args:
         regions: region of every pixel, integers >= 0, [height, width].
         actual, classes, ignored: as in :func:`confusion_matrix`.
-        match_apart: whether a region may be matched with a class that it has no pixel in common with, as the
-            assignment of the public code does where regions are left over: its pixels are then false
+        match_disjoint: whether a region may be matched with a class that it has no pixel in common with, as
+            the assignment of the public code does where regions are left over: its pixels are then false
             positives of an arbitrary class. False leaves both unmatched.
 
     Raises:
@@ -134,7 +134,7 @@ def matched_counts(
     rows, columns = (
         torch.from_numpy(side) for side in linear_sum_assignment(confusion.numpy(), maximize=True)
     )
-    if not match_apart:
+    if not match_disjoint:
         touching = confusion[rows, columns] > 0
         rows, columns = rows[touching], columns[touching]
     true_positive = torch.zeros(classes, dtype=torch.int64)

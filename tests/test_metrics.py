@@ -55,7 +55,7 @@ def test_regions_left_over_may_go_to_classes_they_do_not_touch() -> None:
     actual = torch.tensor([0, 0, 0, 0])  # of 3 classes
     regions = torch.tensor([0, 0, 0, 1])
     assert matched_counts(regions, actual, classes=3).false_positive.sum() == 1
-    apart = matched_counts(regions, actual, classes=3, match_apart=False)
+    apart = matched_counts(regions, actual, classes=3, match_disjoint=False)
     assert apart.false_positive.tolist() == [0, 0, 0]
     assert apart.true_positive.tolist() == [3, 0, 0]
     assert apart.false_negative.tolist() == [1, 0, 0]

@@ -22,7 +22,9 @@ from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult, Projections
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import AttentionStatistics
-from seg4diff.segmentation.maps import find_preset, model_inputs, views_of
+from seg4diff.segmentation.inputs import check_levels, model_inputs, views_of
+from seg4diff.segmentation.maps import progress_bar
+from seg4diff.segmentation.presets import find_preset
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -53,23 +55,23 @@ def analyze(
     Args:
         pipe: a pipeline.
         prompts: one text, or several; with images one for each, or one for all, or None for empty prompts.
-        images: a picture or several, in any form that :func:`seg4diff.segment` takes.
+        images: an image or several, in any form that `seg4diff.segment` takes.
         layers: the layers to analyse; all when None.
-        noise_levels: steps that are left of the schedule, 1 to ``steps``: of 28, 28 is pure noise and 8 is
+        noise_levels: steps that are left of the schedule, 1 to `steps`: of 28, 28 is pure noise and 8 is
             where the paper segments.
         steps: length of the noise schedule.
         per_head: also report single heads.
-        projections: also report the principal components of queries, keys and values of the first picture.
-        preset: how images are fitted to the model, as in :func:`seg4diff.segment`.
+        projections: also report the principal components of queries, keys and values of the first image.
+        preset: how images are fitted to the model, as in `seg4diff.segment`.
         guidance_scale: of classifier-free guidance while drawing; the conditional half is reported.
         seed: of the noise. Image number i is drawn from noise of seed + i; given images are all noised alike.
         batch_size: images that run together.
-        progress: whether to show the pipeline's progress bar; when None, for more than one picture.
+        progress: whether to show the pipeline's progress bar; when None, for more than one image.
         call: more arguments of the pipeline's call, while drawing.
 
     Raises:
         NotImplementedError: the model family is not supported.
-        TypeError: ``pipe`` is a bare transformer.
+        TypeError: `pipe` is a bare transformer.
         ValueError: neither prompts nor images, an empty list of either, numbers that do not match, a layer or
             noise level out of range.
     """
@@ -119,17 +121,6 @@ def analyze(
     )
 
 
-def check_levels(noise_levels: Sequence[int], steps: int) -> None:
-    """Raise ValueError unless there are noise levels, all different and within a schedule of ``steps``."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be a positive integer")
-    if not noise_levels or len(set(noise_levels)) < len(noise_levels):
-        raise ValueError(f"noise_levels={noise_levels!r} must name at least one level, each once")
-    for level in noise_levels:
-        if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= steps:
-            raise ValueError(f"noise level {level!r} is out of range: 1 to {steps} of {steps} steps")
-
-
 def _draw(
     pipe: Any,
     measurement: _Measurement,
@@ -143,10 +134,10 @@ def _draw(
     progress: bool | None,
     call: dict[str, Any],
 ) -> None:
-    """Draw the prompts and measure the steps at ``noise_levels``."""
+    """Draw the prompts and measure the steps at `noise_levels`."""
     measurement.steps = {steps - level: position for position, level in enumerate(noise_levels)}
     call = {**measurement.call_defaults, **call}
-    with pictures_bar(pipe, len(texts), progress) as bar:
+    with progress_bar(pipe, len(texts), progress) as bar:
         for first in range(0, len(texts), batch_size):
             batch = texts[first : first + batch_size]
             generators = [torch.Generator().manual_seed(seed + first + row) for row in range(len(batch))]
@@ -175,29 +166,29 @@ def _look(
     progress: bool | None,
 ) -> None:
     """Noise the images to every level and measure one forward each."""
-    choices = find_preset(preset)
-    pictures, _ = as_list(images)
+    fit = find_preset(preset).fit
+    given, _ = as_list(images)
     prompts = [""] if texts is None else texts
     if len(prompts) == 1:
-        prompts = prompts * len(pictures)
-    if len(prompts) != len(pictures):
-        raise ValueError(f"{len(prompts)} prompts for {len(pictures)} pictures; give one for each, or one")
-    views = views_of(pipe, pictures, choices)
+        prompts = prompts * len(given)
+    if len(prompts) != len(given):
+        raise ValueError(f"{len(prompts)} prompts for {len(given)} images; give one for each, or one")
+    views = views_of(pipe, given, fit)
     try:
-        with pictures_bar(pipe, len(pictures) * len(noise_levels), progress) as bar:
+        with progress_bar(pipe, len(given) * len(noise_levels), progress) as bar:
             for inputs in model_inputs(
                 pipe,
                 views,
                 [[prompt] for prompt in prompts],
                 steps=steps,
-                noise_indices=[-level for level in noise_levels],
+                noise_levels=noise_levels,
                 seed=seed,
                 batch_size=batch_size,
             ):
-                level = noise_levels.index(-inputs.noise_index)
-                measurement.expect(level, inputs.prompts, first_picture=inputs.pictures[0] == 0)
+                level = noise_levels.index(inputs.noise_level)
+                measurement.expect(level, inputs.prompts, first_image=inputs.images[0] == 0)
                 pipe.transformer(**inputs.arguments)
-                bar.update(len(inputs.pictures))
+                bar.update(len(inputs.images))
     finally:
         pipe.maybe_free_model_hooks()
 
@@ -215,7 +206,7 @@ class _Measurement(Observer):
         names = [f.name for f in fields(Measures)]
         self._by_layer = {name: torch.zeros(levels, len(layers), dtype=torch.float64) for name in names}
         self._by_head = {name: torch.zeros(levels, len(layers), heads, dtype=torch.float64) for name in names}
-        self._pictures = torch.zeros(levels, dtype=torch.float64)
+        self._images = torch.zeros(levels, dtype=torch.float64)
         self._with_prompt = torch.zeros(levels, dtype=torch.float64)
         self._uniform = 0.0
         self._timesteps = [float("nan")] * levels
@@ -229,16 +220,16 @@ class _Measurement(Observer):
         self._level: int | None = None
         self._rows = slice(0, 0)
         self._texts: tuple[Mapping[str, str], ...] = ()
-        self._first_picture = False
+        self._first_image = False
 
     @property
     def call_defaults(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it encode text as segmentation does."""
         return self._backbone.call_defaults(self._pipe)
 
-    def expect(self, level: int, prompts: Sequence[str], *, first_picture: bool) -> None:
+    def expect(self, level: int, prompts: Sequence[str], *, first_image: bool) -> None:
         """Say what the next forward, of a bare transformer, is."""
-        self._level, self._first_picture = level, first_picture
+        self._level, self._first_image = level, first_image
         self._rows = slice(0, len(prompts))
         self._texts = tuple(SameText(prompt) for prompt in prompts)
 
@@ -255,15 +246,15 @@ class _Measurement(Observer):
                 self._level = self.steps.get(self._step)
             if self._level is not None:
                 self._texts = tuple(forward.prompt.text_of(row) for row in range(count))
-                self._first_picture = bool(self._pictures[self._level] == 0)
-        if self._level is not None and self._first_picture:
+                self._first_image = bool(self._images[self._level] == 0)
+        if self._level is not None and self._first_image:
             height, width = forward.call.grid
             self._grid = (height, width)
         return arguments
 
     def observe(self, projections: Projections) -> dict[str, Tensor] | None:
         """Principal components [N, 3] of the first image's tokens, while a layer has them at hand."""
-        if self._level is None or not self._first_picture:
+        if self._level is None or not self._first_image:
             return None
         row = self._rows.start
         return {
@@ -285,7 +276,7 @@ class _Measurement(Observer):
                 self._projections[level, position] = result.observed
         count = len(self._texts)
         self._uniform += count * call.layout.text_tokens / call.layout.tokens
-        self._pictures[level] += count
+        self._images[level] += count
         self._with_prompt[level] += sum(len(columns) > 0 for columns in prompt_columns)
         if call.timestep is not None:
             self._timesteps[level] = float(call.timestep.reshape(-1)[0])
@@ -310,7 +301,7 @@ class _Measurement(Observer):
         assert statistics.text_value_norm is not None
 
         def record(name: str, per_token: Tensor) -> None:
-            """``per_token`` [rows, H, tokens]: shares, or norms of single heads."""
+            """`per_token` [rows, H, tokens]: shares, or norms of single heads."""
             exact = per_token.cpu().double()
             together = exact.square().sum(dim=1).sqrt() if name.endswith("norm") else exact
             self._by_head[name][level, position] += exact.mean(dim=-1).sum(dim=0)
@@ -329,7 +320,7 @@ class _Measurement(Observer):
         def measures(sums: dict[str, Tensor]) -> Measures:
             means = {}
             for name, total in sums.items():
-                count = self._with_prompt if name == "prompt_value_norm" else self._pictures
+                count = self._with_prompt if name == "prompt_value_norm" else self._images
                 means[name] = total / count.reshape(-1, *(1,) * (total.dim() - 1))
             return Measures(**means)
 
@@ -348,26 +339,17 @@ class _Measurement(Observer):
             timesteps=tuple(self._timesteps),
             by_layer=measures(self._by_layer),
             by_head=measures(self._by_head) if per_head else None,
-            uniform_to_text=self._uniform / float(self._pictures.sum()),
-            pictures=int(self._pictures[0]),
+            uniform_to_text=self._uniform / float(self._images.sum()),
+            images=int(self._images[0]),
             projections=components,
             grid=self._grid,
             metadata=metadata,
         )
 
 
-def pictures_bar(pipe: Any, total: int, progress: bool | None) -> Any:
-    """The pipeline's own progress bar, or a silent one: for a single item when ``progress`` is None."""
-    if progress or (progress is None and total > 1):
-        return pipe.progress_bar(total=total)
-    from tqdm import tqdm
-
-    return tqdm(total=total, disable=True)
-
-
 @contextmanager
 def _without_bar(pipe: Any) -> Iterator[None]:
-    """No progress bar of single steps, while one of pictures is shown."""
+    """No progress bar of single steps, while one of images is shown."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:

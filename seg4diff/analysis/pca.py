@@ -1,4 +1,4 @@
-"""Principal components of what the image tokens of a layer hold, as pictures (Seg4Diff, appendix D.4)."""
+"""Principal components of what the image tokens of a layer hold (Seg4Diff, appendix D.4)."""
 
 from __future__ import annotations
 

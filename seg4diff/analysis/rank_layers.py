@@ -1,4 +1,4 @@
-"""Which layers segment best: by the size of their values, or measured on labelled pictures."""
+"""Which layers segment best: by the size of their values, or measured on labelled images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from seg4diff.analysis.analyze import analyze, check_levels, pictures_bar
-from seg4diff.analysis.report import _figure
-from seg4diff.attention.maps import maps_of
+from seg4diff.analysis import plots
+from seg4diff.analysis.analyze import analyze
 from seg4diff.attention.patch import patch_of
 from seg4diff.files import write_atomically
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.metrics import confusion_matrix, counts_of
-from seg4diff.segmentation.maps import Resize, find_preset, model_inputs, resize_scores, views_of
-from seg4diff.segmentation.zero_shot import plan_prompts
+from seg4diff.segmentation.inputs import check_levels, views_of
+from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.presets import Upsample, find_preset
+from seg4diff.segmentation.prompts import plan_prompts
+from seg4diff.segmentation.scores import resize_scores, scores_of_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,17 +35,17 @@ Criterion = Literal["value_norm_ratio", "miou"]
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Layers and how well they do.
+    """Layers and how well each segments.
 
     Attributes:
-        criterion: ``"value_norm_ratio"``: norm of the prompt's values over that of the image's, a guess
-            without labels. ``"miou"``: mean intersection over union of segmentation by that layer alone,
+        criterion: `"value_norm_ratio"`: norm of the prompt's values over that of the image's, a guess
+            without labels. `"miou"`: mean intersection over union of segmentation by that layer alone,
             measured.
-        layers: the layers compared, in the order of ``scores``.
-        noise_levels: steps that are left of the schedule.
+        layers: the layers compared, in the order of `scores`.
+        noise_levels: steps that are left of the noise schedule.
         timesteps: the model's timestep at each level.
         scores: float64 [levels, layers]; larger is better.
-        pictures: number of pictures.
+        images: number of images.
     """
 
     criterion: Criterion
@@ -52,7 +53,7 @@ class Ranking:
     noise_levels: tuple[int, ...]
     timesteps: tuple[float, ...]
     scores: Tensor
-    pictures: int
+    images: int
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -75,7 +76,7 @@ class Ranking:
             title="mIoU in % by layer and steps left"
             if percent
             else "value-norm ratio by layer and steps left",
-            caption=f"{self.pictures} picture{'s' if self.pictures != 1 else ''}",
+            caption=f"{self.images} image{'s' if self.images != 1 else ''}",
         )
         table.add_column("layer", justify="right")
         for level, timestep in zip(self.noise_levels, self.timesteps, strict=True):
@@ -87,15 +88,8 @@ class Ranking:
 
     def plot(self) -> Figure:
         """Scores over layers, a line for every noise level."""
-        figure = _figure(7, 3.6)
-        axes = figure.add_subplot()
-        names = [str(layer) for layer in self.layers]
-        for level, scores in zip(self.noise_levels, self.scores, strict=True):
-            axes.plot(names, scores.tolist(), marker="o", markersize=3, label=f"{level} steps left")
-        axes.set(xlabel="layer", ylabel="mIoU" if self.criterion == "miou" else "value-norm ratio")
-        axes.tick_params(axis="x", labelsize=7)
-        axes.legend(fontsize=8)
-        return figure
+        lines = {f"{n} steps left": s for n, s in zip(self.noise_levels, self.scores, strict=True)}
+        return plots.lines(self.layers, lines, "mIoU" if self.criterion == "miou" else "value-norm ratio")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as JSON; the file appears whole or not at all."""
@@ -106,7 +100,7 @@ class Ranking:
             "timesteps": self.timesteps,
             "scores": self.scores.tolist(),
             "order": self.order,
-            "pictures": self.pictures,
+            "images": self.images,
         }
         text = json.dumps(document, indent=2)
         return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -131,22 +125,21 @@ def expert_layers(
 
     Without labels, by the norm of the prompt's values over that of the image's (Seg4Diff, section 3.3): a
     layer that writes more text into image tokens than image is a candidate. With labels, every layer segments
-    every picture at every noise level, from one forward a level, as :func:`seg4diff.segment` does with the
-    names that are in the picture (the sweep of the paper's figure 8).
+    every image at every noise level, from one forward per level, as `seg4diff.segment` does with the names
+    that are in the image (the sweep of the paper's figure 8).
 
     Args:
-        pipe: a patched pipeline.
-        prompts: without labels, as in :func:`seg4diff.analyze`.
-        images: pictures; needed with labels.
-        labels: for each picture integers [height, width], an index into its classes; 255 does not count.
-        classes: for each picture the names of its classes, which make up its prompt.
+        pipe: a pipeline.
+        prompts: without labels, as in `seg4diff.analyze`.
+        images: needed with labels.
+        labels: for each image integers [height, width], an index into its classes; 255 does not count.
+        classes: for each image the names of its classes, which make up its prompt.
         layers: the layers to compare; all when None.
-        noise_levels, steps, preset, seed, batch_size, progress: as in :func:`seg4diff.analyze`.
+        noise_levels, steps, preset, seed, batch_size, progress: as in `seg4diff.analyze`.
 
     Raises:
-        RuntimeError: ``pipe`` is not patched.
         ValueError: labels without images or classes, numbers or sizes that do not match, or what
-            :func:`seg4diff.analyze` refuses.
+            `seg4diff.analyze` refuses.
     """
     if labels is None:
         if classes is not None:
@@ -161,7 +154,7 @@ def expert_layers(
             noise_levels=report.noise_levels,
             timesteps=report.timesteps,
             scores=report.by_layer.value_norm_ratio,
-            pictures=report.pictures,
+            images=report.images,
         )
     if images is None or classes is None:
         raise ValueError("labels need images and the names of their classes: give images= and classes=")
@@ -189,25 +182,25 @@ def _measure(
     batch_size: int,
     progress: bool | None,
 ) -> Ranking:
-    """mIoU over all pictures of every layer at every noise level."""
+    """mIoU over all images of every layer at every noise level."""
     state = patch_of(pipe)
     chosen = state.layers(layers)
     check_levels(noise_levels, steps)
     choices = find_preset(preset)
-    pictures, _ = as_list(images)
-    if not len(pictures) == len(labels) == len(classes):
+    given, _ = as_list(images)
+    if not len(given) == len(labels) == len(classes):
         raise ValueError(
-            f"{len(pictures)} images, {len(labels)} labels and {len(classes)} lists of classes; "
-            "give one of each for every picture"
+            f"{len(given)} images, {len(labels)} labels and {len(classes)} lists of classes; "
+            "give one of each for every image"
         )
-    views = views_of(pipe, pictures, choices)
+    views = views_of(pipe, given, choices.fit)
     truths = [torch.as_tensor(np.asarray(label)) for label in labels]
     for number, (view, truth) in enumerate(zip(views, truths, strict=True)):
         if tuple(truth.shape) != (view.image.height, view.image.width):
             raise ValueError(
-                f"labels[{number}] have shape {list(truth.shape)}, but preset {preset!r} looks at "
-                f"{view.image.height} x {view.image.width} (height x width) of the picture; "
-                "use labels of the whole picture and a preset that keeps it"
+                f"labels[{number}] have shape {list(truth.shape)}, but preset {preset!r} covers "
+                f"{view.image.height} x {view.image.width} (height x width) of the image; "
+                "use labels of the whole image and a preset that keeps it"
             )
         largest = int(truth[truth != 255].max()) if bool((truth != 255).any()) else 0
         if int(truth.min()) < 0 or largest >= len(classes[number]):
@@ -217,38 +210,26 @@ def _measure(
             )
     span = state.backbone.name_span(pipe)
     names = list(dict.fromkeys(name for several in classes for name in several))
-    plans = [plan_prompts(tuple(several), span, choices) for several in classes]
+    plans = [plan_prompts(several, span, cut_at_hyphen=choices.cut_at_hyphen) for several in classes]
     confusion = torch.zeros(len(noise_levels), len(chosen), len(names), len(names), dtype=torch.int64)
     timesteps = [float("nan")] * len(noise_levels)
-    parts: dict[tuple[int, int], list[Tensor]] = {}
-    try:
-        with pictures_bar(pipe, len(pictures) * len(noise_levels), progress) as bar:
-            for inputs in model_inputs(
-                pipe,
-                views,
-                [[prompt.text for prompt in plan] for plan in plans],
-                steps=steps,
-                noise_indices=[-level for level in noise_levels],
-                seed=seed,
-                batch_size=batch_size,
-            ):
-                level = noise_levels.index(-inputs.noise_index)
-                timesteps[level] = inputs.timestep
-                request = MapRequest(columns=("text", slice(0, span.first + span.length)))
-                maps = maps_of(pipe.transformer, chosen, request, inputs.arguments)  # [L, rows, N, T']
-                grid = state.backbone.read_call(state.transformer, inputs.arguments).grid
-                for row, picture in enumerate(inputs.pictures):
-                    found = parts.setdefault((level, picture), [])
-                    found.append(_scores(maps[:, row], plans[picture][len(found)].columns))
-                    if len(found) < len(plans[picture]):
-                        continue
-                    scores = torch.cat(parts.pop((level, picture)), dim=1)  # [L, names, N]
-                    own = torch.tensor([names.index(name) for name in classes[picture]])
-                    scores = rearrange(scores, "l names (h w) -> l names h w", h=grid[0])
-                    confusion[level] += _confusions(scores, truths[picture], own, len(names), choices.resize)
-                    bar.update()
-    finally:
-        pipe.maybe_free_model_hooks()
+    for found in run_maps(
+        pipe,
+        views,
+        [[prompt.text for prompt in plan] for plan in plans],
+        layers=chosen,
+        maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
+        noise_levels=noise_levels,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    ):
+        level = noise_levels.index(found.noise_level)
+        timesteps[level] = found.timestep
+        scores = scores_of_names(found.maps, plans[found.index], found.grid)  # [L, names, h, w]
+        own = torch.tensor([names.index(name) for name in classes[found.index]])
+        confusion[level] += _confusions(scores, truths[found.index], own, len(names), choices.upsample)
     miou = [
         [counts_of(confusion[n, p]).mean_iou for p in range(len(chosen))] for n in range(len(noise_levels))
     ]
@@ -258,20 +239,15 @@ def _measure(
         noise_levels=tuple(noise_levels),
         timesteps=tuple(timesteps),
         scores=torch.tensor(miou, dtype=torch.float64),
-        pictures=len(pictures),
+        images=len(given),
     )
 
 
-def _scores(maps: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
-    """Mean over each name's tokens: [L, names, N] from maps [L, N, T']."""
-    return torch.stack([maps[:, :, list(own)].mean(dim=-1) for own in columns], dim=1)
-
-
-def _confusions(scores: Tensor, truth: Tensor, own: Tensor, classes: int, resize: Resize) -> Tensor:
-    """Confusion matrices [L, classes, classes] of one picture, from scores [L, names, h, w]."""
+def _confusions(scores: Tensor, truth: Tensor, own: Tensor, classes: int, upsample: Upsample) -> Tensor:
+    """Confusion matrices [L, classes, classes] of one image, from scores [L, names, h, w]."""
     counted = truth != 255
     size = (truth.shape[0], truth.shape[1])
-    labels = [resize_scores(layer.cpu(), size, resize).argmax(dim=0) for layer in scores]
+    labels = [resize_scores(layer.cpu(), size, upsample).argmax(dim=0) for layer in scores]
     # Numbers of the whole list of classes, among which 255 is one like any other.
     actual = torch.where(counted, own[truth.long() * counted], -1)
     return torch.stack([confusion_matrix(own[label], actual, classes, ignored=-1) for label in labels])

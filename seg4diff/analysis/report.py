@@ -1,4 +1,4 @@
-"""What an analysis found: numbers to compute with, a table to read, figures to look at, two files to keep."""
+"""The result of an analysis: its numbers, as a table, as figures and as files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from seg4diff.analysis import plots
 from seg4diff.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-_FORMAT = "seg4diff analysis 1"
+_FORMAT = "seg4diff analysis 2"
 
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """Means over pictures and tokens, float64 [levels, layers] or, of single heads, [levels, layers, heads].
+    """Means over images and tokens, float64 [levels, layers] or, of single heads, [levels, layers, heads].
 
     Attributes:
         image_to_text: share of their attention that image tokens give to text tokens (all of them, padding
@@ -46,12 +47,12 @@ class Measures:
 
     @property
     def image_to_image(self) -> Tensor:
-        """One minus ``image_to_text``."""
+        """One minus `image_to_text`."""
         return 1 - self.image_to_text
 
     @property
     def text_to_image(self) -> Tensor:
-        """One minus ``text_to_text``."""
+        """One minus `text_to_text`."""
         return 1 - self.text_to_text
 
     @property
@@ -63,7 +64,7 @@ class Measures:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What :func:`seg4diff.analyze` returns.
+    """What `seg4diff.analyze` returns.
 
     Attributes:
         layers: the layers analysed, in the order of all tensors' second axis.
@@ -72,9 +73,9 @@ class Report:
         by_layer: measures of whole layers, [levels, layers].
         by_head: of single heads, [levels, layers, heads], or None.
         uniform_to_text: share that text would get if attention were uniform, T / (N + T).
-        pictures: number of pictures averaged.
-        projections: for ``"query"``, ``"key"``, ``"value"`` the first three principal components of the first
-            picture's image tokens, float32 [levels, layers, N, 3]; empty if not asked for.
+        images: number of images averaged.
+        projections: for `"query"`, `"key"`, `"value"` the first three principal components of the first
+            image's tokens, float32 [levels, layers, N, 3]; empty if not asked for.
         grid: height and width of its image tokens, N = height * width.
         metadata: how the report was made.
     """
@@ -85,18 +86,18 @@ class Report:
     by_layer: Measures
     by_head: Measures | None
     uniform_to_text: float
-    pictures: int
+    images: int
     projections: Mapping[str, Tensor]
     grid: tuple[int, int]
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def projection(self, name: str, layer: int, noise_level: int | None = None) -> Tensor:
-        """Principal components of one layer as a picture.
+        """Principal components of one layer as an image.
 
         Args:
-            name: ``"query"``, ``"key"`` or ``"value"``.
+            name: `"query"`, `"key"` or `"value"`.
             layer: number of the layer.
-            noise_level: one of ``noise_levels``; the first when None.
+            noise_level: one of `noise_levels`; the first when None.
 
         Returns:
             [height, width, 3], float32, each component stretched to [0, 1] between its 1st and 99th
@@ -124,7 +125,7 @@ class Report:
         level = self._level(noise_level)
         table = Table(
             title=f"{self.noise_levels[level]} steps left (timestep {self.timesteps[level]:.1f}), "
-            f"{self.pictures} picture{'s' if self.pictures != 1 else ''}",
+            f"{self.images} image{'s' if self.images != 1 else ''}",
             caption=f"attention in %; uniform attention gives text {self.uniform_to_text:.2%}",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -163,69 +164,39 @@ class Report:
     def plot_attention_mass(self, noise_level: int | None = None) -> Figure:
         """Where the attention of image and of text tokens goes, layer by layer, beside uniform attention."""
         level = self._level(noise_level)
-        figure = _figure(10, 3.6)
-        measures, uniform = self.by_layer, self.uniform_to_text
-        panels = (
-            ("image tokens attend to", measures.image_to_image, measures.image_to_text),
-            ("text tokens attend to", measures.text_to_image, measures.text_to_text),
-        )
-        for position, (title, to_image, to_text) in enumerate(panels, start=1):
-            axes = figure.add_subplot(1, 2, position)
-            axes.bar(self._names, to_image[level].tolist(), color="#56B4E9", label="image")
-            axes.bar(
-                self._names,
-                to_text[level].tolist(),
-                bottom=to_image[level].tolist(),
-                color="#D55E00",
-                label="text",
-            )
-            axes.axhline(1 - uniform, color="black", linestyle="--", linewidth=1, label="uniform")
-            axes.set(title=title, xlabel="layer", ylabel="share of attention", ylim=(0, 1))
-            axes.tick_params(axis="x", labelsize=7)
-            axes.legend(loc="lower left", fontsize=8)
-        return figure
+        panels = {
+            "image tokens attend to": self.by_layer.image_to_text[level],
+            "text tokens attend to": self.by_layer.text_to_text[level],
+        }
+        return plots.shares(self.layers, panels, self.uniform_to_text)
 
     def plot_value_norms(self, noise_level: int | None = None) -> Figure:
         """Mean norm of the values of image tokens, of all text tokens and of the prompt's, layer by layer."""
         level = self._level(noise_level)
-        figure = _figure(7, 3.6)
-        axes = figure.add_subplot()
-        measures = self.by_layer
-        for name, norms, colour in (
-            ("image tokens", measures.image_value_norm, "#56B4E9"),
-            ("text tokens", measures.text_value_norm, "#D55E00"),
-            ("prompt, no padding", measures.prompt_value_norm, "#009E73"),
-        ):
-            axes.plot(self._names, norms[level].tolist(), marker="o", markersize=3, label=name, color=colour)
-        axes.set(xlabel="layer", ylabel="mean norm of values")
-        axes.tick_params(axis="x", labelsize=7)
-        axes.legend(fontsize=8)
-        return figure
+        norms = {
+            "image tokens": self.by_layer.image_value_norm[level],
+            "text tokens": self.by_layer.text_value_norm[level],
+            "prompt, no padding": self.by_layer.prompt_value_norm[level],
+        }
+        colours = (plots.IMAGE, plots.TEXT, plots.PROMPT)
+        return plots.lines(self.layers, norms, "mean norm of values", colours)
 
     def plot_projections(self, noise_level: int | None = None, columns: int = 8) -> Figure:
-        """The principal components of every layer's queries, keys and values as pictures.
+        """The principal components of every layer's queries, keys and values as images.
 
         Raises:
             ValueError: the report holds no projections.
         """
         if not self.projections:
             raise ValueError("the report holds no projections; analyse with projections=True")
-        names = list(self.projections)
-        columns = min(columns, len(self.layers))
-        groups = -(-len(self.layers) // columns)
-        figure = _figure(1.3 * columns, 1.45 * groups * len(names))
-        axes = figure.subplots(groups * len(names), columns, squeeze=False)
-        for panel in axes.flat:
-            panel.axis("off")
-        for position, layer in enumerate(self.layers):
-            for row, name in enumerate(names):
-                panel = axes[position // columns * len(names) + row, position % columns]
-                panel.imshow(self.projection(name, layer, noise_level).numpy())
-                panel.set_title(f"{layer} {name}", fontsize=7, pad=2)
-        return figure
+        images = [
+            {f"{layer} {name}": self.projection(name, layer, noise_level) for name in self.projections}
+            for layer in self.layers
+        ]
+        return plots.panels(images, columns)
 
     def save(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-        """Write PATH.safetensors with all tensors and PATH.json with the rest; a suffix of ``path`` is
+        """Write PATH.safetensors with all tensors and PATH.json with the rest; a suffix of `path` is
         dropped.
 
         Returns:
@@ -244,7 +215,7 @@ class Report:
             "noise_levels": self.noise_levels,
             "timesteps": self.timesteps,
             "uniform_to_text": self.uniform_to_text,
-            "pictures": self.pictures,
+            "images": self.images,
             "grid": self.grid,
             "metadata": dict(self.metadata),
         }
@@ -254,7 +225,7 @@ class Report:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Report:
-        """Read what :meth:`save` wrote; ``path`` with either suffix or none.
+        """Read what `save` wrote; `path` with either suffix or none.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
@@ -280,7 +251,7 @@ class Report:
                 by_layer=measures("by_layer"),
                 by_head=measures("by_head") if "by_head.image_to_text" in tensors else None,
                 uniform_to_text=description["uniform_to_text"],
-                pictures=description["pictures"],
+                images=description["images"],
                 projections={
                     name.removeprefix("projections."): tensor
                     for name, tensor in tensors.items()
@@ -291,13 +262,9 @@ class Report:
             )
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(
-                f"{str(tensors_path)!r} and {description_path.name!r} are no saved report, or damaged "
+                f"{str(tensors_path)!r} and {description_path.name!r} are not a saved report, or damaged "
                 f"({error})"
             ) from error
-
-    @property
-    def _names(self) -> list[str]:
-        return [str(layer) for layer in self.layers]
 
     def _level(self, noise_level: int | None) -> int:
         if noise_level is None:
@@ -309,15 +276,6 @@ class Report:
         return self.noise_levels.index(noise_level)
 
 
-def save_figures(figures: Mapping[str, Figure], folder: str | os.PathLike[str]) -> list[Path]:
-    """Write figures as NAME.png into a folder."""
-
-    def write(figure: Figure) -> Any:
-        return lambda temporary: figure.savefig(temporary, dpi=150)
-
-    return [write_atomically(Path(folder) / f"{name}.png", write(figure)) for name, figure in figures.items()]
-
-
 def _tensors(measures: Measures) -> dict[str, Tensor]:
     return {f.name: getattr(measures, f.name) for f in fields(Measures)}
 
@@ -327,15 +285,6 @@ def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if given.suffix in (".safetensors", ".json"):
         given = given.with_suffix("")
     return given.with_name(given.name + ".safetensors"), given.with_name(given.name + ".json")
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure that belongs to no window."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'seg4diff[viz]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def print_tables(tables: Sequence[Table]) -> None:

@@ -72,7 +72,7 @@ def run_analyze(options: Analyze) -> None:
     Raises:
         ValueError, FileNotFoundError: what is asked for makes no sense, or files are missing.
     """
-    from seg4diff.analysis.analyze import check_levels
+    from seg4diff.segmentation.inputs import check_levels
 
     prompts = _prompts(options)
     if options.dataset is None and not prompts and not options.images:
@@ -181,7 +181,7 @@ def _finish(out: Path, written: str, figures: Any) -> None:
     """Write figures if that is possible, and say where everything is."""
     from rich.console import Console
 
-    from seg4diff.analysis.report import save_figures
+    from seg4diff.analysis.plots import save_figures
 
     console = Console()
     names = [written]

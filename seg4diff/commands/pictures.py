@@ -15,7 +15,7 @@ from seg4diff.files import check_folder, check_outputs, distinct_stems, save_pic
 if TYPE_CHECKING:
     from PIL import Image
 
-    from seg4diff.segmentation import Segmentation
+    from seg4diff.segmentation.result import Segmentation
 
 _OVERLAY = "-overlay"
 

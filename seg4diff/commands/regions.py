@@ -14,7 +14,7 @@ from seg4diff.commands.pictures import PictureOptions, check_pictures, write_seg
 if TYPE_CHECKING:
     from PIL import Image
 
-    from seg4diff.segmentation import Segmentation
+    from seg4diff.segmentation.result import Segmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,10 @@ def run_regions(options: Regions) -> None:
     """
     paths = check_pictures(options)
 
-    from seg4diff.segmentation.regions import find_grouping, segment_unsupervised
+    from seg4diff.segmentation.presets import find_preset
+    from seg4diff.segmentation.regions import segment_unsupervised
 
-    find_grouping(options.preset, options.threshold)
+    find_preset(options.preset, threshold=options.threshold)
     pipe = load_patched(options)
 
     def segment(pictures: list[Image.Image]) -> list[Segmentation]:

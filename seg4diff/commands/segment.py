@@ -42,7 +42,7 @@ def run_segment(options: Segment) -> None:
     paths = check_pictures(options)
 
     import seg4diff
-    from seg4diff.segmentation import Segmentation
+    from seg4diff.segmentation.result import Segmentation
 
     pipe = load_patched(options)
 

@@ -13,15 +13,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from seg4diff.backbones.text import TextSpan
 from seg4diff.evaluation.datasets import Dataset
 from seg4diff.metrics import IGNORED
-from seg4diff.segmentation.maps import Preset, Resize, resize_scores
-from seg4diff.segmentation.regions import winning_regions
-from seg4diff.segmentation.zero_shot import PlannedPrompt, plan_prompts
+from seg4diff.segmentation.grouping import winning_regions
+from seg4diff.segmentation.presets import Preset, Upsample
+from seg4diff.segmentation.prompts import PlannedPrompt, plan_prompts
+from seg4diff.segmentation.scores import resize_scores, scores_of_names
 
 ProtocolName = Literal["oracle", "full", "unsupervised"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -128,7 +128,7 @@ class Protocol:
 
     @property
     def _keeps_stray_name(self) -> bool:
-        return self._preset.name == "reference" and self._dataset.stray_name is not None
+        return self._preset.stray_name and self._dataset.stray_name is not None
 
     def _question(self, present: tuple[int, ...], prompts: Mapping[int, tuple[str, ...]]) -> Question:
         key = (present, *sorted(prompts.items()))
@@ -147,7 +147,7 @@ class Protocol:
                 self.name,
                 labels,
                 names,
-                plan_prompts(flat, self._span, self._preset) if flat else (),
+                plan_prompts(flat, self._span, cut_at_hyphen=self._preset.cut_at_hyphen) if flat else (),
                 self._threshold if self._by_threshold else None,
                 dataset.background if self._by_threshold else None,
             )
@@ -165,8 +165,8 @@ def predict(
 
     Args:
         question: what was asked.
-        maps: for each of its prompts the attention [N, T']; without names also [L, H, N, T'], of single
-            heads of layers, if that is what the preset groups.
+        maps: for each of its prompts the attention [N, T']; without names by layer [L, N, T'], or by layer
+            and head [L, H, N, T'], if that is what the preset groups.
         grid: height h and width w of the image tokens, N = h * w.
         size: height and width of the picture.
         preset: how scores are resized, and how regions are grouped without names.
@@ -175,13 +175,13 @@ def predict(
         uint8 [height, width] on the CPU: positions in the data set's classes, or numbers of regions.
     """
     if question.protocol == "unsupervised":
-        regions = winning_regions(maps[0], grid=grid, preset=preset.name)[:IGNORED]
+        regions = winning_regions(maps[0], grid=grid, grouping=preset.grouping)[:IGNORED]
         _, winner = _winners(regions, size, "linear")
         return winner.to("cpu", torch.uint8)
     if not question.labels:  # nothing but background
         fill = IGNORED if question.background is None else question.background
         return torch.full(size, fill, dtype=torch.uint8)
-    scores, winner = _winners(class_scores(question, maps, grid), size, preset.resize)
+    scores, winner = _winners(class_scores(question, maps, grid), size, preset.upsample)
     labels = torch.tensor(question.labels, dtype=torch.uint8, device=winner.device)[winner]
     if question.threshold is not None and question.background is not None:
         labels[scores < question.threshold * scores.max()] = question.background
@@ -190,19 +190,12 @@ def predict(
 
 def class_scores(question: Question, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
     """Scores [classes asked, h, w]: mean over the tokens of a name, maximum over the names of a class."""
-    by_name = torch.stack(
-        [
-            attention[:, list(columns)].mean(dim=-1)
-            for attention, prompt in zip(maps, question.prompts, strict=True)
-            for columns in prompt.columns
-        ]
-    ).float()
+    by_name = scores_of_names(maps, question.prompts, grid).float()
     parts = by_name.split([len(several) for several in question.names])
-    scores = torch.stack([part.amax(dim=0) for part in parts])
-    return rearrange(scores, "classes (h w) -> classes h w", h=grid[0])
+    return torch.stack([part.amax(dim=0) for part in parts])
 
 
-def _winners(scores: Tensor, size: tuple[int, int], resize: Resize) -> tuple[Tensor, Tensor]:
+def _winners(scores: Tensor, size: tuple[int, int], upsample: Upsample) -> tuple[Tensor, Tensor]:
     """Largest score and its position for every pixel [height, width], from scores [classes, h, w].
 
     Scores are resized some classes at a time: a large vocabulary on a large picture needs no
@@ -212,7 +205,7 @@ def _winners(scores: Tensor, size: tuple[int, int], resize: Resize) -> tuple[Ten
     winner = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), _CLASSES_AT_ONCE):
         part = scores[first : first + _CLASSES_AT_ONCE]
-        values, positions = resize_scores(part, size, resize).max(dim=0)
+        values, positions = resize_scores(part, size, upsample).max(dim=0)
         better = values > best
         best = torch.where(better, values, best)
         winner = torch.where(better, positions + first, winner)

@@ -56,16 +56,9 @@ from seg4diff.metrics import (
     confusion_matrix,
     matched_counts,
 )
-from seg4diff.segmentation.maps import (
-    NOISE_INDEX,
-    NOISE_STEPS,
-    Preset,
-    View,
-    find_preset,
-    run_maps,
-    views_of,
-)
-from seg4diff.segmentation.regions import find_grouping
+from seg4diff.segmentation.inputs import View, views_of
+from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.presets import NOISE_LEVEL, NOISE_STEPS, Preset, find_preset
 from seg4diff.visualization import palette
 
 logger = logging.getLogger(__name__)
@@ -80,8 +73,7 @@ class Settings:
 
     Attributes:
         protocols: one or several of ``PROTOCOLS``; all are answered in one pass.
-        preset: ``"paper"``, ``"reference"`` (its public code) or ``"default"`` (whole pictures, aspect kept;
-            regions without names are matched only with classes that they overlap).
+        preset: a name in ``seg4diff.segmentation.presets.PRESETS``.
         layers: transformer layers whose maps are averaged; the model's expert layers when None.
         seed: of the noise, the same for every picture.
         batch_size: pictures, and pairs of picture and prompt, that run together.
@@ -199,7 +191,7 @@ class Evaluator:
 
     def answer(self, pictures: Sequence[Loaded]) -> Iterator[Answer]:
         """Label maps of pictures that have at least one pixel that counts, in any order."""
-        views = views_of(self.pipe, [picture.image for picture in pictures], self.preset)
+        views = views_of(self.pipe, [picture.image for picture in pictures], self.preset.fit)
         labels = [seen_part(p.labels, view) for p, view in zip(pictures, views, strict=True)]
         counted = [i for i, part in enumerate(labels) if (part != IGNORED).any()]
         questions = {
@@ -212,14 +204,13 @@ class Evaluator:
         prompts = {i: list(dict.fromkeys(_texts(questions[i].values()))) for i in counted}
         self._encode(list(dict.fromkeys(text for i in counted for text in prompts[i])))
         # Names are read by the mean of the heads; regions of some presets are made of single heads.
-        apart = "unsupervised" in self.protocols and find_grouping(self.preset.name).heads == "each"
+        apart = "unsupervised" in self.protocols and self.preset.grouping.heads == "each"
         for found in run_maps(
             self.pipe,
             [views[i] for i in counted],
             [prompts[i] for i in counted],
             layers=self.settings.layers,
             maps=MapRequest(heads="each" if apart else "mean", columns=("text", self.columns)),
-            average_layers=not apart,
             seed=self.settings.seed,
             batch_size=self.settings.batch_size,
             progress=False,
@@ -227,7 +218,7 @@ class Evaluator:
         ):
             i = counted[found.index]
             maps = dict(zip(prompts[i], found.maps, strict=True))
-            means = {text: m.mean(dim=(0, 1)) if m.dim() == 4 else m for text, m in maps.items()}
+            means = {text: m.mean(dim=(0, 1) if apart else 0) for text, m in maps.items()}
             image = views[i].image
             predicted = {
                 name: predict(
@@ -430,8 +421,8 @@ def _evaluate_group(
 def _tally(evaluator: Evaluator, name: str, predicted: Tensor, labels: np.ndarray, classes: int) -> Tally:
     actual = torch.from_numpy(labels.copy())
     if name == "unsupervised":
-        as_published = evaluator.preset.name != "default"
-        return Tally(matched=matched_counts(predicted, actual, classes, match_apart=as_published))
+        disjoint = evaluator.preset.match_disjoint
+        return Tally(matched=matched_counts(predicted, actual, classes, match_disjoint=disjoint))
     confusion = confusion_matrix(predicted, actual, classes, predictions=evaluator.protocols[name].labels)
     boundary = boundary_counts(predicted, actual, classes) if evaluator.settings.boundary else None
     return Tally(confusion=confusion.to_sparse(), boundary=boundary)
@@ -505,7 +496,7 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
     entries = {
         **asdict(evaluator.settings),
         "preset_details": asdict(evaluator.preset),
-        "noise": {"steps": NOISE_STEPS, "index": NOISE_INDEX},
+        "noise": {"steps": NOISE_STEPS, "level": NOISE_LEVEL},
         "dataset": dataset.name,
         "source": dataset.source,
         "pictures": len(dataset.samples),

@@ -35,8 +35,7 @@ from seg4diff.files import SEAL_BYTES, DamagedFileError, read_sealed, write_seal
 from seg4diff.magnet.settings import DataSettings
 from seg4diff.magnet.sources import Example, Source, UnusableExampleError
 from seg4diff.masks import decode_mask, run_lengths
-from seg4diff.segmentation.maps import find_preset
-from seg4diff.segmentation.zero_shot import plan_prompts
+from seg4diff.segmentation.prompts import plan_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -352,7 +351,7 @@ class _Encoder:
             if not names:
                 raise UnusableExampleError("no class names", example.name)
             try:
-                prompts = plan_prompts(names, self._span, find_preset("default"))
+                prompts = plan_prompts(names, self._span)
             except ValueError as error:
                 raise UnusableExampleError("class names that no prompt holds", str(error)) from None
             first = prompts[0]

@@ -1,6 +1,4 @@
-"""Segmentation from attention: by names (:func:`segment`), and its result type."""
+"""Segmentation from attention: by names, and into regions without names.
 
-from seg4diff.segmentation.result import Segmentation
-from seg4diff.segmentation.zero_shot import segment
-
-__all__ = ["Segmentation", "segment"]
+Nothing is imported here, so that `seg4diff.segmentation.presets` loads without torch.
+"""

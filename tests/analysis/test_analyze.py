@@ -77,7 +77,7 @@ def test_given_images_equal_hooks_in_float64(model: str) -> None:
             batch_size=2,
         )
     assert report.layers == (0, 1, 2)
-    assert report.pictures == 2
+    assert report.images == 2
     check_measures(report, 0, projections, slice(None))
     assert not torch.allclose(
         report.by_layer.image_to_text[0, 0], report.by_layer.image_to_text[0, 1], rtol=1e-4
@@ -143,7 +143,7 @@ def test_pictures_are_averaged_whatever_the_batches(pipe: Any) -> None:
 
 def test_pictures_of_several_sizes_and_no_prompt(pipe: Any) -> None:
     report = analyze(pipe, images=[random_image(64, 64), random_image(32, 128)], noise_levels=[1, 2], steps=3)
-    assert report.pictures == 2
+    assert report.images == 2
     assert report.by_layer.prompt_value_norm.isnan().all()
     assert report.by_layer.value_norm_ratio.isfinite().all()
     assert report.by_layer.image_to_text.shape == (2, 3)
@@ -250,7 +250,7 @@ def test_table_holds_the_numbers(report: Report) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.table(noise_level=3))
     text = console.export_text()
-    assert "3 steps left (timestep 1000.0), 1 picture" in text
+    assert "3 steps left (timestep 1000.0), 1 image" in text
     row = next(line for line in text.splitlines() if line.split()[:1] == ["2"])
     cells = [float(cell) for cell in row.split()]
     measures = report.by_layer
@@ -262,7 +262,7 @@ def test_table_holds_the_numbers(report: Report) -> None:
 
 @pytest.mark.extra("viz", "matplotlib")
 def test_figures_show_every_layer(report: Report, tmp_path: Path) -> None:
-    from seg4diff.analysis.report import save_figures
+    from seg4diff.analysis.plots import save_figures
 
     figures = {
         "attention mass": report.plot_attention_mass(),
@@ -297,7 +297,7 @@ def test_matplotlib_is_asked_for_when_it_is_missing(report: Report, monkeypatch:
         ({"prompts": "a cat", "noise_levels": [1, 1]}, "each once"),
         ({"prompts": "a cat", "steps": 0}, "steps=0"),
         ({"prompts": "a cat", "batch_size": 0}, "batch_size=0"),
-        ({"prompts": ["a", "b"], "images": [random_image()] * 3}, "2 prompts for 3 pictures"),
+        ({"prompts": ["a", "b"], "images": [random_image()] * 3}, "2 prompts for 3 images"),
         ({"images": [random_image()], "preset": "beast"}, "'beast'"),
         ({"images": [random_image()], "negative_prompt": "x"}, "'negative_prompt': only for drawing"),
     ],
@@ -305,7 +305,7 @@ def test_matplotlib_is_asked_for_when_it_is_missing(report: Report, monkeypatch:
 def test_bad_requests_are_named(pipe: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         analyze(pipe, **arguments)
-    assert analyze(pipe, images=[random_image()], noise_levels=[1], steps=1).pictures == 1
+    assert analyze(pipe, images=[random_image()], noise_levels=[1], steps=1).images == 1
 
 
 def test_what_cannot_be_analysed(pipe: Any) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 
 import seg4diff
 from seg4diff.backbones.text import TextSpan
-from seg4diff.segmentation.maps import find_preset, resize_scores
-from seg4diff.segmentation.zero_shot import plan_prompts
+from seg4diff.segmentation.prompts import plan_prompts
+from seg4diff.segmentation.scores import resize_scores
 from tests.support import tiny
 from tests.support.hooked import hooked_projections, image_to_text
 
@@ -266,8 +266,8 @@ def test_t5_reads_the_names_too() -> None:
         (ValueError, "'  ' is blank", {"classes": ["cat", "  "]}),
         (ValueError, "3 is not a string", {"classes": [["cat", 3]]}),
         (ValueError, "mixes names and lists", {"classes": ["cat", ["dog"]]}),
-        (ValueError, "2 lists of names for 1 pictures", {"classes": [["cat"], ["dog"]]}),
-        (ValueError, "a picture's list of classes is empty", {"classes": [[]]}),
+        (ValueError, "2 lists of names for 1 images", {"classes": [["cat"], ["dog"]]}),
+        (ValueError, "an image's list of classes is empty", {"classes": [[]]}),
         (ValueError, "has 100 tokens, but a prompt holds 75", {"classes": ["x" * 100]}),
         (ValueError, "'best' is unknown; accepted: 'default', 'paper', 'reference'", {"preset": "best"}),
         (ValueError, "layer 9 is out of range: this model has layers 0 to 3", {"layers": 9}),
@@ -299,4 +299,4 @@ def test_a_name_without_tokens_is_refused() -> None:
             return SimpleNamespace(input_ids=[])
 
     with pytest.raises(ValueError, match="'xyzzy' has no tokens"):
-        plan_prompts(["xyzzy"], TextSpan("clip", Deaf(), 0, 77, special=2), find_preset("default"))
+        plan_prompts(["xyzzy"], TextSpan("clip", Deaf(), 0, 77, special=2))

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from seg4diff.backbones import find_backbone
-from seg4diff.segmentation.maps import ImageMaps, View
+from seg4diff.segmentation.inputs import View
+from seg4diff.segmentation.maps import ImageMaps
 
 CLASSES = ("cat", "red sofa", "tree", "dog house")
 """The third begins like no other; two have several tokens; "dog house" is not "dog"."""
@@ -54,8 +55,9 @@ class PerfectMaps:
                     if start >= 0:
                         for column in span.columns(prompt, start, start + len(name)):
                             columns[column, where] = 1.0
-                maps.append(columns.T.contiguous())
-            yield ImageMaps(index, tuple(maps), seen.shape, 500.0)
+                alone = columns.T[None].contiguous()  # of one layer
+                maps.append(alone[None] if options["maps"].heads == "each" else alone)
+            yield ImageMaps(index, tuple(maps), seen.shape, 8, 500.0)
 
 
 LABELS = {

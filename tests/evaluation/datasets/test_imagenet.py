@@ -10,7 +10,7 @@ import pytest
 from seg4diff.backbones.text import TextSpan
 from seg4diff.evaluation.datasets import IncompleteDatasetError, open_dataset
 from seg4diff.evaluation.protocols import Protocol
-from seg4diff.segmentation.maps import find_preset
+from seg4diff.segmentation.presets import find_preset
 from tests.support import miniature, tiny
 
 pytestmark = pytest.mark.extra("eval", "h5py")

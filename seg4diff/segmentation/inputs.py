@@ -1,0 +1,217 @@
+"""From images and prompts to the arguments of a transformer's forward: noisy latents and encoded text."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Backbone
+from seg4diff.backbones.base import PURE_NOISE
+from seg4diff.segmentation.presets import Fit
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as the model gets it.
+
+    Attributes:
+        image: the part of the image that a result covers, at its own resolution.
+        pixels: the same part at the size the model gets, RGB.
+    """
+
+    image: Image.Image
+    pixels: Image.Image
+
+
+def fit_image(image: Image.Image, fit: Fit, *, native: int, multiple: int, largest: int) -> View:
+    """Fit an RGB image to a model.
+
+    Args:
+        image: the image, any size.
+        fit: how, see `seg4diff.segmentation.presets.Preset`.
+        native: side in pixels of the square the model was made for.
+        multiple: sides are multiples of this.
+        largest: no side is longer than this.
+    """
+    if fit == "aspect":
+        scale = native / math.sqrt(image.width * image.height)
+        width, height = (
+            min(max(round(side * scale / multiple), 1), largest // multiple) * multiple for side in image.size
+        )
+        return View(image, image.resize((width, height), Image.Resampling.BICUBIC))
+    if fit == "crop":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        return View(image, image.resize((native, native), Image.Resampling.BICUBIC))
+    scale = 0.625 * native / min(image.size)
+    # The public code bounds the long side to four times the short one.
+    short_first = tuple(min(max(round(side * scale), 1), round(2.5 * native)) for side in image.size)
+    pixels = image.resize(short_first, Image.Resampling.BILINEAR)  # type: ignore[arg-type]
+    return View(image, pixels.resize((native, native), Image.Resampling.BILINEAR))
+
+
+def views_of(pipe: Any, images: Sequence[Image.Image], fit: Fit) -> list[View]:
+    """Fit RGB images to the pipeline's model, see `fit_image`."""
+    backbone = patch_of(pipe).backbone
+    sizes = {
+        "native": backbone.native_size(pipe),
+        "multiple": backbone.pixel_multiple(pipe),
+        "largest": backbone.largest_size(pipe),
+    }
+    return [fit_image(image, fit, **sizes) for image in images]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One call of the transformer: images at one noise level, each with one of its prompts.
+
+    Attributes:
+        images: for every row, the position of its image in the list that was given.
+        prompts: for every row, its prompt.
+        noise_level: steps that are left of the noise schedule.
+        timestep: the model's timestep at that level.
+        arguments: the arguments of the transformer's call.
+    """
+
+    images: tuple[int, ...]
+    prompts: tuple[str, ...]
+    noise_level: int
+    timestep: float
+    arguments: dict[str, Any]
+
+
+def check_levels(noise_levels: Sequence[int], steps: int) -> None:
+    """Raise ValueError unless there are noise levels, all different, within a schedule of `steps` steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be a positive integer")
+    if not noise_levels or len(set(noise_levels)) < len(noise_levels):
+        raise ValueError(f"noise_levels={noise_levels!r} must name at least one level, each once")
+    for level in noise_levels:
+        if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= steps:
+            raise ValueError(f"noise level {level!r} is out of range: 1 to {steps} of {steps} steps")
+
+
+@torch.no_grad()
+def model_inputs(
+    pipe: Any,
+    views: Sequence[View],
+    prompts: Sequence[Sequence[str]],
+    *,
+    steps: int,
+    noise_levels: Sequence[int],
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = 1,
+    known_text: Mapping[str, dict[str, Tensor]] | None = None,
+) -> Iterator[ModelInputs]:
+    """Noisy latents and encoded prompts of images, in batches of one size.
+
+    An image's rows follow each other in the order of its prompts, once per noise level. Its noise is the same
+    at all levels. Prompts and images are encoded once each.
+
+    Args:
+        pipe: a pipeline.
+        views: the images.
+        prompts: for each image its prompts, at least one.
+        steps: length of the noise schedule.
+        noise_levels: steps that are left of the schedule, 1 to `steps`.
+        seed: every image's noise is drawn from a generator of this seed (0 when None), so that a result does
+            not depend on the rest of the list.
+        generator: draws the noise of one image after the other instead.
+        batch_size: images of equal size, and (image, prompt) pairs, that run together.
+        known_text: prompts that need no encoding: for each the result of `Backbone.encode_text`, without the
+            batch axis.
+
+    Raises:
+        ValueError: seed and generator are both given, or the batch size is not positive.
+    """
+    state = patch_of(pipe)
+    backbone = state.backbone
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator are both given; give one")
+    text = _encode(backbone, pipe, prompts, batch_size, {} if known_text is None else known_text)
+    for batch in _batches(views, batch_size):
+        pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
+        latents = backbone.latents(pipe, pixels).float()
+        noise = _noise(latents, seed, generator)
+        pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
+        for level in noise_levels:
+            sigma = backbone.sigma(pipe, latents, steps, -level)
+            noisy = torch.lerp(latents, noise, sigma.to(latents)).to(state.transformer.dtype)  # type: ignore[arg-type]
+            for first in range(0, len(pairs), batch_size):
+                rows, texts = zip(*pairs[first : first + batch_size], strict=True)
+                encoded = {
+                    key: torch.stack([text[prompt][key] for prompt in texts]).to(noisy.device)
+                    for key in text[texts[0]]
+                }
+                arguments = backbone.arguments(
+                    state.transformer, noisy[list(rows)], sigma.expand(len(rows)), encoded
+                )
+                yield ModelInputs(
+                    tuple(batch[row] for row in rows),
+                    texts,
+                    level,
+                    PURE_NOISE * float(sigma),
+                    {**arguments, "return_dict": False},
+                )
+
+
+def _encode(
+    backbone: Backbone,
+    pipe: Any,
+    prompts: Sequence[Sequence[str]],
+    batch_size: int,
+    known: Mapping[str, dict[str, Tensor]],
+) -> dict[str, dict[str, Tensor]]:
+    """Transformer arguments of every different prompt, without the batch axis."""
+    wanted = dict.fromkeys(prompt for several in prompts for prompt in several)
+    encoded = {prompt: known[prompt] for prompt in wanted if prompt in known}
+    different = [prompt for prompt in wanted if prompt not in known]
+    for first in range(0, len(different), batch_size):
+        batch = different[first : first + batch_size]
+        arguments = backbone.encode_text(pipe, batch)
+        for row, prompt in enumerate(batch):
+            encoded[prompt] = {key: tensor[row] for key, tensor in arguments.items()}
+    return encoded
+
+
+def _batches(views: Sequence[View], batch_size: int) -> Iterator[list[int]]:
+    """Positions of images that run together: of one size, at most `batch_size`."""
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for position, view in enumerate(views):
+        by_size[view.pixels.size].append(position)
+    for positions in by_size.values():
+        for first in range(0, len(positions), batch_size):
+            yield positions[first : first + batch_size]
+
+
+def _as_tensor(pixels: Image.Image) -> Tensor:
+    """[3, height, width], float32 in [-1, 1]."""
+    width, height = pixels.size
+    data = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
+    return rearrange(data, "h w c -> c h w").float() / 127.5 - 1.0
+
+
+def _noise(latents: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:
+    """Float32 noise, drawn on the CPU unless `generator` is on another device: the same on every device."""
+
+    def draw(source: torch.Generator) -> Tensor:
+        return torch.randn(latents.shape[1:], generator=source, device=source.device)
+
+    if generator is not None:
+        rows = [draw(generator) for _ in latents]
+    else:
+        rows = [draw(torch.Generator().manual_seed(0 if seed is None else seed))] * len(latents)
+    return torch.stack(rows).to(latents.device)

@@ -1,0 +1,70 @@
+"""Presets: every choice is an attribute, and no code compares a preset's name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from seg4diff.segmentation.presets import PRESETS, Grouping, find_preset
+from tests.support.paths import ROOT
+
+
+def test_a_threshold_replaces_that_of_the_preset() -> None:
+    assert find_preset("paper") is PRESETS["paper"]
+    paper = find_preset("paper", threshold=2)
+    assert paper == replace(PRESETS["paper"], grouping=Grouping(threshold=2))
+    assert find_preset("reference", threshold=2).grouping == Grouping(threshold=2, overlapping=True)
+    assert PRESETS["paper"].grouping.threshold == 0.035
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), True, "1"])
+def test_a_bad_threshold_is_named(threshold: Any) -> None:
+    with pytest.raises(ValueError, match=f"threshold={threshold!r} must be a number above 0"):
+        find_preset("default", threshold=threshold)
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match="'best' is unknown; accepted: 'default', 'paper', 'reference'"):
+        find_preset("best")
+
+
+def test_presets_load_without_torch() -> None:
+    check = "import sys; import seg4diff.segmentation.presets; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+def comparisons_by_name(source: str) -> list[int]:
+    """Lines that compare a preset or its name with something, and tables by the names of the presets."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Compare, ast.Match)):
+            operands = [node.subject] if isinstance(node, ast.Match) else [node.left, *node.comparators]
+            bad = any(re.fullmatch(r"(.*\.)?preset(\.name)?", ast.unparse(operand)) for operand in operands)
+        elif isinstance(node, ast.Dict):
+            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            bad = keys >= PRESETS.keys()
+        else:
+            continue
+        if bad:
+            found.append(node.lineno)
+    return found
+
+
+def test_no_code_compares_a_presets_name() -> None:
+    assert comparisons_by_name("x = preset.name != 'best'") == [1]
+    assert comparisons_by_name("\nif self.preset in ('paper', 'reference'):\n    pass") == [2]
+    assert comparisons_by_name("match options.preset:\n    case 'paper': pass") == [1]
+    assert comparisons_by_name("GROUPINGS = {'paper': 1, 'reference': 2, 'default': 3}") == [1]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / "seg4diff").rglob("*.py"))
+        if "magnet" not in path.parts  # has presets of its own, for training and for its focal loss
+        for line in comparisons_by_name(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
