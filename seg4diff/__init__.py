@@ -15,9 +15,9 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.attention.patch import is_patched as is_patched
     from seg4diff.attention.patch import patch as patch
     from seg4diff.attention.patch import unpatch as unpatch
-    from seg4diff.editing.blur import edit as edit
     from seg4diff.editing.blur import perturb as perturb
     from seg4diff.editing.guidance import guide as guide
+    from seg4diff.editing.words import edit as edit
     from seg4diff.kernels.types import MapRequest as MapRequest
     from seg4diff.loading import load_pipeline as load_pipeline
     from seg4diff.magnet.weights import load_lora as load_lora
@@ -34,7 +34,7 @@ _PUBLIC = {
     "analyze": "seg4diff.analysis",
     "capture": "seg4diff.attention.capture",
     "demo": "",
-    "edit": "seg4diff.editing.blur",
+    "edit": "seg4diff.editing.words",
     "expert_layers": "seg4diff.analysis",
     "guide": "seg4diff.editing.guidance",
     "is_patched": "seg4diff.attention.patch",

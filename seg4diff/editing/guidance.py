@@ -39,7 +39,7 @@ def guide(
     stock again afterwards, also after an exception.
 
     Contexts that are open around the call apply: captures keep the rows of their branch, never the perturbed
-    ones; :func:`seg4diff.perturb` changes all rows and :func:`seg4diff.edit` the conditional and perturbed
+    ones; `seg4diff.perturb` changes all rows and `seg4diff.edit` the conditional and perturbed
     ones.
 
     Args:
@@ -48,16 +48,16 @@ def guide(
         scale: how far to move away; 0 is the pipeline's own call. The default is that of diffusers' pipeline
             of perturbed-attention guidance for Stable Diffusion 3.
         layers: the layers that read blurred text in the perturbed rows; the model's expert layers when None.
-        blur: the perturbation, see :class:`seg4diff.editing.blur.Blur`.
-        call: everything else that the pipeline's call accepts: ``guidance_scale``, ``negative_prompt``,
-            ``generator``, ``callback_on_step_end``, ...
+        blur: the perturbation, see `seg4diff.editing.blur.Blur`.
+        call: everything else that the pipeline's call accepts: `guidance_scale`, `negative_prompt`,
+            `generator`, `callback_on_step_end`, ...
 
     Returns:
         What the pipeline returns.
 
     Raises:
         NotImplementedError: the model family is not supported.
-        TypeError: ``pipe`` is a bare transformer, or an argument has another type.
+        TypeError: `pipe` is a bare transformer, or an argument has another type.
         ValueError: a negative or infinite scale, a layer out of range, or no expert layer is known.
     """
     state = patch_of(pipe)

@@ -149,16 +149,15 @@ def measure(pipe: Any, drawn: Sequence[Scene], layer: int, expert: int) -> Measu
 
 def zero_shot(pipe: Any, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[int, float]:
     """Zero-shot mIoU of each layer, the names present given; pixels are counted over all scenes."""
-    import seg4diff
     from seg4diff.metrics import confusion_matrix, counts_of
+    from seg4diff.segmentation.zero_shot import segment
 
-    seg4diff.patch(pipe)
     scores = {}
     for layer in layers:
         confusion = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
         for first in range(0, len(drawn), _BATCH):
             chunk = drawn[first : first + _BATCH]
-            results: Any = seg4diff.segment(
+            results: Any = segment(
                 pipe,
                 [item.image for item in chunk],
                 [item.classes for item in chunk],
@@ -178,14 +177,13 @@ def zero_shot(pipe: Any, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[
 
 def unsupervised(pipe: Any, drawn: Sequence[Scene], layer: int) -> float:
     """mIoU of nameless regions, matched one to one with the classes of each scene."""
-    import seg4diff
     from seg4diff.metrics import Counts, matched_counts
+    from seg4diff.segmentation.regions import segment_unsupervised
 
-    seg4diff.patch(pipe)
     total: Counts | None = None
     for first in range(0, len(drawn), _BATCH):
         chunk = drawn[first : first + _BATCH]
-        results: Any = seg4diff.segment_unsupervised(
+        results: Any = segment_unsupervised(
             pipe, [item.image for item in chunk], layers=[layer], batch_size=_BATCH, progress=False
         )
         for item, result in zip(chunk, results, strict=True):

@@ -1,34 +1,32 @@
-"""What a segmentation is: a label and a score for every pixel, and the names of the classes."""
+"""The result of a segmentation: a label and a score for every pixel, and the names of the classes."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from seg4diff.files import write_atomically
-from seg4diff.visualization import label_overlay, palette
+from seg4diff.segmentation.formats import WRITERS, read_npz
+from seg4diff.visualization import label_overlay
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
-    """A label and a score for every pixel of a picture.
+    """A label and a score for every pixel of an image.
 
     Attributes:
-        labels: int64 [height, width], an index into ``classes``.
-        scores: float32 [classes, height, width], larger where a class is more likely. How they are scaled is
-            up to the method that made them.
+        labels: int64 [height, width], an index into `classes`.
+        scores: float32 [classes, height, width], larger where a class is more likely. Their scale
+            depends on the method that made them.
         classes: a name for each label, all different.
-        image: the picture that was segmented, at its own size, for :meth:`overlay`.
+        image: the image that was segmented, at its own size, for `overlay`.
         metadata: how the result was made, e.g. preset, layers, prompt and seed.
 
     Raises:
@@ -79,7 +77,7 @@ class Segmentation:
         object.__setattr__(self, "metadata", dict(self.metadata))
 
     def mask(self, name: str) -> torch.Tensor:
-        """Where a class is: bool [height, width].
+        """The pixels of a class: bool [height, width].
 
         Raises:
             ValueError: there is no class of that name; the message lists those there are.
@@ -89,124 +87,53 @@ class Segmentation:
         return self.labels == self.classes.index(name)
 
     def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
-        """The labels in colours over the picture (or alone, if there is none), the names that occur below.
+        """The labels in colours over the image (or alone, if there is none), the names that occur below it.
 
         Args:
-            alpha: 0 shows only the picture, 1 only the colours.
-            legend: whether to add the names; small pictures are enlarged for them. Without legend the result
-                has the size of the picture.
+            alpha: 0 shows only the image, 1 only the colours.
+            legend: whether to add the names; small images are enlarged for them. Without legend the result
+                has the size of the image.
 
         Raises:
-            ValueError: ``alpha`` is outside [0, 1].
+            ValueError: `alpha` is outside [0, 1].
         """
         return label_overlay(self.labels, self.classes, self.image, alpha=alpha, legend=legend)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result, in the format that the suffix names. The file appears whole or not at all.
 
-        * ``.png``: the labels, 8 bits with a palette; 16 bits of grey from 257 classes on. A text chunk
-          ``classes`` holds the names as JSON.
-        * ``.npz``: labels, scores, classes, picture and metadata, for :meth:`load` or
-          ``numpy.load(path, allow_pickle=False)``.
-        * ``.json``: COCO annotations, a run-length encoded mask for each class that occurs. The class at
-          position i has the category id i + 1; ``score`` is the mean score inside its mask.
+        * `.png`: the labels, 8 bits with a palette; 16 bits of grey from 257 classes on. A text chunk
+          `classes` holds the names as JSON.
+        * `.npz`: labels, scores, classes, image and metadata, for `load` or
+          `numpy.load(path, allow_pickle=False)`.
+        * `.json`: COCO annotations, a run-length encoded mask for each class that occurs. The class at
+          position i has the category id i + 1; `score` is the mean score inside its mask.
 
         Returns:
-            ``path`` as a Path.
+            `path` as a Path.
 
         Raises:
             ValueError: another suffix, or more than 65 536 classes in a PNG.
             OSError: the file cannot be written.
         """
         path = Path(path)
-        writers: dict[str, Callable[[Path], None]] = {
-            ".png": self._write_png,
-            ".npz": self._write_npz,
-            ".json": self._write_json,
-        }
-        writer = writers.get(path.suffix.lower())
+        writer = WRITERS.get(path.suffix.lower())
         if writer is None:
             raise ValueError(
-                f"path={str(path)!r}: unknown suffix {path.suffix!r}; use {', '.join(writers)} "
-                "(for a picture to look at: result.overlay().save(path))"
+                f"path={str(path)!r}: unknown suffix {path.suffix!r}; use {', '.join(WRITERS)} "
+                "(for an image to look at: result.overlay().save(path))"
             )
-        return write_atomically(path, writer)
+        return write_atomically(path, lambda temporary: writer(self, temporary))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Segmentation:
-        """Read what :meth:`save` wrote to an ``.npz`` file.
+        """Read what `save` wrote to an `.npz` file.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or no segmentation.
+            ValueError: the file is damaged or not a segmentation.
         """
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{os.fspath(path)!r} does not exist")
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                labels, scores = torch.from_numpy(arrays["labels"]), torch.from_numpy(arrays["scores"])
-                classes = tuple(str(name) for name in arrays["classes"])
-                image = Image.fromarray(arrays["image"]) if "image" in arrays else None
-                metadata = json.loads(str(arrays["metadata"]))
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} is no segmentation that was saved as .npz, or is damaged ({error})"
-            ) from error
-        return Segmentation(labels, scores, classes, image, metadata)
-
-    def _write_png(self, path: Path) -> None:
-        count = len(self.classes)
-        if count > 65536:
-            raise ValueError(f"{count} classes do not fit a PNG of 16 bits; save as .npz")
-        labels = self.labels.cpu().numpy()
-        if count <= 256:
-            picture = Image.fromarray(labels.astype(np.uint8), mode="L")
-            picture.putpalette(palette(count).tobytes())
-        else:
-            picture = Image.fromarray(labels.astype(np.uint16))
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt("classes", json.dumps(self.classes, ensure_ascii=False))
-        picture.save(path, format="PNG", pnginfo=text, optimize=True)
-
-    def _write_npz(self, path: Path) -> None:
-        arrays = {
-            "labels": self.labels.cpu().numpy(),
-            "scores": self.scores.detach().cpu().numpy(),
-            "classes": np.array(self.classes, dtype=np.str_),
-            "metadata": np.array(json.dumps(self.metadata, default=str)),
-        }
-        if self.image is not None:
-            arrays["image"] = np.asarray(self.image.convert("RGB"))
-        with open(path, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-
-    def _write_json(self, path: Path) -> None:
-        from pycocotools import mask as run_lengths
-
-        height, width = self.labels.shape
-        annotations: list[dict[str, Any]] = []
-        for index in self.labels.unique().tolist():
-            mask = self.labels == index
-            encoded = run_lengths.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": 1,
-                    "category_id": index + 1,
-                    "segmentation": {"size": [height, width], "counts": encoded["counts"].decode("ascii")},
-                    "area": int(mask.sum()),
-                    "bbox": [float(number) for number in run_lengths.toBbox(encoded)],
-                    "iscrowd": 0,
-                    "score": float(self.scores[index][mask].mean()),
-                }
-            )
-        document = {
-            "info": {"description": "seg4diff segmentation", "metadata": dict(self.metadata)},
-            "images": [{"id": 1, "height": height, "width": width}],
-            "categories": [{"id": index + 1, "name": name} for index, name in enumerate(self.classes)],
-            "annotations": annotations,
-        }
-        path.write_text(json.dumps(document, ensure_ascii=False, default=str), encoding="utf-8")
+        return Segmentation(**read_npz(Path(path)))
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -214,7 +141,7 @@ class Segmentation:
         return buffer.getvalue()
 
     def shares(self) -> str:
-        """What share of the image the largest classes have, as text: ``"cat 50%, red sofa 50%"``."""
+        """What share of the image the largest classes have, as text: `"cat 50%, red sofa 50%"`."""
         pixels = torch.bincount(self.labels.flatten().cpu())
         largest = [index for index in pixels.argsort(descending=True, stable=True).tolist() if pixels[index]]
         parts = [

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import seg4diff
-from seg4diff.editing.blur import Blur, edit, perturb
+from seg4diff.editing.blur import Blur, perturb
+from seg4diff.editing.words import edit
 from seg4diff.kernels.api import backend
 from tests.support import tiny
 from tests.support.materialised import materialised

@@ -209,7 +209,7 @@ def test_load_refuses_other_files(tmp_path):
     (tmp_path / "text.npz").write_text("text")
     np.savez(tmp_path / "object.npz", labels=np.array([{}], dtype=object))
     for name in ("other", "cut", "text", "object"):
-        with pytest.raises(ValueError, match=rf"{name}\.npz.*no segmentation"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz.*not a segmentation"):
             Segmentation.load(tmp_path / f"{name}.npz")
 
 
