@@ -1,4 +1,4 @@
-"""Where results go: files appear whole or not at all, under names that do not clash."""
+"""Files of results: they appear whole or not at all, under names that do not clash."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from PIL import Image
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Let ``write`` make a temporary file in the folder of ``path``, then move it to ``path`` in one step.
+    """Let `write` make a temporary file in the folder of `path`, then move it to `path` in one step.
 
-    The folder is made if there is none. Where ``write`` raises (a full disk, an interrupt), nothing is left
-    behind and a file that was at ``path`` stays as it was.
+    The folder is made if there is none. Where `write` raises (a full disk, an interrupt), nothing is left
+    behind and a file that was at `path` stays as it was.
 
     Args:
         path: where the file is to be.
-        write: writes to the path that it is given, which has the suffix of ``path``.
+        write: writes to the path that it is given, which has the suffix of `path`.
 
     Returns:
-        ``path`` as a Path.
+        `path` as a Path.
 
     Raises:
         OSError: the folder cannot be made or written to.
-        Exception: what ``write`` raises.
+        Exception: what `write` raises.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,13 +55,13 @@ SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def write_sealed(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write ``data`` and then its SHA-256, see :func:`write_atomically`."""
+    """Write `data` and then its SHA-256, see `write_atomically`."""
     seal = hashlib.sha256(data).digest()
     return write_atomically(path, lambda temporary: temporary.write_bytes(data + seal))
 
 
 def read_sealed(path: str | os.PathLike[str]) -> memoryview:
-    """The data of a file that :func:`write_sealed` wrote, after a comparison with its hash.
+    """The data of a file that `write_sealed` wrote, after a comparison with its hash.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -74,13 +74,13 @@ def read_sealed(path: str | os.PathLike[str]) -> memoryview:
     return data
 
 
-def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write a picture in the format that the suffix names, see :func:`write_atomically`."""
-    return write_atomically(path, picture.save)
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write an image in the format that the suffix names, see `write_atomically`."""
+    return write_atomically(path, image.save)
 
 
 def check_folder(out: Path) -> None:
-    """Raise NotADirectoryError if ``out``, meant to be a folder of results, is a file."""
+    """Raise NotADirectoryError if `out`, meant to be a folder of results, is a file."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
 
@@ -126,8 +126,8 @@ def checked_name(name: object, source: str) -> str:
     """A name that a file lists, if it stays inside the folder that it will be joined to.
 
     Raises:
-        ValueError: it is not text, empty, absolute, or holds ``..``, a drive, a backslash or a NUL; the
-            message starts with ``source``.
+        ValueError: it is not text, empty, absolute, or holds `..`, a drive, a backslash or a NUL; the
+            message starts with `source`.
     """
     if (
         not isinstance(name, str)

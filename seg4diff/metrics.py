@@ -1,4 +1,4 @@
-"""Figures of merit of label maps: intersection over union, of named classes and of nameless regions.
+"""Segmentation metrics: intersection over union, of named classes and of nameless regions.
 
 Everything is counted in pixels, in int64, over a whole data set; rates are taken once, at the end.
 """
@@ -19,7 +19,7 @@ IGNORED = 255
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Pixels of each class, summed over as many pictures as one likes (``+`` adds).
+    """Pixels of each class, summed over any number of images (`+` adds).
 
     Attributes:
         true_positive: pixels of the class that were found, int64 [classes].
@@ -46,7 +46,7 @@ class Counts:
 
     @property
     def mean_iou(self) -> float:
-        """Mean of :attr:`iou` over the classes that have one; NaN if none has."""
+        """Mean of `iou` over the classes that have one; NaN if none has."""
         return float(self.iou.nanmean())
 
 
@@ -56,10 +56,10 @@ def confusion_matrix(
     """How many pixels of each class were given each label.
 
     Args:
-        predicted: label of every pixel, any integer dtype and shape, in [0, ``predictions``).
-        actual: class of every pixel, same shape, in [0, ``classes``) or ``ignored``.
+        predicted: label of every pixel, any integer dtype and shape, in [0, `predictions`).
+        actual: class of every pixel, same shape, in [0, `classes`) or `ignored`.
         classes: number of classes.
-        predictions: number of labels a prediction may have; ``classes`` when None.
+        predictions: number of labels a prediction may have; `classes` when None.
         ignored: pixels of this class do not count, whatever was predicted there.
 
     Returns:
@@ -92,7 +92,7 @@ def confusion_matrix(
 
 def counts_of(confusion: Tensor) -> Counts:
     """Counts from a confusion matrix [classes, labels], where label c means class c, and labels from
-    ``classes`` on mean no class.
+    `classes` on mean no class.
 
     A pixel with such a label is a false negative of its class and a false positive of none.
 
@@ -113,21 +113,21 @@ def counts_of(confusion: Tensor) -> Counts:
 def matched_counts(
     regions: Tensor, actual: Tensor, classes: int, *, ignored: int = IGNORED, match_disjoint: bool = True
 ) -> Counts:
-    """Counts of one picture's nameless regions, matched one to one with its classes by largest overlap.
+    """Counts of one image's nameless regions, matched one to one with its classes by largest overlap.
 
     The assignment (Hungarian method) maximises the number of pixels in matched pairs. Pixels of a class
     without region, or outside its region, are false negatives; a region without class is no false positive of
-    any. Sum the counts of all pictures before taking rates (Seg4Diff A.4, and as its public code counts).
+    any. Sum the counts of all images before taking rates (Seg4Diff A.4, and as its public code counts).
 
     Args:
         regions: region of every pixel, integers >= 0, [height, width].
-        actual, classes, ignored: as in :func:`confusion_matrix`.
+        actual, classes, ignored: as in `confusion_matrix`.
         match_disjoint: whether a region may be matched with a class that it has no pixel in common with, as
             the assignment of the public code does where regions are left over: its pixels are then false
             positives of an arbitrary class. False leaves both unmatched.
 
     Raises:
-        ValueError, TypeError: as :func:`confusion_matrix`.
+        ValueError, TypeError: as `confusion_matrix`.
     """
     count = int(regions.max()) + 1 if regions.numel() else 1
     confusion = confusion_matrix(regions, actual, classes, predictions=max(count, 1), ignored=ignored)
@@ -146,7 +146,7 @@ def matched_counts(
 
 @dataclass(frozen=True)
 class Rates:
-    """What counts amount to; all in [0, 1], NaN where nothing was counted.
+    """Rates computed from counts; all in [0, 1], NaN where nothing was counted.
 
     Attributes:
         miou: mean over classes of intersection over union; classes that neither occur nor are predicted do
@@ -154,7 +154,7 @@ class Rates:
         frequency_weighted_iou: the same, weighted by the pixels of each class.
         pixel_accuracy: share of pixels that got their class.
         mean_accuracy: mean over the classes that occur of the share of their pixels that got it.
-        boundary_iou: mean over classes as ``miou``, of pixels near boundaries alone; None if not counted.
+        boundary_iou: mean over classes as `miou`, of pixels near boundaries alone; None if not counted.
         iou: of each class.
     """
 
@@ -184,17 +184,17 @@ def rates_of(counts: Counts, boundary: Counts | None = None) -> Rates:
 def boundary_counts(
     predicted: Tensor, actual: Tensor, classes: int, *, ignored: int = IGNORED, ratio: float = 0.02
 ) -> Counts:
-    """Counts of one picture's pixels near boundaries (Boundary IoU, Cheng et al., CVPR 2021, for label maps).
+    """Counts of one image's pixels near boundaries (Boundary IoU, Cheng et al., CVPR 2021, for label maps).
 
     A pixel is near a boundary of its label if a square of side 2 d + 1 around it holds another label or
-    leaves the picture; d is ``ratio`` of the diagonal, in whole pixels, at least 1. Intersection and union
+    leaves the image; d is `ratio` of the diagonal, in whole pixels, at least 1. Intersection and union
     are of such pixels of the prediction with such pixels of the truth. Pixels that do not count are made one
     label of their own in both maps beforehand, so that a perfect prediction scores 1 whatever lies below
     them.
 
     Args:
-        predicted, actual, classes, ignored: as in :func:`confusion_matrix`, [height, width]; labels of
-            ``predicted`` from ``classes`` on stand for no class.
+        predicted, actual, classes, ignored: as in `confusion_matrix`, [height, width]; labels of
+            `predicted` from `classes` on stand for no class.
         ratio: width of the zone as a share of the diagonal.
 
     Raises:
@@ -220,7 +220,7 @@ def boundary_counts(
 
 
 def _near_boundary(labels: np.ndarray, distance: int) -> np.ndarray:
-    """Whether another label, or the edge of the picture, lies within ``distance`` pixels along both axes."""
+    """Whether another label, or the edge of the image, lies within `distance` pixels along both axes."""
     size = 2 * distance + 1
     lowest = minimum_filter(labels, size, mode="constant", cval=-1)
     highest = maximum_filter(labels, size, mode="constant", cval=-1)

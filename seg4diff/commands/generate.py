@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from seg4diff.commands.model_options import ModelOptions, load_patched, model_files
-from seg4diff.files import check_folder, check_outputs, save_picture
+from seg4diff.files import check_folder, check_outputs, save_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ def _draw(
             )
     picture = output.images[0]
     path, sheet = _files(options, number)
-    save_picture(picture, path)
+    save_image(picture, path)
     if captured is not None:
         tiles = [("", picture)]
         tiles += [
@@ -174,7 +174,7 @@ def _draw(
             for word in options.words or words_of(prompt)
         ]
         rows = [tiles[first : first + 6] for first in range(0, len(tiles), 6)]
-        save_picture(contact_sheet(rows), sheet)
+        save_image(contact_sheet(rows), sheet)
     tqdm.write(f"{prompt!r}, seed {options.seed + number} -> {path}")
 
 

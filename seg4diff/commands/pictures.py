@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from seg4diff.commands.model_options import ModelOptions, model_files
-from seg4diff.files import check_folder, check_outputs, distinct_stems, save_picture
+from seg4diff.files import check_folder, check_outputs, distinct_stems, save_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,6 +95,6 @@ def write_segmentations(
                 files = outputs[path]
                 for suffix in options.formats:
                     result.save(files[suffix])
-                overlay = save_picture(result.overlay(), files["overlay"])
+                overlay = save_image(result.overlay(), files["overlay"])
                 progress.write(f"{path}: {describe(result)} -> {overlay}")
                 progress.update()

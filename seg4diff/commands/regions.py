@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import tyro
 
 from seg4diff.commands.model_options import load_patched
 from seg4diff.commands.pictures import PictureOptions, check_pictures, write_segmentations
+from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,7 @@ class Regions(PictureOptions):
 
     out: Path = Path("regions-output")
     """Folder for what is written."""
-    preset: Literal["default", "paper", "reference"] = "default"
+    preset: PresetName = "default"
     """How pictures are fitted to the model and attention is grouped: `default` by single heads, `paper` by
     their mean, as the paper says, `reference` as its public code does."""
     threshold: Annotated[float | None, tyro.conf.arg(metavar="NATS", help_behavior_hint="")] = None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import tyro
 
 from seg4diff.commands.model_options import load_patched
 from seg4diff.commands.pictures import PictureOptions, check_pictures, write_segmentations
+from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,7 @@ class Segment(PictureOptions):
     """What to look for. Every pixel gets the name that fits best, so name the background too."""
     out: Path = Path("segmentation-output")
     """Folder for what is written."""
-    preset: Literal["default", "paper", "reference"] = "default"
+    preset: PresetName = "default"
     """`default` keeps the picture whole, `paper` crops it to a square, `reference` squashes it to one."""
 
 

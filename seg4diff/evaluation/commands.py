@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from seg4diff.commands.model_options import ModelOptions, load_model, load_patched
+from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
     from seg4diff.evaluation.datasets import Dataset
@@ -62,7 +63,7 @@ class Evaluate(ModelOptions):
     """Folder that holds VOCdevkit, coco, ADEChallengeData2016, cityscapes; of `folder` the folder itself."""
     out: Path = Path("evaluation-output")
     """Folder for what is written."""
-    preset: Literal["paper", "reference", "default"] = "paper"
+    preset: PresetName = "paper"
     """`paper` looks at the central square, `reference` squashes images as the paper's public code does and
     keeps its quirks, `default` keeps them whole."""
     layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = (

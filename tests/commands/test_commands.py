@@ -67,7 +67,7 @@ def test_analyze_prompts_prints_and_writes(
     torch.testing.assert_close(report.by_layer.image_to_text, expected.by_layer.image_to_text)
     printed = capsys.readouterr().out
     assert "1 steps left" in printed
-    assert "2 pictures" in printed
+    assert "2 images" in printed
 
 
 def test_analyze_images(image_file: str, tmp_path: Path) -> None:

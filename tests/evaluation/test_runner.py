@@ -381,7 +381,7 @@ def test_versions_and_settings_are_reported(uninterrupted: tuple[Path, Report]) 
     assert report.versions["torch"] == torch.__version__
     assert report.versions["device"].startswith("cpu")
     assert report.settings["layers"] == [1]
-    assert report.settings["noise"] == {"steps": 28, "index": -8}
+    assert report.settings["noise"] == {"steps": 28, "level": 8}
     assert report.settings["prompts"][0] == [report.classes[0]]
     assert json.loads((uninterrupted[0] / "settings.json").read_text()) == report.settings
 

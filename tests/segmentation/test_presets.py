@@ -39,16 +39,16 @@ def test_presets_load_without_torch() -> None:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
 
 
-def comparisons_by_name(source: str) -> list[int]:
-    """Lines that compare a preset or its name with something, and tables by the names of the presets."""
+def uses_of_names(source: str) -> list[int]:
+    """Lines that compare a preset or its name with something, or list the names of the presets again."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Compare, ast.Match)):
             operands = [node.subject] if isinstance(node, ast.Match) else [node.left, *node.comparators]
             bad = any(re.fullmatch(r"(.*\.)?preset(\.name)?", ast.unparse(operand)) for operand in operands)
-        elif isinstance(node, ast.Dict):
-            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
-            bad = keys >= PRESETS.keys()
+        elif isinstance(node, (ast.Dict, ast.Tuple)):
+            names = node.keys if isinstance(node, ast.Dict) else node.elts
+            bad = {name.value for name in names if isinstance(name, ast.Constant)} >= PRESETS.keys()
         else:
             continue
         if bad:
@@ -57,14 +57,15 @@ def comparisons_by_name(source: str) -> list[int]:
 
 
 def test_no_code_compares_a_presets_name() -> None:
-    assert comparisons_by_name("x = preset.name != 'best'") == [1]
-    assert comparisons_by_name("\nif self.preset in ('paper', 'reference'):\n    pass") == [2]
-    assert comparisons_by_name("match options.preset:\n    case 'paper': pass") == [1]
-    assert comparisons_by_name("GROUPINGS = {'paper': 1, 'reference': 2, 'default': 3}") == [1]
+    assert uses_of_names("x = preset.name != 'best'") == [1]
+    assert uses_of_names("\nif self.preset in ('paper', 'reference'):\n    pass") == [2]
+    assert uses_of_names("match options.preset:\n    case 'paper': pass") == [1]
+    assert uses_of_names("preset: Literal['paper', 'reference', 'default'] = 'paper'") == [1]
+    assert uses_of_names("GROUPINGS = {'paper': 1, 'reference': 2, 'default': 3}") == [1]
     found = [
         f"{path.relative_to(ROOT)}:{line}"
         for path in sorted((ROOT / "seg4diff").rglob("*.py"))
         if "magnet" not in path.parts  # has presets of its own, for training and for its focal loss
-        for line in comparisons_by_name(path.read_text(encoding="utf-8"))
+        for line in uses_of_names(path.read_text(encoding="utf-8"))
     ]
     assert found == []
