@@ -64,7 +64,7 @@ def read_sealed(path: str | os.PathLike[str]) -> memoryview:
     """The data of a file that `write_sealed` wrote, after a comparison with its hash.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         DamagedFileError: a bit of it, of the data or of the hash, is not as it was written.
     """
     content = memoryview(Path(path).read_bytes())

@@ -116,8 +116,8 @@ def matched_counts(
     """Counts of one image's nameless regions, matched one to one with its classes by largest overlap.
 
     The assignment (Hungarian method) maximises the number of pixels in matched pairs. Pixels of a class
-    without region, or outside its region, are false negatives; a region without class is no false positive of
-    any. Sum the counts of all images before taking rates (Seg4Diff A.4, and as its public code counts).
+    without region, or outside its region, are false negatives; a region without class is not a false positive
+    of any. Sum the counts of all images before taking rates (Seg4Diff A.4, and as its public code counts).
 
     Args:
         regions: region of every pixel, integers >= 0, [height, width].

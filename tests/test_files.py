@@ -98,7 +98,7 @@ def test_distinct_stems():
     assert len(set(files)) == len(files)
 
 
-def test_many_pictures_of_one_name():
+def test_many_images_of_one_name():
     """Hours, if every name were compared with all before it."""
     stems = distinct_stems([f"{folder}/image.jpg" for folder in range(50_000)], ("", "-overlay"))
     assert len(set(stems)) == 50_000

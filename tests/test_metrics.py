@@ -23,11 +23,11 @@ from tests.support.paths import REFERENCE
 
 def test_matched_counts_are_the_reference_figures() -> None:
     figures = load_file(REFERENCE)
-    pictures = [
+    images = [
         matched_counts(regions, actual, classes=5)
         for regions, actual in zip(figures["metric.pred"], figures["metric.label"], strict=True)
     ]
-    total = pictures[0] + pictures[1]
+    total = images[0] + images[1]
     assert total.true_positive.tolist() == figures["metric.tp"].tolist()
     assert total.false_positive.tolist() == figures["metric.fp"].tolist()
     assert total.false_negative.tolist() == figures["metric.fn"].tolist()
@@ -88,7 +88,7 @@ def test_confusion_matrix_counts_rows_by_class() -> None:
     assert counts.iou.tolist() == pytest.approx([1, 1 / 3, 1 / 3])
 
 
-def test_a_picture_with_nothing_to_count() -> None:
+def test_a_image_with_nothing_to_count() -> None:
     nothing = torch.full((2, 2), 255)
     counts = matched_counts(torch.zeros(2, 2, dtype=torch.int64), nothing, classes=2)
     assert counts.true_positive.tolist() == counts.false_negative.tolist() == [0, 0]
@@ -124,7 +124,7 @@ def random_labels(classes: int, shape: tuple[int, ...], seed: int, void: float =
 
 @pytest.mark.extra("eval", "torchmetrics")
 def test_rates_are_those_of_torchmetrics() -> None:
-    """On the same predictions: pictures of several sizes, void pixels, a class that does not occur."""
+    """On the same predictions: images of several sizes, void pixels, a class that does not occur."""
     from torchmetrics import classification
 
     classes = 7

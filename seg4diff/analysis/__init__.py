@@ -2,6 +2,6 @@
 
 from seg4diff.analysis.analyze import analyze
 from seg4diff.analysis.rank_layers import Ranking, expert_layers
-from seg4diff.analysis.report import Measures, Report
+from seg4diff.analysis.report import AnalysisReport, Measures
 
-__all__ = ["Measures", "Ranking", "Report", "analyze", "expert_layers"]
+__all__ = ["AnalysisReport", "Measures", "Ranking", "analyze", "expert_layers"]

@@ -1,6 +1,6 @@
 """Attention mass, value norms and projections of a model's layers (Seg4Diff, sections 3.2 and 3.3).
 
-Everything is reduced to a few numbers a layer as soon as a forward has ended; the attention matrix never
+Everything is reduced to a few numbers per layer as soon as a forward has ended; the attention matrix never
 exists.
 """
 
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from seg4diff.analysis.pca import principal_components
-from seg4diff.analysis.report import Measures, Report
+from seg4diff.analysis.report import AnalysisReport, Measures
 from seg4diff.attention.observer import Forward, Observer, PromptCall, SameText, attach
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult, Projections
@@ -45,12 +45,12 @@ def analyze(
     batch_size: int = 1,
     progress: bool | None = None,
     **call: Any,
-) -> Report:
+) -> AnalysisReport:
     """Where the attention of each layer goes and how large its values are, at some noise levels.
 
-    With prompts alone, the pipeline draws them and is watched while it does, as in the paper, which samples
-    50 prompts of DrawBench and looks at t = 8 and t = 28. With images, these are noised, and the model looks
-    at them once a level, beside their prompts.
+    With prompts alone, the pipeline generates an image per prompt and its forwards are measured, as in the
+    paper, which samples 50 prompts of DrawBench and measures at t = 8 and t = 28. With images, these are
+    noised, and the model runs once per image and level, with the image's prompt.
 
     Args:
         pipe: a pipeline.
@@ -60,14 +60,16 @@ def analyze(
         noise_levels: steps that are left of the schedule, 1 to `steps`: of 28, 28 is pure noise and 8 is
             where the paper segments.
         steps: length of the noise schedule.
-        per_head: also report single heads.
-        projections: also report the principal components of queries, keys and values of the first image.
+        per_head: whether to report single heads as well.
+        projections: whether to report principal components of the first image's queries, keys and values.
         preset: how images are fitted to the model, as in `seg4diff.segment`.
-        guidance_scale: of classifier-free guidance while drawing; the conditional half is reported.
-        seed: of the noise. Image number i is drawn from noise of seed + i; given images are all noised alike.
+        guidance_scale: scale of classifier-free guidance when images are generated; the conditional half is
+            reported.
+        seed: seed of the noise. Image number i is generated from noise of seed + i; given images all get the
+            same noise.
         batch_size: images that run together.
         progress: whether to show the pipeline's progress bar; when None, for more than one image.
-        call: more arguments of the pipeline's call, while drawing.
+        call: more arguments of the pipeline's call, when images are generated.
 
     Raises:
         NotImplementedError: the model family is not supported.
@@ -93,7 +95,7 @@ def analyze(
         if images is None:
             if texts is None:
                 raise ValueError("neither prompts nor images are given; give at least one of them")
-            _draw(
+            _measure_prompts(
                 pipe, measurement, texts,
                 noise_levels=noise_levels, steps=steps, guidance_scale=guidance_scale, seed=seed,
                 batch_size=batch_size, progress=progress, call=call,
@@ -101,7 +103,7 @@ def analyze(
         else:
             if call:
                 raise ValueError(f"{', '.join(map(repr, call))}: only for drawing, but images are given")
-            _look(
+            _measure_images(
                 pipe, measurement, images, texts,
                 noise_levels=noise_levels, steps=steps, preset=preset, seed=seed, batch_size=batch_size,
                 progress=progress,
@@ -121,7 +123,7 @@ def analyze(
     )
 
 
-def _draw(
+def _measure_prompts(
     pipe: Any,
     measurement: _Measurement,
     texts: list[str],
@@ -134,7 +136,7 @@ def _draw(
     progress: bool | None,
     call: dict[str, Any],
 ) -> None:
-    """Draw the prompts and measure the steps at `noise_levels`."""
+    """Generate images from the prompts and measure the steps at `noise_levels`."""
     measurement.steps = {steps - level: position for position, level in enumerate(noise_levels)}
     call = {**measurement.call_defaults, **call}
     with progress_bar(pipe, len(texts), progress) as bar:
@@ -152,7 +154,7 @@ def _draw(
             bar.update(len(batch))
 
 
-def _look(
+def _measure_images(
     pipe: Any,
     measurement: _Measurement,
     images: ImageInput | Sequence[ImageInput],
@@ -228,7 +230,7 @@ class _Measurement(Observer):
         return self._backbone.call_defaults(self._pipe)
 
     def expect(self, level: int, prompts: Sequence[str], *, first_image: bool) -> None:
-        """Say what the next forward, of a bare transformer, is."""
+        """Set what the next forward, of a bare transformer, computes."""
         self._level, self._first_image = level, first_image
         self._rows = slice(0, len(prompts))
         self._texts = tuple(SameText(prompt) for prompt in prompts)
@@ -316,7 +318,7 @@ class _Measurement(Observer):
             if columns:
                 record("prompt_value_norm", row[None, :, columns])
 
-    def report(self, noise_levels: Sequence[int], per_head: bool, metadata: dict[str, Any]) -> Report:
+    def report(self, noise_levels: Sequence[int], per_head: bool, metadata: dict[str, Any]) -> AnalysisReport:
         def measures(sums: dict[str, Tensor]) -> Measures:
             means = {}
             for name, total in sums.items():
@@ -333,7 +335,7 @@ class _Measurement(Observer):
                 )
                 for name in PROJECTIONS
             }
-        return Report(
+        return AnalysisReport(
             layers=self._layers,
             noise_levels=tuple(noise_levels),
             timesteps=tuple(self._timesteps),

@@ -63,7 +63,7 @@ class Measures:
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class AnalysisReport:
     """What `seg4diff.analyze` returns.
 
     Attributes:
@@ -224,7 +224,7 @@ class Report:
         return tensors_path, description_path
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> Report:
+    def load(path: str | os.PathLike[str]) -> AnalysisReport:
         """Read what `save` wrote; `path` with either suffix or none.
 
         Raises:
@@ -244,7 +244,7 @@ class Report:
             def measures(prefix: str) -> Measures:
                 return Measures(**{f.name: tensors[f"{prefix}.{f.name}"] for f in fields(Measures)})
 
-            return Report(
+            return AnalysisReport(
                 layers=tuple(description["layers"]),
                 noise_levels=tuple(description["noise_levels"]),
                 timesteps=tuple(description["timesteps"]),

@@ -1,8 +1,8 @@
 """The paper's blur of what image tokens read from the text.
 
 A linear change of the image-to-text probabilities P along the text axis is a matrix on the right, and
-(P G) V = P (G V): the layer attends as ever, and image rows read the text values G V. So such a change costs
-one small matrix product per layer, is exact on every backend, and leaves the text rows alone.
+(P G) V = P (G V): attention itself does not change, and image rows read the text values G V. So such a change
+costs one small matrix product per layer, is exact on every backend, and leaves the text rows alone.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import seg4diff
-from seg4diff.analysis import Report, analyze
+from seg4diff.analysis import AnalysisReport, analyze
 from seg4diff.analysis.pca import principal_components
 from seg4diff.kernels.testing import assert_accurate, error_ratio
 from tests.support import tiny
@@ -40,7 +40,9 @@ def by_softmax(projections: dict[str, Tensor], rows: slice, dtype: torch.dtype) 
     }
 
 
-def check_measures(report: Report, level: int, layers: dict[int, dict[str, Tensor]], rows: slice) -> None:
+def check_measures(
+    report: AnalysisReport, level: int, layers: dict[int, dict[str, Tensor]], rows: slice
+) -> None:
     """A level of a report against the float64 answer, to the error budget; and against wrong answers.
 
     ``layers`` holds the projections of every layer of the report, in its order.
@@ -65,12 +67,12 @@ def check_measures(report: Report, level: int, layers: dict[int, dict[str, Tenso
 @pytest.mark.parametrize("model", MODELS)
 def test_given_images_equal_hooks_in_float64(model: str) -> None:
     pipe = seg4diff.patch(tiny.pipeline(**MODELS[model]))
-    pictures = [random_image(seed=1), random_image(seed=2)]
+    images = [random_image(seed=1), random_image(seed=2)]
     with hooked_projections(pipe.transformer) as projections:
         report = analyze(
             pipe,
             ["a cat", "a red sofa"],
-            images=pictures,
+            images=images,
             noise_levels=[3],
             steps=5,
             per_head=True,
@@ -127,7 +129,7 @@ def test_drawing_measures_the_conditional_half_at_its_steps(pipe: Any) -> None:
     assert abs(float(report.by_layer.image_to_text[1, 1] - unconditional)) > 1e-6
 
 
-def test_pictures_are_averaged_whatever_the_batches(pipe: Any) -> None:
+def test_images_are_averaged_whatever_the_batches(pipe: Any) -> None:
     prompts = ["a cat", "a dog on a sofa", ""]
     together = analyze(pipe, prompts, noise_levels=[2], steps=2, batch_size=3, per_head=True)
     one_by_one = analyze(pipe, prompts, noise_levels=[2], steps=2, batch_size=1, per_head=True)
@@ -141,7 +143,7 @@ def test_pictures_are_averaged_whatever_the_batches(pipe: Any) -> None:
     assert first.by_head is None
 
 
-def test_pictures_of_several_sizes_and_no_prompt(pipe: Any) -> None:
+def test_images_of_several_sizes_and_no_prompt(pipe: Any) -> None:
     report = analyze(pipe, images=[random_image(64, 64), random_image(32, 128)], noise_levels=[1, 2], steps=3)
     assert report.images == 2
     assert report.by_layer.prompt_value_norm.isnan().all()
@@ -149,7 +151,7 @@ def test_pictures_of_several_sizes_and_no_prompt(pipe: Any) -> None:
     assert report.by_layer.image_to_text.shape == (2, 3)
 
 
-def test_projections_are_of_the_first_picture(pipe: Any) -> None:
+def test_projections_are_of_the_first_image(pipe: Any) -> None:
     options: dict[str, Any] = {"noise_levels": [2], "steps": 3, "projections": True}
     with hooked_projections(pipe.transformer) as projections:
         report = analyze(pipe, "a cat", images=[random_image(seed=4)], **options)
@@ -200,7 +202,7 @@ def test_perturbation_around_an_analysis_is_felt(pipe: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(pipe: Any) -> Report:
+def report(pipe: Any) -> AnalysisReport:
     return analyze(
         pipe,
         ["a cat"],
@@ -212,11 +214,11 @@ def report(pipe: Any) -> Report:
     )
 
 
-def test_report_survives_saving(report: Report, tmp_path: Path) -> None:
+def test_report_survives_saving(report: AnalysisReport, tmp_path: Path) -> None:
     paths = report.save(tmp_path / "folder" / "report.json")
     assert [path.name for path in paths] == ["report.safetensors", "report.json"]
     for given in ("report", "report.json", "report.safetensors"):
-        loaded = Report.load(tmp_path / "folder" / given)
+        loaded = AnalysisReport.load(tmp_path / "folder" / given)
         assert loaded.layers == report.layers
         assert loaded.noise_levels == report.noise_levels
         assert loaded.timesteps == report.timesteps
@@ -231,20 +233,20 @@ def test_report_survives_saving(report: Report, tmp_path: Path) -> None:
         assert torch.equal(loaded.projections["key"], report.projections["key"])
 
 
-def test_damaged_reports_are_named(report: Report, tmp_path: Path) -> None:
+def test_damaged_reports_are_named(report: AnalysisReport, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
-        Report.load(tmp_path / "nowhere")
+        AnalysisReport.load(tmp_path / "nowhere")
     tensors, description = report.save(tmp_path / "report")
     tensors.write_bytes(tensors.read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged"):
-        Report.load(tmp_path / "report")
+        AnalysisReport.load(tmp_path / "report")
     report.save(tmp_path / "report")
     description.write_text('{"format": "another"}')
     with pytest.raises(ValueError, match="format is 'another'"):
-        Report.load(tmp_path / "report")
+        AnalysisReport.load(tmp_path / "report")
 
 
-def test_table_holds_the_numbers(report: Report) -> None:
+def test_table_holds_the_numbers(report: AnalysisReport) -> None:
     from rich.console import Console
 
     console = Console(width=80, record=True, file=io.StringIO())
@@ -261,7 +263,7 @@ def test_table_holds_the_numbers(report: Report) -> None:
 
 
 @pytest.mark.extra("viz", "matplotlib")
-def test_figures_show_every_layer(report: Report, tmp_path: Path) -> None:
+def test_figures_show_every_layer(report: AnalysisReport, tmp_path: Path) -> None:
     from seg4diff.analysis.plots import save_figures
 
     figures = {
@@ -278,7 +280,9 @@ def test_figures_show_every_layer(report: Report, tmp_path: Path) -> None:
         assert size_of(path)[0] > 300
 
 
-def test_matplotlib_is_asked_for_when_it_is_missing(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matplotlib_is_asked_for_when_it_is_missing(
+    report: AnalysisReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"seg4diff\[viz\]"):
         report.plot_attention_mass()
@@ -313,7 +317,7 @@ def test_what_cannot_be_analysed(pipe: Any) -> None:
         analyze(pipe.transformer, "a cat")
 
 
-def test_questions_the_report_cannot_answer(report: Report) -> None:
+def test_questions_the_report_cannot_answer(report: AnalysisReport) -> None:
     with pytest.raises(ValueError, match=r"noise level 2 is not in the report; it holds \[1, 3\]"):
         report.table(noise_level=2)
     with pytest.raises(ValueError, match="'values' is not in the report; it holds: 'query', 'key', 'value'"):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import seg4diff
-from seg4diff.analysis import Report
+from seg4diff.analysis import AnalysisReport
 from seg4diff.cli import main
 from tests.support import tiny
 from tests.support.images import size_of
@@ -60,7 +60,7 @@ def test_analyze_prompts_prints_and_writes(
         f"{name}-{level}.png" for name in ("attention-mass", "projections", "value-norms") for level in (1, 2)
     ]
     assert written == sorted([*figures, "report.json", "report.safetensors"])
-    report = Report.load(tmp_path / "out" / "report")
+    report = AnalysisReport.load(tmp_path / "out" / "report")
     assert report.metadata["prompts"] == ["a cat", "a dog"]
     assert report.by_head is not None
     expected = seg4diff.analyze(pipe, ["a cat", "a dog"], steps=2, noise_levels=[1, 2])
@@ -73,7 +73,7 @@ def test_analyze_prompts_prints_and_writes(
 def test_analyze_images(image_file: str, tmp_path: Path) -> None:
     words = ["analyze", "--images", image_file, "--prompts", "a cat", "--out", str(tmp_path / "out")]
     assert main([*words, "--noise-levels", "8", "--layers", "1"]) == 0
-    report = Report.load(tmp_path / "out" / "report")
+    report = AnalysisReport.load(tmp_path / "out" / "report")
     assert (report.layers, report.noise_levels, report.grid) == ((1,), (8,), (3, 5))
 
 

@@ -94,7 +94,7 @@ def test_guidance_is_three_forwards_combined(pipe: Any, scale: float, guidance_s
 
 
 @torch.no_grad()
-def test_scale_zero_is_the_pipelines_own_picture(pipe: Any) -> None:
+def test_scale_zero_is_the_pipelines_own_image(pipe: Any) -> None:
     expected = pipe(PROMPT, **CALL, generator=seeded()).images
     assert torch.equal(guide(pipe, PROMPT, scale=0, layers=1, **CALL, generator=seeded()).images, expected)
     # and it is where small scales lead

@@ -14,7 +14,7 @@ from seg4diff.segmentation.regions import segment_unsupervised
 from tests.support.images import random_image
 
 
-def test_regions_cover_the_picture(pipe: object) -> None:
+def test_regions_cover_the_image(pipe: object) -> None:
     result = segment_unsupervised(pipe, random_image(40, 72), layers=1, threshold=1e-4)
     assert isinstance(result, seg4diff.Segmentation)
     assert result.labels.shape == (40, 72)
@@ -83,16 +83,16 @@ def test_default_preset_keeps_heads_and_layers_apart(pipe: object) -> None:
     assert same_partition(result.labels, regions)
 
 
-def test_several_pictures_and_a_seed(pipe: object) -> None:
-    pictures = [random_image(seed=1), random_image(64, 96, seed=2), random_image(seed=3)]
-    together = segment_unsupervised(pipe, pictures, layers=1, threshold=1e-4, batch_size=2, progress=False)
+def test_several_images_and_a_seed(pipe: object) -> None:
+    images = [random_image(seed=1), random_image(64, 96, seed=2), random_image(seed=3)]
+    together = segment_unsupervised(pipe, images, layers=1, threshold=1e-4, batch_size=2, progress=False)
     assert isinstance(together, list)
-    for picture, result in zip(pictures, together, strict=True):
+    for picture, result in zip(images, together, strict=True):
         alone = segment_unsupervised(pipe, picture, layers=1, threshold=1e-4)
         assert isinstance(alone, seg4diff.Segmentation)
         assert torch.allclose(alone.scores, result.scores, rtol=1e-4)
         assert result.labels.shape == picture.shape[:2]
-    other = segment_unsupervised(pipe, pictures[0], layers=1, threshold=1e-4, seed=9)
+    other = segment_unsupervised(pipe, images[0], layers=1, threshold=1e-4, seed=9)
     assert isinstance(other, seg4diff.Segmentation)
     assert not torch.equal(other.scores, together[0].scores)
 
@@ -114,7 +114,7 @@ def test_refusals_leave_the_pipeline_usable(pipe: object) -> None:
 
 
 def test_regions_of_scenes_beat_a_single_one() -> None:
-    """The demo model, on scenes it has not seen: matched mIoU, twelve pictures."""
+    """The demo model, on scenes it has not seen: matched mIoU, twelve images."""
     from seg4diff.demo import CLASSES, HELD_OUT, scene
     from seg4diff.loading import load_pipeline
     from seg4diff.metrics import Counts, matched_counts

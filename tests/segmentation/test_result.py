@@ -74,7 +74,7 @@ def test_is_immutable():
     assert Segmentation(result.labels, result.scores, list(result.classes)).classes == result.classes
 
 
-def test_overlay_blends_picture_and_colours():
+def test_overlay_blends_image_and_colours():
     result = example()
     colours = palette(3)[result.labels.numpy()].astype(float)
     picture = np.asarray(result.image).astype(float)

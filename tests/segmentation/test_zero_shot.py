@@ -121,7 +121,7 @@ def test_seeds_and_generators(pipe: Any) -> None:
         scores(seed=1, generator=generator)
 
 
-def test_batches_equal_single_pictures(pipe: Any) -> None:
+def test_batches_equal_single_images(pipe: Any) -> None:
     images = [picture(70, 50, 0), picture(40, 60, 1), picture(70, 50, 2), np.asarray(picture(70, 50, 3))]
     per_image = [CLASSES, ["dog"], ["tree", "sofa"], CLASSES]
     alone = [
@@ -138,7 +138,7 @@ def test_batches_equal_single_pictures(pipe: Any) -> None:
     assert len(same) == 1
 
 
-def test_text_and_pictures_are_encoded_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_and_images_are_encoded_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[str] = []
     encode_prompt = pipe.encode_prompt
 
