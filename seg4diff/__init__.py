@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.segmentation.result import Segmentation as Segmentation
     from seg4diff.segmentation.zero_shot import segment as segment
 
+    __version__: str
+
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
     "Capture": "seg4diff.attention.capture",
@@ -50,6 +52,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # as of the installed package
+
+        return version(__name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _PUBLIC[name]
@@ -57,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return [*__all__, "__version__"]

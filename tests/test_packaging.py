@@ -167,5 +167,16 @@ def test_import_is_light():
         "heavy = {'diffusers', 'transformers', 'triton', 'peft', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert {'patch', 'segment', 'capture'} <= set(dir(seg4diff))\n"
+        "assert dir(seg4diff) == sorted([*seg4diff.__all__, '__version__'])\n"
     )
     run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_version_is_that_of_the_installed_package():
+    from importlib.metadata import version
+
+    import seg4diff
+
+    assert seg4diff.__version__ == version("seg4diff")
+    with pytest.raises(AttributeError, match="absent"):
+        seg4diff.absent  # noqa: B018

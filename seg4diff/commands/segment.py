@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -58,6 +58,6 @@ def run_segment(options: Segment) -> None:
             batch_size=options.batch_size,
             progress=False,
         )
-        return cast("list[Segmentation]", found)
+        return found
 
     write_segmentations(options, paths, segment, Segmentation.shares)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ def show(
                 found = seg4diff.segment(
                     pipe, images, names[chunk], batch_size=_BATCH, progress=False, **options
                 )
-                results += cast("list[Segmentation]", found)
+                results += found
                 progress.advance(task, len(images))
             return results
 

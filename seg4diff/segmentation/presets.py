@@ -7,7 +7,7 @@ module imports neither torch nor NumPy, so that the command line can list the pr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 Fit = Literal["aspect", "crop", "squash"]
 Upsample = Literal["linear", "geometric"]
@@ -108,10 +108,8 @@ PRESETS = {
     )
 }
 
-if TYPE_CHECKING:
-    PresetName = str
-else:
-    PresetName = Literal[tuple(PRESETS)]  # for the command line, which lists the choices
+PresetName = Literal["default", "paper", "reference"]
+"""The keys of `PRESETS`, for type checkers and the command line."""
 
 
 def find_preset(name: str, *, threshold: float | None = None) -> Preset:

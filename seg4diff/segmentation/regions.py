@@ -6,10 +6,13 @@ that attend to the same places are merged; each group is a region.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
+from PIL import Image
 
 from seg4diff.attention.patch import patch_of
 from seg4diff.images import ImageInput, as_list
@@ -17,16 +20,55 @@ from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.grouping import winning_regions
 from seg4diff.segmentation.inputs import View, views_of
 from seg4diff.segmentation.maps import ImageMaps, run_maps
-from seg4diff.segmentation.presets import Grouping, find_preset
+from seg4diff.segmentation.presets import Grouping, PresetName, find_preset
 from seg4diff.segmentation.result import Segmentation
 from seg4diff.segmentation.scores import resize_scores
 
 
+@overload
+def segment_unsupervised(
+    pipe: Any,
+    image: Image.Image | str | os.PathLike[str],
+    *,
+    preset: PresetName = ...,
+    layers: Sequence[int] | int | None = ...,
+    threshold: float | None = ...,
+    seed: int | None = ...,
+    generator: torch.Generator | None = ...,
+    batch_size: int = ...,
+    progress: bool | None = ...,
+) -> Segmentation: ...
+@overload
+def segment_unsupervised(
+    pipe: Any,
+    image: Sequence[ImageInput],
+    *,
+    preset: PresetName = ...,
+    layers: Sequence[int] | int | None = ...,
+    threshold: float | None = ...,
+    seed: int | None = ...,
+    generator: torch.Generator | None = ...,
+    batch_size: int = ...,
+    progress: bool | None = ...,
+) -> list[Segmentation]: ...
+@overload
+def segment_unsupervised(
+    pipe: Any,
+    image: np.ndarray | torch.Tensor,
+    *,
+    preset: PresetName = ...,
+    layers: Sequence[int] | int | None = ...,
+    threshold: float | None = ...,
+    seed: int | None = ...,
+    generator: torch.Generator | None = ...,
+    batch_size: int = ...,
+    progress: bool | None = ...,
+) -> Segmentation | list[Segmentation]: ...  # the array may have a batch axis
 def segment_unsupervised(
     pipe: Any,
     image: ImageInput | Sequence[ImageInput],
     *,
-    preset: str = "default",
+    preset: PresetName = "default",
     layers: Sequence[int] | int | None = None,
     threshold: float | None = None,
     seed: int | None = None,

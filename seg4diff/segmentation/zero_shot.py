@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
+from PIL import Image
 
 from seg4diff.attention.patch import patch_of
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.inputs import View, views_of
 from seg4diff.segmentation.maps import ImageMaps, run_maps
-from seg4diff.segmentation.presets import Upsample, find_preset
+from seg4diff.segmentation.presets import PresetName, Upsample, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt, names_for_each, plan_prompts
 from seg4diff.segmentation.result import Segmentation
 from seg4diff.segmentation.scores import resize_scores, scores_of_names
 
 
+@overload
+def segment(
+    pipe: Any,
+    image: Image.Image | str | os.PathLike[str],
+    classes: Sequence[str],
+    *,
+    preset: PresetName = ...,
+    layers: Sequence[int] | int | None = ...,
+    seed: int | None = ...,
+    generator: torch.Generator | None = ...,
+    batch_size: int = ...,
+    progress: bool | None = ...,
+) -> Segmentation: ...
+@overload
+def segment(
+    pipe: Any,
+    image: Sequence[ImageInput],
+    classes: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    preset: PresetName = ...,
+    layers: Sequence[int] | int | None = ...,
+    seed: int | None = ...,
+    generator: torch.Generator | None = ...,
+    batch_size: int = ...,
+    progress: bool | None = ...,
+) -> list[Segmentation]: ...
+@overload
+def segment(
+    pipe: Any,
+    image: np.ndarray | torch.Tensor,
+    classes: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    preset: PresetName = ...,
+    layers: Sequence[int] | int | None = ...,
+    seed: int | None = ...,
+    generator: torch.Generator | None = ...,
+    batch_size: int = ...,
+    progress: bool | None = ...,
+) -> Segmentation | list[Segmentation]: ...  # the array may have a batch axis
 def segment(
     pipe: Any,
     image: ImageInput | Sequence[ImageInput],
     classes: Sequence[str] | Sequence[Sequence[str]],
     *,
-    preset: str = "default",
+    preset: PresetName = "default",
     layers: Sequence[int] | int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,

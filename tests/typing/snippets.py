@@ -16,8 +16,7 @@ seg4diff.patch(pipe)
 pipe = seg4diff.unpatch(seg4diff.patch(pipe))
 patched: bool = seg4diff.is_patched(pipe)
 
-result = seg4diff.segment(pipe, "kitchen.jpg", ["cat", "sofa"])
-assert isinstance(result, seg4diff.Segmentation)
+result: seg4diff.Segmentation = seg4diff.segment(pipe, "kitchen.jpg", ["cat", "sofa"])
 labels: torch.Tensor = result.labels
 classes: tuple[str, ...] = result.classes
 overlay: Image.Image = result.overlay()
@@ -26,12 +25,17 @@ result.save(Path("out.npz"))
 loaded: seg4diff.Segmentation = seg4diff.Segmentation.load("out.npz")
 
 array = np.zeros((64, 64, 3))
-results = seg4diff.segment(
+results: list[seg4diff.Segmentation] = seg4diff.segment(
     pipe, [Path("a.png"), Image.new("RGB", (64, 64)), array], ["cat"], layers=[9], seed=1
 )
-assert isinstance(results, list)
+images: list[Image.Image] = [Image.new("RGB", (64, 64))]
+drawn: list[seg4diff.Segmentation] = seg4diff.segment(pipe, images, [["cat", "sofa"]], preset="reference")
 scores: list[torch.Tensor | None] = [each.scores for each in results]
-regions = seg4diff.segment_unsupervised(pipe, torch.zeros(3, 64, 64), layers=9, preset="paper")
+regions: seg4diff.Segmentation = seg4diff.segment_unsupervised(pipe, images[0], layers=9, preset="paper")
+both: seg4diff.Segmentation | list[seg4diff.Segmentation] = seg4diff.segment_unsupervised(
+    pipe, torch.zeros(3, 64, 64)
+)
+version: str = seg4diff.__version__
 
 with seg4diff.capture(pipe, layers=[9], maps=seg4diff.MapRequest(heads="each")) as captured:
     pipe("a cat on a sofa")

@@ -1,0 +1,230 @@
+"""README and docs: examples run and type-check, commands parse, links and the model table are right."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+from PIL import Image
+
+import seg4diff
+from seg4diff import backbones
+from seg4diff.demo import HELD_OUT, scene
+from tests.support import tiny
+from tests.support.paths import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROSE = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+STAND_INS = {'.to("cuda")': ""}
+"""Text of examples that is replaced before they run. Besides, `StableDiffusion3Pipeline.from_pretrained`
+gives a random pipeline of 24 small layers, and their folder has an image of every name in `IMAGES`."""
+IMAGES = ("kitchen.jpg",)
+EXPERTS_FROM = {
+    "Flux.1": "provisional: [ConceptAttention](https://arxiv.org/abs/2502.04320) reads these layers",
+    "Stable Diffusion 3": "[Seg4Diff](https://arxiv.org/abs/2509.18096), figure 8",
+}
+MEASURED_HERE: set[str] = set()
+"""Names of families whose expert layers a command of this repository found."""
+
+
+def ids(page: Path) -> str:
+    return page.stem
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def inline(page: Path) -> list[str]:
+    """What stands between backticks outside of fenced blocks."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [re.sub(r"\s+", " ", found) for found in re.findall(r"`([^`]+)`", text)]
+
+
+def program(page: Path) -> str:
+    """The Python blocks of a page, which follow each other as in a notebook."""
+    return "\n".join(blocks(page, "python"))
+
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=ids)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    monkeypatch.chdir(tmp_path)
+    for name in IMAGES:
+        scene(HELD_OUT).image.save(name)
+    model = tiny.pipeline(layers=24)
+    monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "from_pretrained", lambda *_, **__: model)
+    source = program(page)
+    for text, replacement in STAND_INS.items():
+        source = source.replace(text, replacement)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, str(page), "exec"), namespace)
+    if page.stem == "README":
+        with Image.open("kitchen.png") as saved:
+            assert saved.size == scene(HELD_OUT).image.size
+        assert namespace["result"].classes == ("cat", "sofa", "wall")
+        assert namespace["heat"].shape == (64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.extra("lint", "mypy")
+@pytest.mark.extra("lint", "pyright")
+def test_python_blocks_type_check(tmp_path: Path) -> None:
+    for page in WITH_PYTHON:
+        (tmp_path / f"{page.stem.replace('-', '_').lower()}_example.py").write_text(program(page))
+    files = sorted(tmp_path.glob("*_example.py"))
+    files.append(ROOT / "tests" / "typing" / "snippets.py")
+    mypy = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", *map(str, files)]
+    pyright = {
+        "include": [str(tmp_path)],
+        "extraPaths": [str(ROOT)],
+        "stubPath": str(ROOT / "tests" / "typing" / "stubs"),
+        "reportMissingModuleSource": "none",
+        "typeCheckingMode": "basic",
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(pyright))
+    for command in (
+        mypy,
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--project", str(tmp_path)],
+    ):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def parsed(words: list[str]) -> Any:
+    """What the command line makes of the words after `seg4diff`, without running it."""
+    from seg4diff import cli
+
+    return tyro.cli(cli.Command, args=words, prog="seg4diff", config=(tyro.conf.FlagCreatePairsOff,))  # type: ignore[call-overload]
+
+
+def shell_lines(page: Path) -> Iterator[list[str]]:
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+@pytest.mark.parametrize("page", PROSE, ids=ids)
+def test_shell_lines_parse(page: Path) -> None:
+    for words in shell_lines(page):
+        if words[0] == "seg4diff":
+            try:
+                parsed(words[1:])
+            except SystemExit as stopped:
+                pytest.fail(f"{page.name}: {shlex.join(words)} ends with {stopped.code}")
+
+
+@pytest.mark.parametrize("page", PROSE, ids=ids)
+def test_commands_that_are_named_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE))
+    for words in [*shell_lines(page), *(code.split() for code in inline(page))]:
+        match words:
+            case ["make", target, *_] if target.islower():
+                assert target in targets, f"{page.name}: make {target}"
+            case ["seg4diff", verb, *_] if not verb.startswith("-"):
+                with pytest.raises(SystemExit) as stopped:
+                    parsed([verb, "--help"])
+                assert stopped.value.code == 0, f"{page.name}: seg4diff {verb}"
+            case ["python", "-m", module, *_] if module.startswith("benchmarks."):
+                assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), f"{page.name}: {module}"
+            case ["pytest" | "python", file, *_] if file.endswith(".py"):
+                assert (ROOT / file).is_file(), f"{page.name}: {file}"
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", PROSE, ids=ids)
+def test_names_of_the_library_exist(page: Path) -> None:
+    names = {found.group() for code in inline(page) if (found := re.match(r"seg4diff(\.\w+)+", code))}
+    for name in names:
+        parts = name.split(".")
+        found: Any = seg4diff
+        for depth, part in enumerate(parts[1:], start=2):
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                found = importlib.import_module(".".join(parts[:depth]))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that headings of a page get on common hosts of Markdown."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PROSE, ids=ids)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if re.match(r"\w+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def model_table() -> str:
+    """README's table of model families, from the families themselves."""
+    titles = ("family", "transformer", "text encoders", "expert layers", "measured here")
+    rows = [(*titles, "source of the expert layers"), ("---",) * 6]
+    for family in backbones.families():
+        experts = [f"{_range(layers)} of {count}" for count, layers in sorted(family.experts.items())]
+        rows.append(
+            (
+                family.name,
+                f"`{family.transformer}`",
+                _text_encoders(family),
+                ", ".join(experts) or "none known",
+                "yes" if family.name in MEASURED_HERE else "no",
+                EXPERTS_FROM[family.name],
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _range(layers: tuple[int, ...]) -> str:
+    together = len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if together else ", ".join(map(str, layers))
+
+
+def _text_encoders(family: backbones.Backbone) -> str:
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, family.pipeline).__init__).parameters.values()
+    found = []
+    for parameter in parameters:
+        if parameter.name.startswith("text_encoder"):
+            kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+            short = re.match(r"[A-Z]+\d*(?=[A-Z][a-z]|$)", kind.rpartition(".")[2])
+            optional = " (optional)" if parameter.name in family.optional else ""
+            found.append((short.group() if short else kind) + optional)
+    return ", ".join(found)
+
+
+def test_model_table_is_that_of_the_families() -> None:
+    shown = re.search(r"<!-- models:.*?-->\n(.*?)\n<!-- /models -->", PAGES[0].read_text("utf-8"), re.DOTALL)
+    assert shown is not None
+    assert shown.group(1) == model_table(), f"README's table should be:\n{model_table()}"
+
+
+def test_version_of_the_citation() -> None:
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert version is not None
+    assert f"version: {version.group(1)}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"version = {{{version.group(1)}}}" in PAGES[0].read_text("utf-8")
