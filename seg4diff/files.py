@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -36,7 +37,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     temporary = path.parent / f".{path.stem[:40]}-{secrets.token_hex(6)}{path.suffix}"
     try:
         temporary.touch(exist_ok=False)  # with the permissions that the process's umask gives
+        permissions = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(permissions)  # `write` may have put another file in its place, as safetensors does
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -80,9 +83,27 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
 
 
 def check_folder(out: Path) -> None:
-    """Raise NotADirectoryError if `out`, meant to be a folder of results, is a file."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
+    """Check, before any work is done, that ``out`` is, or can become, a folder of results.
+
+    Raises:
+        NotADirectoryError: it, or a folder that it would be in, is a file.
+        PermissionError: files cannot be made there.
+    """
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"--out {str(out)!r}: {str(existing)!r} is a file; give a folder"
+            if existing != out
+            else f"--out {str(out)!r} is a file; give a folder"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"--out {str(out)!r} cannot be written: no file can be made in {str(existing)!r} "
+            f"({error.strerror}); give another folder"
+        ) from error
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike[str]]) -> None:

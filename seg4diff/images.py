@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -35,10 +36,12 @@ def as_rgb(image: ImageInput) -> Image.Image:
 
     Raises:
         FileNotFoundError: the path leads nowhere.
-        ValueError: the file is unreadable, truncated or too large to be safe, or an array has another shape,
-            is empty, or holds NaN, infinity or values out of range.
+        ValueError: the text is a URL, the file is unreadable, truncated or too large to be safe, or an array
+            has another shape, is empty, or holds NaN, infinity or values out of range.
         TypeError: the argument is none of the above, or an array has another dtype.
     """
+    if isinstance(image, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", image):
+        raise ValueError(f"image {image!r} is a URL, and URLs are not fetched; download it first")
     if isinstance(image, (str, os.PathLike)):
         return _flatten(_open(Path(image)), f"image {os.fspath(image)!r}")
     if isinstance(image, Image.Image):

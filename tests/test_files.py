@@ -56,6 +56,18 @@ def test_permissions_follow_the_umask(tmp_path):
     assert stat.S_IMODE(written.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
+def test_permissions_of_a_file_that_a_writer_puts_in_place(tmp_path):
+    def write(path: Path) -> None:
+        private = tmp_path / "private"
+        private.touch(mode=0o600)
+        private.replace(path)
+
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    written = write_atomically(tmp_path / "written", write)
+    assert stat.S_IMODE(written.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
 def test_a_folder_in_the_way(tmp_path):
     with pytest.raises(IsADirectoryError, match="give the name of a file"):
         write_atomically(tmp_path, lambda path: path.write_text("x"))

@@ -76,6 +76,11 @@ def test_transparent_pixels_are_white(picture):
     assert same(as_rgb(picture), np.full((2, 3, 3), 255))
 
 
+def test_a_url_is_not_fetched() -> None:
+    with pytest.raises(ValueError, match=r"image 'https://a.org/b.jpg' is a URL.*download it first"):
+        as_rgb("https://a.org/b.jpg")
+
+
 def test_half_transparent_pixels_are_half_white():
     picture = np.dstack([PIXELS, np.full((2, 3), 128, np.uint8)])
     expected = PIXELS * (128 / 255) + 255 * (127 / 255)
