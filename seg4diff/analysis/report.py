@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -196,8 +197,8 @@ class AnalysisReport:
         return plots.panels(images, columns)
 
     def save(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-        """Write PATH.safetensors with all tensors and PATH.json with the rest; a suffix of `path` is
-        dropped.
+        """Write PATH.safetensors with all tensors and PATH.json with the measures of whole layers
+        and the rest; a suffix of ``path`` is dropped.
 
         Returns:
             Both paths. Each file appears whole or not at all.
@@ -217,6 +218,7 @@ class AnalysisReport:
             "uniform_to_text": self.uniform_to_text,
             "images": self.images,
             "grid": self.grid,
+            "by_layer": {name: _numbers(tensor) for name, tensor in _tensors(self.by_layer).items()},
             "metadata": dict(self.metadata),
         }
         text = json.dumps(description, indent=2, default=str)
@@ -278,6 +280,11 @@ class AnalysisReport:
 
 def _tensors(measures: Measures) -> dict[str, Tensor]:
     return {f.name: getattr(measures, f.name) for f in fields(Measures)}
+
+
+def _numbers(tensor: Tensor) -> list[list[float | None]]:
+    """Levels of layers as JSON has them, which knows no NaN."""
+    return [[None if math.isnan(value) else value for value in level] for level in tensor.tolist()]
 
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
