@@ -1,6 +1,6 @@
 """The training loop: one process or many, resumable at every step.
 
-Called by ``seg4diff train`` and ``accelerate launch -m seg4diff.magnet``. A step is a function of the
+Called by ``seg4diff train``. A step is a function of the
 weights, the optimizer's state and the step's number alone (:mod:`seg4diff.magnet.sampling`); these are what
 a checkpoint holds.
 """
@@ -34,7 +34,7 @@ from seg4diff.magnet.optimizers import learning_rate, make_optimizer
 from seg4diff.magnet.pictures import SamplePrompts, mask_overlays
 from seg4diff.magnet.sampling import HeldOutSamples, TrainingSamples, collate, positions, split
 from seg4diff.magnet.settings import TrainSettings, build_settings
-from seg4diff.magnet.sources import open_source
+from seg4diff.magnet.sources import Source, open_source
 from seg4diff.magnet.weights import FILE_NAME, save_lora
 
 logger = logging.getLogger(__name__)
@@ -144,11 +144,12 @@ class _Run:
         self._progress = progress
         self._out = Path(settings.out)
         self._check_folder()
+        source = open_source(settings.data)  # before a model is loaded, which takes longer
         pipe = _load(settings, accelerator.device) if pipe is None else pipe
         transformer: Any = transformer_of(pipe)
         layers = mask_layers(transformer, settings.mask) if settings.mask.weight > 0 else ()
         stop_after = layers[-1] if layers and settings.fm_weight == 0 else None
-        self._set_up_data(pipe)
+        self._set_up_data(pipe, source)
         del pipe
         _free_memory()
         self._set_up_model(transformer, stop_after)
@@ -157,9 +158,9 @@ class _Run:
 
     # Before training
 
-    def _set_up_data(self, pipe: Any) -> None:
+    def _set_up_data(self, pipe: Any, source: Source) -> None:
         settings = self._settings
-        encodings = self._encodings(pipe)
+        encodings = self._encodings(pipe, source)
         self._samples = SamplePrompts(pipe, settings.sample_prompts) if settings.sample_prompts else None
         training, held_out, unusable = split(encodings, settings)
         self._unusable = encodings.skipped + unusable
@@ -194,11 +195,10 @@ class _Run:
                 "resume='latest' to go on"
             )
 
-    def _encodings(self, pipe: Any) -> Encodings:
+    def _encodings(self, pipe: Any, source: Source) -> Encodings:
         """The cache, built by the first process of each machine if it has to be."""
         data = self._settings.data
         folder = Path(data.cache) if data.cache else self._out / "cache"
-        source = open_source(data)
         with (
             self._accelerator.local_main_process_first(),
             _encoders_on(pipe, self._accelerator.device),

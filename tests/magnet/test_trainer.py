@@ -218,7 +218,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     # "--multi_gpu" makes Accelerate start the processes itself; without GPUs they talk through gloo.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(port), "-m", "seg4diff.magnet", "--config", str(config)]
+    launch += ["--main_process_port", str(port), "-m", "seg4diff", "train", "--config", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     two = subprocess.run(
         [*launch, "--out", str(tmp_path / "two")],
