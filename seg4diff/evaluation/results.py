@@ -75,16 +75,19 @@ class Result:
         name: of the sample.
         tallies: by protocol; empty if no pixel counts, or ``failure`` is given.
         failure: why the picture could not be evaluated.
+        group: how many pictures were evaluated together with it, itself included; its numbers can depend on
+            that in their last bits.
     """
 
     index: int
     name: str
     tallies: Mapping[str, Tally] = field(default_factory=dict)
     failure: str | None = None
+    group: int = 1
 
     def to_line(self) -> str:
         """One line of JSON."""
-        entry: dict[str, Any] = {"index": self.index, "name": self.name}
+        entry: dict[str, Any] = {"index": self.index, "name": self.name, "group": self.group}
         if self.failure is not None:
             entry["failure"] = self.failure
         for protocol, tally in self.tallies.items():
@@ -123,11 +126,13 @@ class Result:
                 _dense(kept["matched"], classes) if "matched" in kept else None,
                 _dense(kept["boundary"], classes) if "boundary" in kept else None,
             )
-        return Result(int(entry["index"]), str(entry["name"]), tallies, entry.get("failure"))
+        return Result(
+            int(entry["index"]), str(entry["name"]), tallies, entry.get("failure"), int(entry["group"])
+        )
 
 
 def read_results(folder: Path, classes: int) -> dict[int, Result]:
-    """All results in a folder by index, of a picture evaluated more than once the one without failure.
+    """All results in a folder by index, of a picture evaluated more than once the one to keep.
 
     Lines that were cut off while they were written are left out.
     """
@@ -141,10 +146,15 @@ def read_results(folder: Path, classes: int) -> dict[int, Result]:
             except (ValueError, KeyError, TypeError, IndexError, RuntimeError):
                 logger.warning("line %d of %s was cut off; that picture is evaluated again", number, path)
                 continue
-            known = found.get(result.index)
-            if known is None or known.failure is not None:
-                found[result.index] = result
+            found[result.index] = preferred(found.get(result.index), result)
     return found
+
+
+def preferred(known: Result | None, other: Result) -> Result:
+    """Of two results of one picture that of the larger group, and then the one without failure."""
+    if known is None or other.group > known.group:
+        return other
+    return other if other.group == known.group and known.failure is not None else known
 
 
 def append_results(folder: Path, process: int, results: Iterable[Result]) -> None:

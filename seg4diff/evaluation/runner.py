@@ -44,6 +44,7 @@ from seg4diff.evaluation.results import (
     append_results,
     failures_of,
     no_space,
+    preferred,
     read_results,
     remove_results,
 )
@@ -316,7 +317,7 @@ def evaluate(
         check_predictions(dataset, out, evaluator.settings.protocols)
     identity = _identity(evaluator, dataset, about or {})
     if state.is_main_process:
-        _claim(out, identity, overwrite)
+        _claim(out, identity, [sample.name for sample in dataset.samples], overwrite)
     state.wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)  # on machines that do not share a disk
     classes = len(dataset.classes)
@@ -324,7 +325,9 @@ def evaluate(
     size = evaluator.settings.batch_size * _BATCHES_IN_A_GROUP
     everything = range(len(dataset.samples))
     groups = [list(everything[first : first + size]) for first in range(0, len(everything), size)]
-    open_groups = [group for group in groups if not all(_is_done(earlier.get(index)) for index in group)]
+    open_groups = [
+        group for group in groups if not all(_is_done(earlier.get(index), len(group)) for index in group)
+    ]
     redone = {index for group in open_groups for index in group}
     kept = {index: result for index, result in earlier.items() if index not in redone}
     if kept and state.is_main_process:
@@ -415,6 +418,7 @@ def _evaluate_group(
         results.append(Result(answer.index, answer.name, tallies))
     answered = {answer.index for answer in answers}
     results += [Result(p.index, p.name) for p in pictures if p.index not in answered]
+    results = [replace(result, group=len(group)) for result in results]
     return sorted(results, key=lambda result: result.index), answers
 
 
@@ -466,8 +470,8 @@ def _texts(questions: Any) -> Iterator[str]:
             yield prompt.text
 
 
-def _is_done(result: Result | None) -> bool:
-    return result is not None and result.failure is None
+def _is_done(result: Result | None, group: int) -> bool:
+    return result is not None and result.failure is None and result.group == group
 
 
 def _gather(results: dict[int, Result]) -> dict[int, Result]:
@@ -476,9 +480,7 @@ def _gather(results: dict[int, Result]) -> dict[int, Result]:
 
     gathered: dict[int, Result] = {}
     for result in gather_object(list(results.values())):
-        known = gathered.get(result.index)
-        if known is None or known.failure is not None:
-            gathered[result.index] = result
+        gathered[result.index] = preferred(gathered.get(result.index), result)
     return gathered
 
 
@@ -492,7 +494,6 @@ def _speed(images: int, seconds: float) -> Speed | None:
 
 def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the figures, as JSON has it."""
-    digest = hashlib.sha256("\n".join(sample.name for sample in dataset.samples).encode()).hexdigest()
     entries = {
         **asdict(evaluator.settings),
         "preset_details": asdict(evaluator.preset),
@@ -500,7 +501,7 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
         "dataset": dataset.name,
         "source": dataset.source,
         "pictures": len(dataset.samples),
-        "pictures_sha256": digest,
+        "pictures_sha256": _digest([sample.name for sample in dataset.samples]),
         "classes": dataset.classes,
         "prompts": dataset.prompts,
         "dtype": str(evaluator.pipe.transformer.dtype).removeprefix("torch."),
@@ -510,8 +511,12 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
     return identity
 
 
-def _claim(out: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
-    """Write down what ``out`` is for, unless it is for something else."""
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _claim(out: Path, identity: Mapping[str, Any], names: Sequence[str], overwrite: bool) -> None:
+    """Write down what ``out`` is for, unless it is for something else; more pictures may be added to it."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{str(out)!r} is a file; give a folder")
     path = out / "settings.json"
@@ -522,6 +527,11 @@ def _claim(out: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
             earlier = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is damaged ({error}); say --overwrite to start anew") from error
+        same_first = earlier.get("pictures_sha256") == _digest(names[: earlier.get("pictures", 0)])
+        if same_first or earlier.get("pictures") != identity["pictures"]:  # the number says enough
+            earlier["pictures_sha256"] = identity["pictures_sha256"]
+        if same_first:
+            earlier["pictures"] = identity["pictures"]
         different = [
             f"{key} was {_short(earlier.get(key))}, is {_short(identity.get(key))}"
             for key in sorted({*earlier, *identity})
@@ -530,8 +540,7 @@ def _claim(out: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         if different:
             raise ValueError(
                 f"{str(out)!r} holds results of other settings: {'; '.join(different)}. Give another "
-                "folder, or say "
-                "--overwrite to start anew"
+                "folder, or say --overwrite to start anew"
             )
     write_atomically(
         path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")

@@ -110,3 +110,16 @@ def test_lines_are_json_of_what_was_counted() -> None:
     entry = json.loads(result(0).to_line())
     assert entry["tallies"]["oracle"]["confusion"] == [[0, 0, 5], [0, 2, 2], [1, 0, 1], [1, 1, 3_000_000_000]]
     assert entry["tallies"]["oracle"]["boundary"] == [[0, 1, 2, 3]]
+
+
+def test_the_larger_group_is_kept_then_the_one_without_failure(tmp_path: Path) -> None:
+    failed = Result(0, "a", failure="damaged", group=4)
+    for first, second, kept in (
+        (Result(0, "a", group=2), Result(0, "a", group=4), 4),
+        (Result(0, "a", group=4), Result(0, "a", group=2), 4),
+        (failed, Result(0, "a", group=4), 4),
+        (Result(0, "a", group=4), failed, 4),
+    ):
+        (tmp_path / "results-00000.jsonl").write_text(f"{first.to_line()}\n{second.to_line()}\n")
+        (found,) = read_results(tmp_path, 2).values()
+        assert (found.group, found.failure) == (kept, None)
