@@ -3,7 +3,7 @@
 Random weights. On a GPU SD3-medium's exact size in bfloat16; on a CPU four blocks of four heads in float32,
 with the token counts of 1024 px, or with ``--full-size`` the memory of the exact size in bfloat16 (some ten
 minutes, 16 GiB). Rivals: the same step with the attention matrix materialised, and a plain LoRA step without
-mask loss. The estimate of ``seg4diff train --estimate`` has to be within 10 % of the measurement.
+mask loss. The estimate of ``seg4diff estimate`` has to be within 10 % of the measurement.
 """
 
 from __future__ import annotations

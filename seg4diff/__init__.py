@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff import demo as demo
     from seg4diff.analysis import analyze as analyze
-    from seg4diff.analysis import expert_layers as expert_layers
+    from seg4diff.analysis import rank_layers as rank_layers
     from seg4diff.attention.capture import Capture as Capture
     from seg4diff.attention.capture import Record as Record
     from seg4diff.attention.capture import capture as capture
@@ -37,13 +37,13 @@ _PUBLIC = {
     "capture": "seg4diff.attention.capture",
     "demo": "",
     "edit": "seg4diff.editing.words",
-    "expert_layers": "seg4diff.analysis",
     "guide": "seg4diff.editing.guidance",
     "is_patched": "seg4diff.attention.patch",
     "load_lora": "seg4diff.magnet.weights",
     "load_pipeline": "seg4diff.loading",
     "patch": "seg4diff.attention.patch",
     "perturb": "seg4diff.editing.blur",
+    "rank_layers": "seg4diff.analysis",
     "segment": "seg4diff.segmentation.zero_shot",
     "segment_unsupervised": "seg4diff.segmentation.regions",
     "unpatch": "seg4diff.attention.patch",

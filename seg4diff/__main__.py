@@ -1,8 +1,8 @@
-"""``python -m seg4diff``: the command line."""
+"""`python -m seg4diff`: the command line."""
 
 import sys
 
-from seg4diff.cli import main
+from seg4diff.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -95,7 +95,7 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert "Requires-Python: >=3.11" in metadata
     for extra in ("train", "eval", "viz", "demo", "quant", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
-    assert "seg4diff = seg4diff.cli:main" in entry_points
+    assert "seg4diff = seg4diff.cli.main:main" in entry_points
 
 
 def test_source_distribution_holds_what_it_takes_to_build(built):
@@ -163,7 +163,7 @@ def test_installed_package_imports_from_everywhere(kind, source, built, tmp_path
 
 def test_import_is_light():
     code = (
-        "import sys, seg4diff, seg4diff.demo, seg4diff.cli\n"
+        "import sys, seg4diff, seg4diff.demo, seg4diff.cli.main\n"
         "heavy = {'diffusers', 'transformers', 'triton', 'peft', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert {'patch', 'segment', 'capture'} <= set(dir(seg4diff))\n"

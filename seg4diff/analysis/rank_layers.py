@@ -106,7 +106,7 @@ class Ranking:
         return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def expert_layers(
+def rank_layers(
     pipe: Any,
     prompts: str | Sequence[str] | None = None,
     *,

@@ -175,7 +175,7 @@ class Backbone:
         if count not in self.experts:
             raise ValueError(
                 f"no expert layer is known for a {self.name} transformer of {count} blocks; "
-                "name it with layers=[...] (seg4diff.expert_layers measures it)"
+                "name it with layers=[...] (seg4diff.rank_layers measures it)"
             )
         return self.experts[count]
 

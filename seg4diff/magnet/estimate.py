@@ -1,6 +1,6 @@
 """How much memory a training run will take, part by part, without running it.
 
-Called by ``seg4diff train --estimate``. One training step of the model's exact shape is traced with tensors
+Called by ``seg4diff estimate``. One training step of the model's exact shape is traced with tensors
 that have shapes and no data (PyTorch's fake tensors), and every tensor's birth and death is booked; the
 peak is the answer. No weight is loaded and nothing is computed, so a laptop can say what a GPU will need.
 What surrounds the tensors (the driver's context, some hundred MiB, and fragmentation) is not counted.
@@ -168,7 +168,7 @@ def estimate_variants(settings: TrainSettings) -> dict[str, Estimate]:
 
 
 def report(found: Mapping[str, Estimate]) -> Group:
-    """What ``seg4diff train --estimate`` prints of the estimates of :func:`estimate_variants`."""
+    """What ``seg4diff estimate`` prints of the estimates of :func:`estimate_variants`."""
     first, *_ = found.values()
     settings, side = first.settings, first.settings.data.resolution
     title = f"{settings.model}, {side} x {side} pixels, batch {settings.batch}: predicted peak memory"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import seg4diff
-from seg4diff.analysis import Ranking, analyze, expert_layers
+from seg4diff.analysis import Ranking, analyze, rank_layers
 from seg4diff.metrics import confusion_matrix, counts_of
 from tests.support.images import random_image
 
@@ -33,7 +33,7 @@ def scenes() -> dict[str, Any]:
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_sweep_is_segmentation_layer_by_layer(pipe: Any, scenes: dict[str, Any], batch_size: int) -> None:
-    ranking = expert_layers(pipe, **scenes, noise_levels=[8, 20], batch_size=batch_size, progress=False)
+    ranking = rank_layers(pipe, **scenes, noise_levels=[8, 20], batch_size=batch_size, progress=False)
     assert ranking.scores.shape == (2, 3)
     names = ["cat", "sofa", "red dog", "tree"]
     for layer in range(3):
@@ -53,13 +53,13 @@ def test_sweep_is_segmentation_layer_by_layer(pipe: Any, scenes: dict[str, Any],
 
 def test_labels_are_left_as_they_were(pipe: Any, scenes: dict[str, Any]) -> None:
     before = [label.copy() for label in scenes["labels"]]
-    expert_layers(pipe, **scenes, layers=1, progress=False)
+    rank_layers(pipe, **scenes, layers=1, progress=False)
     for label, kept in zip(scenes["labels"], before, strict=True):
         assert np.array_equal(label, kept)
 
 
 def test_without_labels_by_value_norms(pipe: Any) -> None:
-    ranking = expert_layers(pipe, ["a cat", "a dog"], noise_levels=[2, 3], steps=3)
+    ranking = rank_layers(pipe, ["a cat", "a dog"], noise_levels=[2, 3], steps=3)
     report = analyze(pipe, ["a cat", "a dog"], noise_levels=[2, 3], steps=3)
     assert ranking.criterion == "value_norm_ratio"
     assert torch.equal(ranking.scores, report.by_layer.value_norm_ratio)
@@ -118,6 +118,6 @@ def test_bad_requests_are_named(
     pipe: Any, scenes: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        expert_layers(pipe, **{**scenes, **changes})
+        rank_layers(pipe, **{**scenes, **changes})
     image = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
     assert seg4diff.segment(pipe, image, ["cat", "dog"], layers=0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seg4diff.cli import main
+from seg4diff.cli.main import main
 from seg4diff.demo.scenes import CLASSES
 from seg4diff.evaluation import generation
 from seg4diff.evaluation.datasets import open_dataset
@@ -80,7 +80,7 @@ def test_pictures_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(generation, "_tensor_clip", lambda _: load(tiny.clip))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("lava\nwater\n")
-    command = "evaluate --generation --model demo --device cpu --steps 8 --guidance-scale 3 --batch-size 2"
+    command = "clip-score --model demo --device cpu --steps 8 --guidance-scale 3 --batch-size 2"
     assert main([*command.split(), "--prompts", str(prompts), "--out", str(tmp_path / "out")]) == 0
     pictures = [
         np.asarray(Image.open(tmp_path / "out" / "base" / f"{n:05d}-0.png")).astype(int) for n in (0, 1)

@@ -1,4 +1,4 @@
-"""Settings from TOML and from the command line."""
+"""Settings from TOML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import tyro
 
-from seg4diff.magnet.commands import Train, overrides, run_train, settings_of
 from seg4diff.magnet.settings import PRESETS, TrainSettings, build_settings, read_settings
 
 
@@ -30,21 +29,6 @@ def test_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid(preset: str) -> None:
     assert isinstance(build_settings({"preset": preset}), TrainSettings)
-
-
-def test_command_line_overrides_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "magnet.toml"
-    path.write_text("steps = 7\n[mask]\nweight = 2.0\n")
-    options = Train(config=path, set=("mask.weight=3", "data.kind=demo", "mask.layers=[1, 2]"), out=tmp_path)
-    settings = settings_of(options)
-    assert (settings.steps, settings.mask.weight, settings.data.kind) == (7, 3.0, "demo")
-    assert settings.mask.layers == (1, 2)
-    assert settings.out == str(tmp_path)
-    assert overrides(("a.b=1", "a.c=x y")) == {"a": {"b": 1, "c": "x y"}}
-    assert overrides(('a=C:\\x "y" é🙂',)) == {"a": 'C:\\x "y" é🙂'}
-    for word in ("steps", "=3", "a b=c"):
-        with pytest.raises(ValueError, match=f"{word!r} is not KEY=VALUE"):
-            overrides((word,))
 
 
 @pytest.mark.parametrize(
@@ -81,8 +65,6 @@ def test_wrong_settings(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_settings(path)
-    with pytest.raises(ValueError, match="magnet.toml"):
-        settings_of(Train(config=path))
 
 
 def test_missing_file() -> None:
@@ -141,23 +123,9 @@ def test_tyro_parses_nested_settings() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (Train(memory=8.0), "goes with --estimate only"),
-        (Train(memory=float("nan"), estimate=True), "must be a positive number of GiB"),
-        (Train(demo=True, estimate=True), "--demo has its own settings"),
-        (Train(), "name a configuration with --config, or try --demo"),
-    ],
-)
-def test_commands_that_make_no_sense(options: Train, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_train(options)
-
-
-def test_settings_and_commands_import_nothing_heavy() -> None:
+def test_settings_import_nothing_heavy() -> None:
     program = (
-        "import sys; import seg4diff.magnet.commands, seg4diff.magnet.settings; "
+        "import sys; import seg4diff.magnet.settings; "
         "print(sorted({'torch', 'diffusers', 'accelerate', 'scipy', 'numpy'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

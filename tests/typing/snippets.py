@@ -48,6 +48,6 @@ seg4diff.guide(pipe, "a cat on a sofa", scale=3.0, layers=[9])
 
 report = seg4diff.analyze(pipe, ["a cat on a sofa"], steps=4)
 mass: torch.Tensor = report.by_layer.image_to_text
-layers: tuple[int, ...] = seg4diff.expert_layers(pipe, ["a cat"]).order
+layers: tuple[int, ...] = seg4diff.rank_layers(pipe, ["a cat"]).order
 seg4diff.load_lora(pipe, "adapters.safetensors")
 demo = seg4diff.load_pipeline("demo")

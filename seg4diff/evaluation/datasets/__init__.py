@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
+from seg4diff.evaluation.dataset_names import DatasetName
 from seg4diff.evaluation.datasets import class_names
 from seg4diff.evaluation.datasets.layout import IncompleteDatasetError, Sample
 
@@ -26,21 +27,6 @@ __all__ = [
     "with_names",
 ]
 
-DatasetName = Literal[
-    "voc20",
-    "voc21",
-    "pc59",
-    "pc60",
-    "coco-object",
-    "coco-object-bg",
-    "coco-stuff27",
-    "coco-stuff171",
-    "ade150",
-    "cityscapes19",
-    "imagenet-seg",
-    "folder",
-    "scenes",
-]
 DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 """Names of all data sets."""
 

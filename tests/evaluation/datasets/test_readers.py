@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from seg4diff.evaluation.datasets import DATASETS, Dataset, class_names, open_dataset
+from seg4diff.evaluation.datasets import Dataset, class_names, open_dataset
 from seg4diff.metrics import confusion_matrix
 from tests.support import miniature
 
@@ -229,11 +229,3 @@ def test_scenes_are_the_held_out_ones() -> None:
     row, column = 100, 20
     assert CLASSES[labels[row, column]] == drawn.classes[drawn.labels[row, column]]
     assert dataset.samples[3].read_image().tobytes() == drawn.image.tobytes()
-
-
-def test_names_of_datasets_are_those_of_the_command_line() -> None:
-    from typing import get_args
-
-    from seg4diff.evaluation import commands
-
-    assert get_args(commands._DatasetName) == DATASETS

@@ -1,29 +1,36 @@
-"""The command ``seg4diff generate``. Heavy imports wait until it runs."""
+"""`seg4diff generate`."""
 
 from __future__ import annotations
 
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from seg4diff.commands.model_options import ModelOptions, load_patched, model_files
-from seg4diff.files import check_folder, check_outputs, save_image
+from seg4diff.cli.options import Layers, ModelOptions, at_least_one
+from seg4diff.files import save_image, write_atomically
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_Pixels = Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(ModelOptions):
-    """Draw pictures, and see, perturb or edit what their words do meanwhile.
+    """Draw images, and see, perturb or edit what their words do meanwhile.
 
-    Writes OUT/NUMBER.png, and with --save-maps a sheet OUT/NUMBER-maps.png with a heat map for every word:
+    Writes OUT/NUMBER.png, with prompt, seed and model in its text chunks, and with --save-maps a sheet
+    OUT/NUMBER-maps.png with a heat map for every word. Numbers go on after those in OUT:
 
         seg4diff generate "a cat on a sofa" --save-maps
         seg4diff generate "a cat on a sofa" --perturb 9
         seg4diff generate "a cat on a sofa" --guide 3 --guidance-scale 5
-        seg4diff generate "a cat and a dog" --swap cat=dog --weight sofa=0.5
+        seg4diff generate "a cat and a dog" --swap cat=dog
+        seg4diff generate "a cat on a sofa" --drop cat --weight sofa=1.5
     """
 
     prompts: Annotated[
@@ -37,33 +44,29 @@ class Generate(ModelOptions):
     out: Path = Path("generate-output")
     """Folder for what is written."""
     images: int = 1
-    """Pictures of each prompt."""
+    """Images of each prompt."""
     steps: int = 28
     """Denoising steps."""
     guidance_scale: float = 7.0
     """Scale of classifier-free guidance; 1 is none."""
-    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None
+    width: _Pixels = None
     """By default that of the model."""
-    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")] = None
+    height: _Pixels = None
     """By default that of the model."""
     seed: int = 0
-    """Seed of the noise of the first picture; every further one has the next number."""
+    """Seed of the noise of the first image; every further one has the next number."""
     save_maps: bool = False
-    """Write heat maps: how strongly each place of the picture reads each word, averaged over the steps."""
+    """Write heat maps: how strongly each place of the image reads each word, averaged over the steps."""
     words: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORD [WORD ...]", help_behavior_hint="")] = ()
     """With --save-maps: only these words or phrases; by default every word of the prompt."""
-    map_layers: Annotated[
-        tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")
-    ] = None
-    """With --save-maps: transformer layers to look at; by default the model's expert layer."""
+    map_layers: Layers = None
+    """With --save-maps: transformer layers that are read; by default the model's expert layers."""
     perturb: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")] = ()
     """Blur what image tokens read of the text in these layers."""
     guide: Annotated[float | None, tyro.conf.arg(metavar="SCALE", help_behavior_hint="")] = None
     """Guide away from what the model would draw if --guide-layers read blurred text."""
-    guide_layers: Annotated[
-        tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")
-    ] = None
-    """With --guide: by default the model's expert layer."""
+    guide_layers: Layers = None
+    """With --guide: by default the model's expert layers."""
     sigma: float = 9.0
     """With --perturb and --guide: standard deviation of the blur, in text tokens."""
     kernel_size: int = 5
@@ -77,53 +80,49 @@ class Generate(ModelOptions):
     weight: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORD=FACTOR [...]", help_behavior_hint="")] = ()
     """Words that are read more or less strongly."""
 
+    def run(self) -> None:
+        """Draw the images.
 
-def run_generate(options: Generate) -> None:
-    """Run ``seg4diff generate``.
+        Raises:
+            ValueError: an option makes no sense.
+        """
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("no prompt given; write what to draw")
+        at_least_one(self, "images", "steps")
+        if self.words and not self.save_maps:
+            raise ValueError("--words chooses among heat maps; add --save-maps")
+        swap = dict(_pair(text, "--swap cat=dog") for text in self.swap)
+        pairs = [_pair(text, "--weight cat=1.5") for text in self.weight]
+        weights = {word: _number(factor, f"--weight {word}={factor}") for word, factor in pairs}
+        self.check(self.out)
 
-    Raises:
-        ValueError: what is asked for makes no sense.
-    """
-    if not options.prompts or not all(prompt.strip() for prompt in options.prompts):
-        raise ValueError("no prompt given; say what to draw")
-    for name, value in (("--images", options.images), ("--steps", options.steps)):
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
-    if options.words and not options.save_maps:
-        raise ValueError("--words chooses among heat maps; add --save-maps")
-    swap = dict(_pair(text, "--swap cat=dog") for text in options.swap)
-    weights = {word: _number(factor, f"--weight {word}={factor}") for word, factor in
-               (_pair(text, "--weight cat=1.5") for text in options.weight)}  # fmt: skip
-    check_folder(options.out)
-    numbers = range(len(options.prompts) * options.images)
-    check_outputs([file for number in numbers for file in _files(options, number)], model_files(options))
+        from seg4diff.editing.blur import Blur
 
-    from seg4diff.editing.blur import Blur
-
-    blur = Blur(options.sigma, options.kernel_size, options.padding)
-    pipe = load_patched(options)
-    number = 0
-    for prompt in options.prompts:
-        for _ in range(options.images):
-            _draw(pipe, options, prompt, number, blur, swap, weights)
-            number += 1
+        blur = Blur(self.sigma, self.kernel_size, self.padding)
+        pipe = self.load()
+        first = _first_free_number(self.out)
+        for position in range(len(self.prompts) * self.images):
+            prompt = self.prompts[position // self.images]
+            _draw(pipe, self, prompt, self.seed + position, first + position, blur, swap, weights)
 
 
-def _files(options: Generate, number: int) -> tuple[Path, Path]:
-    """Where a picture is written, and the sheet of its heat maps."""
-    return options.out / f"{number:03}.png", options.out / f"{number:03}-maps.png"
+def _first_free_number(out: Path) -> int:
+    """One more than the largest number that a file in the folder starts with, 0 if there is none."""
+    found = [re.match(r"(\d+)(-maps)?\.png$", path.name) for path in out.glob("*.png")]
+    return max((int(match[1]) + 1 for match in found if match is not None), default=0)
 
 
 def _draw(
     pipe: Any,
     options: Generate,
     prompt: str,
+    seed: int,
     number: int,
     blur: Any,
     swap: dict[str, str],
     weights: dict[str, float],
 ) -> None:
-    """Draw one picture and write what was asked for."""
+    """Draw one image and write it, and the sheet of its heat maps."""
     import torch
     from tqdm import tqdm
 
@@ -139,7 +138,7 @@ def _draw(
         "guidance_scale": options.guidance_scale,
         "width": options.width,
         "height": options.height,
-        "generator": torch.Generator().manual_seed(options.seed + number),
+        "generator": torch.Generator().manual_seed(seed),
     }
     with ExitStack() as stack:
         if options.perturb:
@@ -164,24 +163,41 @@ def _draw(
             output = seg4diff.guide(
                 pipe, prompt, scale=options.guide, layers=options.guide_layers, blur=blur, **call
             )
-    picture = output.images[0]
-    path, sheet = _files(options, number)
-    save_image(picture, path)
+    image = output.images[0]
+    path = options.out / f"{number:03}.png"
+    _save_with_origin(image, path, options, prompt, seed)
     if captured is not None:
-        tiles = [("", picture)]
+        tiles = [("", image)]
         tiles += [
-            (word, heatmap_overlay(picture, captured.heatmap(word)))
+            (word, heatmap_overlay(image, captured.heatmap(word)))
             for word in options.words or words_of(prompt)
         ]
         rows = [tiles[first : first + 6] for first in range(0, len(tiles), 6)]
-        save_image(contact_sheet(rows), sheet)
-    tqdm.write(f"{prompt!r}, seed {options.seed + number} -> {path}")
+        save_image(contact_sheet(rows), options.out / f"{number:03}-maps.png")
+    tqdm.write(f"{prompt!r}, seed {seed} -> {path}")
+
+
+def _save_with_origin(image: Image.Image, path: Path, options: Generate, prompt: str, seed: int) -> None:
+    """Write a PNG whose text chunks hold prompt, seed, model, and options that are not at their defaults."""
+    from PIL.PngImagePlugin import PngInfo
+
+    made = {"prompt": prompt, "seed": seed, "model": options.model}
+    own = {"prompts", "seed", "model", "out", "images", "save_maps", "words", "map_layers", "debug"}
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if entry.name not in own and value != entry.default:
+            made[entry.name] = value
+    chunks = PngInfo()
+    for name, value in made.items():
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        chunks.add_itxt(name, text)
+    write_atomically(path, lambda temporary: image.save(temporary, pnginfo=chunks))
 
 
 def _pair(text: str, example: str) -> tuple[str, str]:
     found = re.fullmatch(r"\s*([^=]*[^=\s])\s*=\s*([^=]*[^=\s])\s*", text)
     if found is None:
-        raise ValueError(f"{text!r} is no pair; write it like {example}")
+        raise ValueError(f"{text!r} is not a pair; write it like {example}")
     return found[1], found[2]
 
 
@@ -189,4 +205,4 @@ def _number(text: str, name: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name}: {text!r} is no number") from None
+        raise ValueError(f"{name}: {text!r} is not a number") from None

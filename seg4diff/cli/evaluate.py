@@ -1,0 +1,195 @@
+"""`seg4diff evaluate`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from seg4diff.cli.options import (
+    DataOptions,
+    Layers,
+    ModelOptions,
+    PresetName,
+    at_least_one,
+    end_processes,
+)
+from seg4diff.evaluation.dataset_names import DatasetName
+
+if TYPE_CHECKING:
+    from seg4diff.evaluation.datasets import Dataset
+    from seg4diff.evaluation.runner import Report, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(DataOptions, ModelOptions):
+    """Measure how well a model segments data sets.
+
+        seg4diff evaluate --dataset scenes --model demo --limit 8
+        seg4diff evaluate --dataset voc20 ade150 --protocol oracle full --preset paper --data-root data
+
+    Data sets are read as their official downloads unpack; missing files are reported before a model is
+    loaded. The same command continues an interrupted one, and a larger --limit adds images to it.
+    `accelerate launch -m seg4diff evaluate ...` shares the images among GPUs and machines. Writes
+    OUT/DATASET/report.json, report.md, contact-sheet.png and results, and OUT/report.md for all data sets.
+    """
+
+    dataset: Annotated[tuple[DatasetName, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+    """voc20, voc21, pc59, pc60, coco-object, coco-object-bg, coco-stuff27, coco-stuff171, ade150,
+    cityscapes19, imagenet-seg; folder: one of your own; scenes: those of the bundled model."""
+    protocol: Annotated[
+        tuple[Literal["oracle", "full", "unsupervised"], ...],
+        tyro.conf.arg(metavar="{oracle,full,unsupervised} [...]"),
+    ] = ("oracle",)
+    """oracle: prompt the classes present in each image, as the paper does; full: all classes; unsupervised:
+    none. Several are answered in one pass."""
+    out: Path = Path("evaluate-output")
+    """Folder for what is written."""
+    preset: PresetName = "default"
+    """`default` keeps images whole, `paper` takes the central square, `reference` squashes images as the
+    paper's public code does and keeps its quirks."""
+    layers: Layers = None
+    """Transformer layers whose attention is read; by default the model's expert layers."""
+    names: str = "paper"
+    """Names to prompt: `paper` for those of the data set; `better` for names that say more; or a JSON file
+    that maps classes to lists of names."""
+    background: Literal["prompt", "threshold"] = "prompt"
+    """How a background class is found: named in the prompt like the others, or where no name scores high."""
+    background_threshold: float = 0.5
+    """With `threshold`: pixels below this share of the image's highest score are background."""
+    images: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Only the images that this file names, one to a line."""
+    batch_size: int = 1
+    """Images, and pairs of image and prompt, in one pass through the model."""
+    seed: int = 0
+    """Seed of the noise."""
+    save_predictions: bool = False
+    """Write label maps, at the size of the images."""
+    overwrite: bool = False
+    """Discard earlier results in OUT."""
+    threads: int = 4
+    """Threads that read images."""
+
+    def run(self) -> None:
+        """Evaluate the model.
+
+        Raises:
+            ValueError, FileNotFoundError: an option makes no sense, or files are missing.
+            RuntimeError: some images could not be evaluated; the report is written all the same.
+        """
+        try:
+            self._evaluate()
+        finally:
+            end_processes()
+
+    def _evaluate(self) -> None:
+        from rich.console import Console
+
+        from seg4diff.evaluation.datasets import limit_samples, with_names
+
+        if not self.dataset or len(set(self.dataset)) < len(self.dataset):
+            raise ValueError(f"--dataset {' '.join(self.dataset)!r}: one or several different ones expected")
+        at_least_one(self, "batch_size", "threads", "limit")
+        self.check(self.out)
+        datasets = [
+            limit_samples(with_names(self.open(name), self.names), limit=self.limit, listed=self.images)
+            for name in self.dataset
+        ]
+
+        from seg4diff.evaluation.report import markdown
+        from seg4diff.evaluation.runner import Settings, check_predictions, process_state
+        from seg4diff.files import write_atomically
+
+        if self.save_predictions:
+            for dataset in datasets:
+                check_predictions(dataset, self.out / dataset.name, self.protocol)
+        settings = Settings(
+            protocols=self.protocol,
+            preset=self.preset,
+            layers=self.layers,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            background=self.background,
+            background_threshold=self.background_threshold,
+        )
+        pipe = self.load()
+        about = {"model": self.model, "lora": digest(self.lora)}
+        reports = [self._one(pipe, dataset, settings, about) for dataset in datasets]
+        if not process_state(pipe).is_main_process:
+            return
+        table = markdown(reports)
+        write_atomically(self.out / "report.md", lambda path: path.write_text(table, encoding="utf-8"))
+        _print_table(Console(), reports)
+        failures = [(f.name, f.reason) for report in reports for f in report.failures]
+        if failures:
+            raise RuntimeError(failed(failures, sum(report.total for report in reports)))
+
+    def _one(self, pipe: Any, dataset: Dataset, settings: Settings, about: dict[str, Any]) -> Report:
+        from seg4diff.evaluation.report import write_contact_sheet, write_report
+        from seg4diff.evaluation.runner import evaluate, make_evaluator, process_state
+
+        out = self.out / dataset.name
+        report = evaluate(
+            pipe,
+            dataset,
+            out,
+            settings,
+            about=about,
+            save_predictions=self.save_predictions,
+            threads=self.threads,
+            overwrite=self.overwrite,
+        )
+        state = process_state(pipe)
+        if state.is_main_process:
+            write_report(report, out)
+            write_contact_sheet(make_evaluator(pipe, dataset, settings), dataset, out)
+        state.wait_for_everyone()
+        return report
+
+
+def _print_table(console: Any, reports: Sequence[Report]) -> None:
+    from rich.table import Table
+
+    from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
+    from seg4diff.evaluation.report import speed_line
+
+    table = Table()
+    for column in ("data set", "protocol", "images", "mIoU %", "pixel acc. %", f"paper ({PAPER_ROWS[0]})"):
+        table.add_column(column, justify="left" if column in ("data set", "protocol") else "right")
+    for report in reports:
+        for protocol, rates in report.rates.items():
+            published = PUBLISHED.get(protocol, {}).get(report.dataset, (None,))[0]
+            table.add_row(
+                report.title,
+                protocol,
+                str(report.images),
+                f"{100 * rates.miou:.1f}",
+                f"{100 * rates.pixel_accuracy:.1f}",
+                "-" if published is None else f"{published:.1f}",
+            )
+    console.print(table)
+    for report in reports:
+        if report.speed is not None:
+            console.print(f"{report.title}: {speed_line(report.speed)}")
+
+
+def digest(lora: Path | None) -> dict[str, str] | None:
+    """Which LoRA it is: its path, and a checksum of its files."""
+    if lora is None:
+        return None
+    files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
+    checksum = hashlib.sha256()
+    for path in files:
+        checksum.update(path.read_bytes())
+    return {"path": str(lora), "sha256": checksum.hexdigest()}
+
+
+def failed(failures: Sequence[tuple[str, str]], total: int) -> str:
+    """The message for images that could not be read or evaluated, given as name and reason."""
+    shown = "; ".join(f"{name}: {reason}" for name, reason in failures[:10])
+    more = f"; and {len(failures) - 10} more" if len(failures) > 10 else ""
+    return f"{len(failures)} of {total} images could not be evaluated and were excluded: {shown}{more}"

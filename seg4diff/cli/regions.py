@@ -1,0 +1,71 @@
+"""`seg4diff regions`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import tyro
+
+from seg4diff.cli.images import ImageOptions
+from seg4diff.cli.options import PresetName
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from seg4diff.segmentation.result import Segmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions(ImageOptions):
+    """Divide images into regions without naming anything.
+
+    For each image NAME this writes NAME.png (the labels, with a palette), NAME-overlay.png (to look at) and
+    what --formats asks for:
+
+        seg4diff regions kitchen.jpg --threshold 0.5
+    """
+
+    out: Path = Path("regions-output")
+    """Folder for what is written."""
+    preset: PresetName = "default"
+    """How images are fitted to the model and attention is grouped: `default` by single heads, `paper` by
+    their mean, as the paper says, `reference` as its public code does."""
+    threshold: Annotated[float | None, tyro.conf.arg(metavar="NATS", help_behavior_hint="")] = None
+    """How different two attention maps may be that make up one region: smaller gives more regions. By default
+    that of the preset."""
+
+    def run(self) -> None:
+        """Divide the images.
+
+        Raises:
+            ValueError, FileNotFoundError: an option makes no sense, or an image is missing.
+        """
+        if self.threshold is not None and not self.threshold > 0:
+            raise ValueError(f"--threshold {self.threshold} must be a number above 0 (nats)")
+        paths = self.checked_images()
+
+        import seg4diff
+
+        pipe = self.load()
+
+        def segment(images: list[Image.Image]) -> list[Segmentation]:
+            found = seg4diff.segment_unsupervised(
+                pipe,
+                images,
+                preset=self.preset,
+                layers=self.layers,
+                threshold=self.threshold,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                progress=False,
+            )
+            return cast("list[Segmentation]", found)
+
+        self.write(paths, segment, _count)
+
+
+def _count(result: Segmentation) -> str:
+    count = len(result.classes)
+    return f"{count} region{'s' if count != 1 else ''}"

@@ -1,0 +1,74 @@
+"""`seg4diff segment`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import tyro
+
+from seg4diff.cli.images import ImageOptions
+from seg4diff.cli.options import PresetName
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(ImageOptions):
+    """Find things by name in images.
+
+    For each image NAME this writes NAME.png (the labels, with a palette), NAME-overlay.png (to look at) and
+    what --formats asks for. Put the images before --classes:
+
+        seg4diff segment kitchen.jpg --classes cat "wooden table" sofa
+        seg4diff segment scene.png --classes apple grass sky --model demo
+    """
+
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+    """What to look for, separated by spaces. Every pixel gets the name that fits best, so name the background
+    too."""
+    out: Path = Path("segment-output")
+    """Folder for what is written."""
+    preset: PresetName = "default"
+    """`default` keeps the image whole, `paper` crops it to a square, `reference` squashes it to one."""
+
+    def run(self) -> None:
+        """Segment the images.
+
+        Raises:
+            ValueError, FileNotFoundError: an option makes no sense, or an image is missing.
+        """
+        paths = self.checked_images()
+        for name in self.classes:
+            if "," in name:
+                apart = " ".join(f'"{part}"' if " " in part else part for part in _parts(name))
+                logger.warning("--classes %r is one name with a comma; for several names: %s", name, apart)
+
+        import seg4diff
+        from seg4diff.segmentation.result import Segmentation
+
+        pipe = self.load()
+
+        def segment(images: list[Image.Image]) -> list[Segmentation]:
+            found = seg4diff.segment(
+                pipe,
+                images,
+                list(self.classes),
+                preset=self.preset,
+                layers=self.layers,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                progress=False,
+            )
+            return cast("list[Segmentation]", found)
+
+        self.write(paths, segment, Segmentation.shares)
+
+
+def _parts(name: str) -> list[str]:
+    return [part.strip() for part in name.split(",") if part.strip()]

@@ -1,0 +1,51 @@
+"""`seg4diff analyze`."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import seg4diff
+from seg4diff.analysis import Report
+from seg4diff.cli.main import main
+
+
+@pytest.mark.extra("viz", "matplotlib")
+def test_analyze_prompts_prints_and_writes(
+    stand_in: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n\n")
+    words = f"analyze --prompts-file {tmp_path}/prompts.txt --steps 2 --noise-levels 1 2 --projections "
+    words += f"--per-head --out {tmp_path}/out --prompts"
+    assert main([*words.split(), "a cat"]) == 0
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    figures = [
+        f"{name}-{level}.png" for name in ("attention-mass", "projections", "value-norms") for level in (1, 2)
+    ]
+    assert written == sorted([*figures, "report.json", "report.safetensors"])
+    report = Report.load(tmp_path / "out" / "report")
+    assert report.metadata["prompts"] == ["a cat", "a dog"]
+    assert report.by_head is not None
+    expected = seg4diff.analyze(stand_in, ["a cat", "a dog"], steps=2, noise_levels=[1, 2])
+    torch.testing.assert_close(report.by_layer.image_to_text, expected.by_layer.image_to_text)
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())["by_layer"]
+    assert numbers["image_to_text"] == expected.by_layer.image_to_text.tolist()
+    assert set(numbers) == {field.name for field in fields(expected.by_layer)}
+    printed = capsys.readouterr().out
+    assert "1 steps left" in printed
+    assert "2 pictures" in printed
+
+
+def test_analyze_images(stand_in: Any, image_file: str, tmp_path: Path) -> None:
+    words = ["analyze", "--images", image_file, "--prompts", "a cat", "--out", str(tmp_path / "out")]
+    assert main([*words, "--noise-levels", "8", "--layers", "1"]) == 0
+    report = Report.load(tmp_path / "out" / "report")
+    assert (report.layers, report.noise_levels, report.grid) == ((1,), (8,), (3, 5))
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == {stat.S_IMODE(Path(image_file).stat().st_mode)}  # as the umask has it
