@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 from PIL import Image
 
 import seg4diff
@@ -108,9 +107,9 @@ def test_python_blocks_type_check(tmp_path: Path) -> None:
 
 def parsed(words: list[str]) -> Any:
     """What the command line makes of the words after `seg4diff`, without running it."""
-    from seg4diff import cli
+    from seg4diff.cli.main import parse
 
-    return tyro.cli(cli.Command, args=words, prog="seg4diff", config=(tyro.conf.FlagCreatePairsOff,))  # type: ignore[call-overload]
+    return parse(words)
 
 
 def shell_lines(page: Path) -> Iterator[list[str]]:

@@ -14,11 +14,11 @@ from seg4diff.cli.options import (
     DataOptions,
     Layers,
     ModelOptions,
-    PresetName,
     at_least_one,
     end_processes,
 )
 from seg4diff.evaluation.dataset_names import DatasetName
+from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
     from seg4diff.evaluation.datasets import Dataset

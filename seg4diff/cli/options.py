@@ -24,7 +24,6 @@ Layers: TypeAlias = Annotated[
     tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")
 ]
 Device: TypeAlias = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")]
-PresetName: TypeAlias = Literal["default", "paper", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from seg4diff.cli.images import ImageOptions
-from seg4diff.cli.options import PresetName
+from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,7 @@ class Regions(ImageOptions):
                 batch_size=self.batch_size,
                 progress=False,
             )
-            return cast("list[Segmentation]", found)
+            return found
 
         self.write(paths, segment, _count)
 

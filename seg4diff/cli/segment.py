@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from seg4diff.cli.images import ImageOptions
-from seg4diff.cli.options import PresetName
+from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,7 +65,7 @@ class Segment(ImageOptions):
                 batch_size=self.batch_size,
                 progress=False,
             )
-            return cast("list[Segmentation]", found)
+            return found
 
         self.write(paths, segment, Segmentation.shares)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import seg4diff
-from seg4diff.analysis import Report
+from seg4diff.analysis import AnalysisReport
 from seg4diff.cli.main import main
 
 
@@ -29,7 +29,7 @@ def test_analyze_prompts_prints_and_writes(
         f"{name}-{level}.png" for name in ("attention-mass", "projections", "value-norms") for level in (1, 2)
     ]
     assert written == sorted([*figures, "report.json", "report.safetensors"])
-    report = Report.load(tmp_path / "out" / "report")
+    report = AnalysisReport.load(tmp_path / "out" / "report")
     assert report.metadata["prompts"] == ["a cat", "a dog"]
     assert report.by_head is not None
     expected = seg4diff.analyze(stand_in, ["a cat", "a dog"], steps=2, noise_levels=[1, 2])
@@ -45,7 +45,7 @@ def test_analyze_prompts_prints_and_writes(
 def test_analyze_images(stand_in: Any, image_file: str, tmp_path: Path) -> None:
     words = ["analyze", "--images", image_file, "--prompts", "a cat", "--out", str(tmp_path / "out")]
     assert main([*words, "--noise-levels", "8", "--layers", "1"]) == 0
-    report = Report.load(tmp_path / "out" / "report")
+    report = AnalysisReport.load(tmp_path / "out" / "report")
     assert (report.layers, report.noise_levels, report.grid) == ((1,), (8,), (3, 5))
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
     assert modes == {stat.S_IMODE(Path(image_file).stat().st_mode)}  # as the umask has it

@@ -15,7 +15,7 @@ from PIL import Image
 
 import seg4diff
 from seg4diff.cli.main import main
-from seg4diff.segmentation import Segmentation
+from seg4diff.segmentation.result import Segmentation
 from tests.support import tiny
 from tests.support.images import size_of
 
