@@ -23,11 +23,11 @@ NoiseLevels = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
 class Analyze(ModelOptions):
     """Measure what each layer's attention does, while drawing prompts as in the paper, or on images.
 
+    Prints tables and writes OUT/report.json with their numbers, report.safetensors, which Python reads, and,
+    where matplotlib is installed, figures:
+
         seg4diff analyze --prompts "a cat on a sofa" "two zebras"
         seg4diff analyze --images kitchen.jpg --prompts "a kitchen with a sink"
-
-    Prints tables and writes OUT/report.json with their numbers, report.safetensors, which Python reads, and,
-    where matplotlib is installed, figures.
     """
 
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()

@@ -16,11 +16,11 @@ from seg4diff.cli.options import ModelOptions, OptionalNumber, at_least_one, end
 class ClipScore(ModelOptions):
     """Measure how well drawn images fit their prompts (CLIPScore), with and without --lora.
 
+    The same command continues an interrupted one. `accelerate launch -m seg4diff clip-score ...` shares the
+    images among GPUs. Writes OUT/base and OUT/lora with the images, OUT/report.json and report.md:
+
         seg4diff clip-score --prompts prompts.txt --lora magnet-coco
         seg4diff clip-score --prompts prompts.txt --seeds 0 1 2 --steps 20 --model demo
-
-    The same command continues an interrupted one. `accelerate launch -m seg4diff clip-score ...` shares the
-    images among GPUs. Writes OUT/base and OUT/lora with the images, OUT/report.json and report.md.
     """
 
     prompts: Annotated[Path, tyro.conf.arg(metavar="FILE")]

@@ -13,10 +13,10 @@ from seg4diff.files import check_folder
 class Demo(DebugOptions):
     """Segment drawn scenes with the small bundled model, or tune it: images to look at, and numbers.
 
+    Nothing is downloaded:
+
         seg4diff demo --scenes 4
         seg4diff demo --train
-
-    Nothing is downloaded.
     """
 
     train: bool = False

@@ -19,10 +19,10 @@ _UNITS = {
 class Estimate(ConfigOptions):
     """Predict the memory that training takes, part by part, without loading the model.
 
+    Compares the configuration with others that save memory:
+
         seg4diff estimate --config magnet.toml --memory 12GiB
         seg4diff estimate --set data.resolution=512 batch=2
-
-    Compares the configuration with others that save memory.
     """
 
     memory: OptionalText = None

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class Evaluate(DataOptions, ModelOptions):
     """Measure how well a model segments data sets.
 
-        seg4diff evaluate --dataset scenes --model demo --limit 8
-        seg4diff evaluate --dataset voc20 ade150 --protocol oracle full --preset paper --data-root data
-
     Data sets are read as their official downloads unpack; missing files are reported before a model is
     loaded. The same command continues an interrupted one, and a larger --limit adds images to it.
     `accelerate launch -m seg4diff evaluate ...` shares the images among GPUs and machines. Writes
-    OUT/DATASET/report.json, report.md, contact-sheet.png and results, and OUT/report.md for all data sets.
+    OUT/DATASET/report.json, report.md, contact-sheet.png and results, and OUT/report.md for all data sets:
+
+        seg4diff evaluate --dataset scenes --model demo --limit 8
+        seg4diff evaluate --dataset voc20 ade150 --protocol oracle full --preset paper --data-root data
     """
 
     dataset: Annotated[tuple[DatasetName, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
@@ -157,7 +157,7 @@ def _print_table(console: Any, reports: Sequence[Report]) -> None:
     from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
     from seg4diff.evaluation.report import speed_line
 
-    table = Table()
+    table = Table(caption=f"preset {reports[0].settings['preset']}")
     for column in ("data set", "protocol", "images", "mIoU %", "pixel acc. %", f"paper ({PAPER_ROWS[0]})"):
         table.add_column(column, justify="left" if column in ("data set", "protocol") else "right")
     for report in reports:

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Annotated, Any, TypeAlias, Union, get_args
 
 import tyro
 
@@ -49,13 +49,21 @@ def parse(words: Sequence[str]) -> Verb:
     Raises:
         SystemExit: help was asked for (0), or the words are not a command (2); the text is printed.
     """
-    return tyro.cli(
-        Verb,
-        args=list(words) or ["--help"],
+    given = list(words) or ["--help"]
+    form: Any = Verb
+    if given[0] in ("-h", "--help"):  # a list of the verbs, each with the first line of its help
+        form = Union[tuple(  # noqa: UP007
+            Annotated[verb, tyro.conf.subcommand(description=verb.__doc__.partition("\n")[0])]
+            for verb in get_args(Verb)
+        )]  # fmt: skip
+    command: Verb = tyro.cli(
+        form,
+        args=given,
         prog="seg4diff",
         description="Words in, segmentation out: what a text-to-image transformer attends to.",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,10 +15,10 @@ from seg4diff.files import check_outputs
 class RankLayers(DataOptions, ModelOptions):
     """Rank layers by how well the attention of each segments labelled images.
 
+    Prints the mIoU of every layer and writes OUT/ranking.json and, where matplotlib is installed, layers.png:
+
         seg4diff rank-layers --dataset scenes --model demo --limit 8
         seg4diff rank-layers --dataset voc20 --data-root data --limit 100 --noise-levels 4 8 16
-
-    Prints the mIoU of every layer and writes OUT/ranking.json and, where matplotlib is installed, layers.png.
     """
 
     dataset: DatasetName

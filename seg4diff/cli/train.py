@@ -48,12 +48,14 @@ class ConfigOptions(DebugOptions):
 class Train(ConfigOptions):
     """Fine-tune a model with MAGNET, so that its attention follows masks; writes a LoRA that diffusers loads.
 
+    `seg4diff estimate` predicts the memory; `seg4diff demo --train` needs neither data nor a GPU. The same
+    command continues an interrupted one. On several GPUs or machines: `accelerate launch -m seg4diff train
+    --config magnet.toml`.
+
         seg4diff train --config magnet.toml
         seg4diff train --config magnet.toml --set steps=100 mask.weight=2 --out magnet-short
 
-    `seg4diff estimate` predicts the memory; `seg4diff demo --train` needs neither data nor a GPU. The same
-    command continues an interrupted one. On several GPUs or machines: `accelerate launch -m seg4diff train
-    --config magnet.toml`. A configuration holds the settings of seg4diff.magnet.settings.TrainSettings, for
+    A configuration holds the settings of seg4diff.magnet.settings.TrainSettings, for
     example:
 
         preset = "default"

@@ -235,6 +235,16 @@ def test_help_loads_nothing_heavy() -> None:
         assert f"usage: seg4diff {verb} " in done.stdout
 
 
+def test_help_lists_the_verbs_without_their_details(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(words)
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        assert all(f" {verb} " in text for verb in VERBS)
+        assert "seg4diff segment" not in text  # its example
+
+
 def test_module_runs_as_a_command() -> None:
     words = [sys.executable, "-m", "seg4diff", "demo", "--scenes", "0"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
