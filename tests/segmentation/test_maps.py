@@ -1,0 +1,68 @@
+"""The model loop: every image, prompt, layer and noise level gets the maps it would get alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from seg4diff.kernels.types import MapRequest
+from seg4diff.segmentation.inputs import check_levels, views_of
+from seg4diff.segmentation.maps import run_maps
+from tests.support.images import random_image
+
+IMAGES = [Image.fromarray((255 * random_image(*size, seed)).astype("uint8")) for seed, size in
+          enumerate([(64, 64), (48, 80), (64, 64)])]  # fmt: skip
+PROMPTS = [["a cat"], ["a dog", "a sofa", "a tree"], ["a red dog", "a cat"]]
+
+
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_levels_layers_and_prompts_are_those_of_runs_apart(pipe: Any, heads: Any) -> None:
+    views = views_of(pipe, IMAGES, "aspect")
+    request = MapRequest(heads=heads)
+    options = {"maps": request, "steps": 28, "progress": False}
+    together = list(
+        run_maps(pipe, views, PROMPTS, layers=[2, 0], noise_levels=[20, 8], batch_size=2, **options)
+    )
+    assert sorted((found.noise_level, found.index) for found in together) == [
+        (level, index) for level in (8, 20) for index in range(3)
+    ]
+    for found in together:
+        assert len(found.maps) == len(PROMPTS[found.index])
+        for prompt, maps in zip(PROMPTS[found.index], found.maps, strict=True):
+            assert maps.shape == (2, *((2,) if heads == "each" else ()), found.grid[0] * found.grid[1], 154)
+            for position, layer in enumerate((0, 2)):
+                (alone,) = run_maps(
+                    pipe, [views[found.index]], [[prompt]], layers=layer,
+                    noise_levels=[found.noise_level], **options,
+                )  # fmt: skip
+                assert alone.timestep == found.timestep
+                torch.testing.assert_close(maps[position], alone.maps[0][0], rtol=1e-4, atol=0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    for found in together:
+        assert found.timestep == pytest.approx(float(scheduler.timesteps[-found.noise_level]), rel=1e-5)
+    # The comparison distinguishes them: no two of these maps are within the tolerance.
+    one = [found.maps[0] for found in together if found.index == 0]
+    other = [found.maps for found in together if found.index == 2]
+    for a, b in ((one[0], one[1]), (one[0][0], one[0][1]), (other[0][0], other[0][1])):
+        assert (a / b - 1).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("levels", "steps", "message"),
+    [
+        ([], 28, "at least one level"),
+        ([8, 8], 28, "each once"),
+        ([29], 28, "noise level 29 is out of range: 1 to 28"),
+        ([0], 28, "noise level 0"),
+        ([True], 28, "noise level True"),
+        ([1], 0, "steps=0 must be a positive integer"),
+    ],
+)
+def test_bad_levels_are_named(levels: list[int], steps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_levels(levels, steps)
