@@ -39,7 +39,7 @@ def test_analyze_prompts_prints_and_writes(
     assert set(numbers) == {field.name for field in fields(expected.by_layer)}
     printed = capsys.readouterr().out
     assert "1 steps left" in printed
-    assert "2 pictures" in printed
+    assert "2 images" in printed
 
 
 def test_analyze_images(stand_in: Any, image_file: str, tmp_path: Path) -> None:
