@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,12 +36,14 @@ log = logging.getLogger(__name__)
 
 KERNELS = {
     "forward": "attention_kernel",
+    "log_sum_exp": "attention_kernel",
     "query_gradient": "query_gradient_kernel",
     "key_gradient": "key_gradient_kernel",
     "scores": "map_kernel",
 }
 ROWS_AND_COLUMNS = {
     "forward": [(128, 128), (128, 64), (64, 64), (128, 32)],
+    "log_sum_exp": [(128, 128), (128, 64), (64, 64), (128, 32)],
     "query_gradient": [(128, 64), (64, 64), (128, 32), (64, 32)],
     "key_gradient": [(64, 128), (64, 64), (32, 128), (32, 64)],
     "scores": [(64, 64), (128, 64), (64, 32), (32, 64)],
@@ -52,8 +55,14 @@ def candidates(kind: str, current: Config) -> Iterator[Config]:
     yield current
     for (rows, columns), warps, stages in itertools.product(ROWS_AND_COLUMNS[kind], (4, 8), (2, 3)):
         config = Config(rows, columns, warps, stages)
-        if config != current:
-            yield config
+        if kind in ("forward", "log_sum_exp"):
+            shifted = replace(config, shifted=True)
+            alternatives = [config, shifted, replace(shifted, lanes=8)]
+            if warps == 8:  # two programs share a multiprocessor
+                alternatives.append(replace(shifted, lanes=8, registers=128))
+        else:
+            alternatives = [config]
+        yield from (alternative for alternative in alternatives if alternative != current)
 
 
 @contextmanager
@@ -69,7 +78,8 @@ def launch_of(kind: str, configs: Tuning, run: Callable[[], object]) -> Launch:
     start = Launch.start
 
     def watched(launch: Launch) -> None:
-        if launch.kernel.__name__ == KERNELS[kind]:
+        output = launch.arguments.get("OUTPUT", False)
+        if launch.kernel.__name__ == KERNELS[kind] and (kind != "log_sum_exp" or not output):
             made.append(launch)
         start(launch)
 
@@ -111,11 +121,14 @@ def sweep(head_dim: int, seconds: float) -> list[dict[str, Any]]:
     request = Request(head_dim**-0.5, "probability", "mean", 0, 154)
     image, text, lse, entries = backend.forward(inputs, request)
 
+    maps_alone = replace(inputs, value=None, text_value=None, text_value_for_image=None)
+
     def run() -> None:
         backend.forward(inputs, request)
+        backend.forward(maps_alone, request)
         backward.backward(image, text, entries, inputs, image, text, lse, request)
 
-    written = ("image", "text", "d_query", "d_key", "d_text_key", "d_value", "maps")
+    written = ("image", "text", "lse", "d_query", "d_key", "d_text_key", "d_value", "maps")
     found = []
     for kind in KERNELS:
         current: Config = getattr(table, kind)
@@ -128,7 +141,7 @@ def sweep(head_dim: int, seconds: float) -> list[dict[str, Any]]:
             record: dict[str, Any] = {"head_dim": head_dim, "kernel": kind, **dataclasses.asdict(config)}
             record["in_table"] = config == current
             try:
-                launch = launch_of(kind, dataclasses.replace(table, **{kind: config}), run)
+                launch = launch_of(kind, replace(table, **{kind: config}), run)
                 record["microseconds"] = microseconds(launch)
             except triton.runtime.errors.OutOfResources as error:
                 record["refused"] = str(error)
@@ -165,7 +178,7 @@ def rows(best: dict[str, dict[str, Any]], target: str) -> dict[int, Tuning]:
         head_dim = record["head_dim"]
         own = found.get(head_dim, tuning_of(target, head_dim, torch.bfloat16))
         config = Config(**{field.name: record[field.name] for field in dataclasses.fields(Config)})
-        found[head_dim] = dataclasses.replace(own, **{record["kernel"]: config})
+        found[head_dim] = replace(own, **{record["kernel"]: config})
     return found
 
 

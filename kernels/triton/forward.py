@@ -6,6 +6,12 @@ the main loop, which is bound by the exponential at head dim 64; maps and statis
 (``maps.py``, ``statistics.py``). Forward and map are two launches: as an epilogue, the map would need a
 read-modify-write of every entry for every head, or the sum over heads across programs, which only atomics
 give.
+
+A softmax may be shifted by anything that does not overflow. So the text keys, the image keys that fill no
+tile, and the first full tile of image keys settle the shift of a row (SHIFTED); the other tiles look for no
+maximum and rescale nothing, and none of them waits for another. Should the total of a row reach 2**64 all
+the same, its tile of rows is done again with the online softmax. Weights in float16 end at 2**16: there the
+softmax is always online.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,48 +32,129 @@ from .primitives import (
     at,
     float32,
     inner_products,
+    load_at,
     load_tile,
+    moved,
     scaled,
     store_tile,
+    tile_pointers,
     weighted_sums,
     zeros_like,
 )
 
-# Start of the running maximum: below any score, yet finite, so that a row whose first tile holds only -inf
-# does not turn into NaN.
+# Where the shift starts: below any score, yet finite, so that a row whose first tile holds only -inf does not
+# turn into NaN.
 _LOWEST = tl.constexpr(-1.0e38)
+# A total that shows a shift to be too small. Weights of bfloat16 and float32, and sums of values below 2**63
+# that they weigh, are finite up to 2**127.
+_LARGE = tl.constexpr(2.0**64)
 
 
 @triton.jit
-def _attend(
+def _lane_sums(weights, LANES: tl.constexpr):
+    """Sums of each row, [ROWS, LANES]: of all, or of those that one thread holds, without exchange."""
+    if LANES > 1:
+        return tl.sum(tl.reshape(weights, [weights.shape[0], weights.shape[1] // LANES, LANES]), 1)
+    else:
+        return tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def _raise_shift(sums, shift, total, scores, factor):
+    """Raise the shift of each row to the greatest of its scores, and rescale what was summed."""
+    raised = tl.maximum(shift, tl.max(scores, 1) * factor)
+    correction = tl.exp2(shift - raised)[:, None]
+    return scaled(sums, correction), raised, total * correction
+
+
+@triton.jit
+def _attend_online(
     sums,
-    maximum,
+    shift,
     total,
     q,
     key,
-    key_token,
     value,
-    value_token,
-    count,
+    text_key,
+    keys,
+    values,
+    text_keys,
+    text_values,
+    image_keys,
+    text_tokens,
+    settling,
+    factor,
+    text_value_token,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    LANES: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """Let the query tile attend to the first ``settling`` full tiles of image keys, to what image keys do not
+    fill a tile, and to all text keys: each may raise the shift of a row.
+    """
+    whole = image_keys // COLUMNS
+    image_tiles = tl.cdiv(image_keys, COLUMNS)
+    for tile in range(whole - settling, image_tiles + tl.cdiv(text_tokens, COLUMNS)):
+        of_image = tile < image_tiles
+        column = tl.where(of_image, tl.where(tile < whole, tile - whole + settling, tile), tile - image_tiles)
+        column *= COLUMNS
+        count = tl.where(of_image, image_keys, text_tokens) - column
+        wide = tl.cast(column, tl.int64)
+        key_token = tl.where(of_image, key.token, text_key.token)
+        k = load_tile(
+            tl.where(of_image, keys, text_keys) + wide * key_token, key_token, count, COLUMNS, D, True
+        )
+        scores = inner_products(q, k)  # [ROWS, COLUMNS]
+        scores = tl.where((tl.arange(0, COLUMNS) < count)[None, :], scores, float("-inf"))
+        sums, shift, total = _raise_shift(sums, shift, total, scores, factor)
+        weights = tl.exp2(scores * factor - shift[:, None])
+        total += _lane_sums(weights, LANES)
+        if OUTPUT:
+            value_token = tl.where(of_image, value.token, text_value_token)
+            v = load_tile(
+                tl.where(of_image, values, text_values) + wide * value_token,
+                value_token, count, COLUMNS, D, True,
+            )  # fmt: skip
+            sums = weighted_sums(weights, v, sums)
+    return sums, shift, total
+
+
+@triton.jit
+def _attend_full(
+    sums,
+    shift,
+    total,
+    q,
+    key,
+    value,
+    keys,
+    values,
+    tiles,
     factor,
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
+    LANES: tl.constexpr,
     OUTPUT: tl.constexpr,
-    MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
-    """Let the query tile attend to one tile of keys: a step of the online softmax."""
-    k = load_tile(key, key_token, count, COLUMNS, D, MASKED)
-    scores = inner_products(q, k)  # [ROWS, COLUMNS]
-    if MASKED:
-        scores = tl.where((tl.arange(0, COLUMNS) < count)[None, :], scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
-    weights = tl.exp2(scores * factor - new_maximum[:, None])
-    correction = tl.exp2(maximum - new_maximum)
-    total = total * correction + tl.sum(weights, 1)
+    """Let the query tile attend to full tiles of keys; unless SHIFTED, they may raise the shift of a row."""
+    k_at = tile_pointers(keys, key.token, COLUMNS, D)
+    v_at = k_at
     if OUTPUT:
-        v = load_tile(value, value_token, count, COLUMNS, D, MASKED)
-        sums = weighted_sums(weights, v, scaled(sums, correction[:, None]))
-    return sums, new_maximum, total
+        v_at = tile_pointers(values, value.token, COLUMNS, D)
+    k_offset, v_offset = 0, 0  # 32 bits suffice for tensors that are `readable`
+    for _ in range(tiles):
+        scores = inner_products(q, load_at(moved(k_at, k_offset), COLUMNS, D, False))  # [ROWS, COLUMNS]
+        if not SHIFTED:
+            sums, shift, total = _raise_shift(sums, shift, total, scores, factor)
+        weights = tl.exp2(scores * factor - shift[:, None])
+        total += _lane_sums(weights, LANES)
+        k_offset += COLUMNS * key.token
+        if OUTPUT:
+            sums = weighted_sums(weights, load_at(moved(v_at, v_offset), COLUMNS, D, False), sums)
+            v_offset += COLUMNS * value.token
+    return sums, shift, total
 
 
 @triton.jit
@@ -95,12 +183,15 @@ def attention_kernel(
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
     FOR_MAP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Log-sum-exp and, if OUTPUT, output rows of one tile of image or text rows of one head.
 
-    FOR_MAP: also the rows' ``peak``, the greatest score times log2(e), and ``weight``, the reciprocal of the
-    sum of exp2(score log2(e) - peak). A probability is their exp2(score log2(e) - peak) * weight, as exact as
-    an ordinary softmax; a log-sum-exp of 10, rounded to float32, is off by several units in its last place.
+    FOR_MAP: also the rows' ``peak``, the shift of their softmax, which is about the greatest score times
+    log2(e), and ``weight``, the reciprocal of the sum of exp2(score log2(e) - peak). A probability is their
+    exp2(score log2(e) - peak) * weight, as exact as an ordinary softmax; a log-sum-exp of 10, rounded to
+    float32, is off by several units in its last place.
     ``edited`` are the text values that image rows read. ``image_keys`` is ``tokens``, or 0 for a softmax over
     the text keys alone. ``tiles`` are those of a head, of image rows and then of text rows, if any.
     ``factor`` is the scale times log2(e); ``residue`` makes up for its rounding in the log-sum-exp.
@@ -128,40 +219,42 @@ def attention_kernel(
         text_values_token = tl.where(from_text, text_value.token, edited.token)
 
     q = load_tile(rows, tl.where(from_text, text_query.token, query.token), count, ROWS, D, True)
-    maximum = tl.full([ROWS], _LOWEST, dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
+    shift = tl.full([ROWS], _LOWEST, dtype=tl.float32)
+    total = tl.zeros([ROWS, LANES], dtype=tl.float32)
     sums = zeros_like(q, ROWS)
     whole = image_keys // COLUMNS
-    for _ in range(whole):
-        sums, maximum, total = _attend(
-            sums, maximum, total, q, keys, key.token, values, value.token, COLUMNS, factor,
-            COLUMNS, D, OUTPUT, False,
-        )  # fmt: skip
-        keys += COLUMNS * key.token
-        values += COLUMNS * value.token
-    # What does not fill a tile: the last image keys, if any are left, and the text keys.
-    left = image_keys - whole * COLUMNS
-    tail = tl.where(left > 0, 1, 0)
-    for tile in range(tail + tl.cdiv(text_tokens, COLUMNS)):
-        of_image = tile < tail
-        column = (tile - tail) * COLUMNS
-        first = tl.cast(column, tl.int64)
-        sums, maximum, total = _attend(
-            sums, maximum, total, q,
-            tl.where(of_image, keys, text_keys + first * text_key.token),
-            tl.where(of_image, key.token, text_key.token),
-            tl.where(of_image, values, text_values + first * text_values_token),
-            tl.where(of_image, value.token, text_values_token),
-            tl.where(of_image, left, text_tokens - column), factor, COLUMNS, D, OUTPUT, True,
-        )  # fmt: skip
+    settling = tl.minimum(whole, 1) if SHIFTED else 0
+    sums, shift, total = _attend_online(
+        sums, shift, total, q, key, value, text_key, keys, values, text_keys, text_values,
+        image_keys, text_tokens, settling, factor, text_values_token, COLUMNS, D, LANES, OUTPUT,
+    )  # fmt: skip
+    keys_left, values_left = keys, values
+    if SHIFTED:
+        keys_left += settling * COLUMNS * key.token
+        if OUTPUT:
+            values_left += settling * COLUMNS * value.token
+    sums, shift, total = _attend_full(
+        sums, shift, total, q, key, value, keys_left, values_left, whole - settling, factor,
+        COLUMNS, D, LANES, OUTPUT, SHIFTED,
+    )  # fmt: skip
+    if SHIFTED:  # noqa: SIM102
+        if tl.max(tl.max(tl.where(total < _LARGE, 0, 1), 1), 0) > 0:  # NaN counts as large
+            shift = tl.full([ROWS], _LOWEST, dtype=tl.float32)
+            total = tl.zeros([ROWS, LANES], dtype=tl.float32)
+            sums, shift, total = _attend_online(
+                zeros_like(q, ROWS), shift, total, q, key, value, text_key, keys, values,
+                text_keys, text_values, image_keys, text_tokens, whole, factor, text_values_token,
+                COLUMNS, D, LANES, OUTPUT,
+            )  # fmt: skip
 
     here = tl.arange(0, ROWS)
     stream_row = tl.where(from_text, tokens, 0) + row
-    inverse = 1.0 / total
-    norm = tl.fma(maximum, LN_2, tl.fma(maximum, residue, tl.log(total)))  # rounded once
+    row_total = tl.sum(total, 1)
+    inverse = 1.0 / row_total
+    norm = tl.fma(shift, LN_2, tl.fma(shift, residue, tl.log(row_total)))  # rounded once
     tl.store(at(lse, batch, head, stream_row) + here, norm, mask=here < count)
     if FOR_MAP:
-        tl.store(at(peak, batch, head, stream_row) + here, maximum, mask=here < count)
+        tl.store(at(peak, batch, head, stream_row) + here, shift, mask=here < count)
         tl.store(at(weight, batch, head, stream_row) + here, inverse, mask=here < count)
     if OUTPUT:
         if from_text:
@@ -197,7 +290,7 @@ def attention(
     batch, tokens, heads, head_dim = query.shape
     text_tokens = inputs.text_key.shape[1]
     configs = tuning.tuning_for(query)
-    config = configs.scores if inputs.value is None else configs.forward
+    config = configs.log_sum_exp if inputs.value is None else configs.forward
     tiles = triton.cdiv(tokens, config.rows)
     if text_query is not None:
         tiles += triton.cdiv(text_tokens, config.rows)
@@ -229,5 +322,7 @@ def attention(
         "D": head_dim,
         "OUTPUT": inputs.value is not None,
         "FOR_MAP": for_map is not None,
+        "SHIFTED": config.shifted and query.dtype != torch.float16,
+        "LANES": config.lanes,
     }
     Launch(attention_kernel, batch * heads * tiles, arguments, config).start()

@@ -14,8 +14,9 @@ from ..types import Inputs
 from .primitives import Strided
 from .tuning import Config
 
-# Token offsets within a tile are 32-bit and a tile has at most 256 tokens.
-_LARGEST_TOKEN_STRIDE = 2**31 // 256
+# Offsets of tokens from the first are 32-bit, and a tile, whose last tokens may not exist, has at most 256.
+_LARGEST_OFFSET = 2**31
+_LARGEST_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,26 @@ class Launch:
         device = next(tensor.device for tensor in tensors if tensor is not None)
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
-            self.kernel[(self.programs,)](
-                **self.arguments,
-                num_warps=self.config.warps,
-                num_stages=self.config.stages,
-                enable_fp_fusion=True,
-            )
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        options = {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True}
+        if self.config.registers is not None:
+            options["maxnreg"] = self.config.registers
+        return options
 
 
 def readable(tensor: Tensor) -> Tensor:
     """The tensor if the kernels can read its layout, [B, tokens, H, D] at any strides but the last; else a
-    copy.
+    copy, which is contiguous as [B, H, tokens, D].
 
-    A head vector must be contiguous, and neighbouring tokens close enough for 32-bit offsets within a tile.
+    A head vector must be contiguous, and the tokens of a head close enough for 32-bit offsets.
     """
-    if tensor.stride(3) == 1 and tensor.stride(1) < _LARGEST_TOKEN_STRIDE:
+    if tensor.stride(3) == 1 and max(tensor.shape[1], _LARGEST_TILE) * tensor.stride(1) < _LARGEST_OFFSET:
         return tensor
-    return tensor.contiguous()
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def readable_inputs(inputs: Inputs) -> Inputs:

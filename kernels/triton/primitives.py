@@ -56,27 +56,43 @@ def at(tensor, batch, head, token):
 
 
 @triton.jit
-def load_part(
-    base,
-    token_stride,
-    count,
-    TOKENS: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Entries FIRST to FIRST + WIDTH of the vectors at ``base``; zeros beyond ``count`` and D."""
-    tokens = tl.arange(0, TOKENS)
-    entries = FIRST + tl.arange(0, WIDTH)
-    pointers = base + tokens[:, None] * token_stride + entries[None, :]  # [TOKENS, WIDTH]
+def part_pointers(base, token_stride, TOKENS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Where entries FIRST to FIRST + WIDTH of the vectors at ``base`` are: [TOKENS, WIDTH]."""
+    return base + tl.arange(0, TOKENS)[:, None] * token_stride + (tl.arange(0, WIDTH) + FIRST)[None, :]
+
+
+@triton.jit
+def tile_pointers(base, token_stride, TOKENS: tl.constexpr, D: tl.constexpr):
+    """Where TOKENS head vectors are; a loop that moves these does less than one that moves `base`."""
+    PARTS: tl.constexpr = head_parts(D, base.dtype.element_ty)
+    part = part_pointers(base, token_stride, TOKENS, 0, PARTS[0])
+    if len(PARTS) == 1:
+        return (part,)
+    else:
+        return (part, part_pointers(base, token_stride, TOKENS, PARTS[0], PARTS[1]))
+
+
+@triton.jit
+def moved(pointers, offset):
+    """The pointers of a tile ``offset`` elements further on."""
+    if len(pointers) == 1:
+        return (pointers[0] + offset,)
+    else:
+        return (pointers[0] + offset, pointers[1] + offset)
+
+
+@triton.jit
+def load_part(pointers, count, FIRST: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """The part that begins at entry FIRST; zeros beyond ``count`` tokens, if MASKED, and D entries."""
+    tokens = tl.arange(0, pointers.shape[0])
+    entries = tl.arange(0, pointers.shape[1]) + FIRST
     if MASKED:
-        if FIRST + WIDTH > D:
+        if FIRST + pointers.shape[1] > D:
             part = tl.load(pointers, mask=(tokens < count)[:, None] & (entries < D)[None, :], other=0.0)
         else:
             part = tl.load(pointers, mask=(tokens < count)[:, None], other=0.0)
     else:
-        if FIRST + WIDTH > D:
+        if FIRST + pointers.shape[1] > D:
             part = tl.load(pointers, mask=(entries < D)[None, :], other=0.0)
         else:
             part = tl.load(pointers)
@@ -84,22 +100,27 @@ def load_part(
 
 
 @triton.jit
-def load_tile(base, token_stride, count, TOKENS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """TOKENS head vectors; unless MASKED, all of them are within ``count``."""
-    PARTS: tl.constexpr = head_parts(D, base.dtype.element_ty)
-    part = load_part(base, token_stride, count, TOKENS, 0, PARTS[0], D, MASKED)
-    if len(PARTS) == 1:
+def load_at(pointers, count, D: tl.constexpr, MASKED: tl.constexpr):
+    """The head vectors that a tile's pointers show; unless MASKED, all of them are within ``count``."""
+    part = load_part(pointers[0], count, 0, D, MASKED)
+    if len(pointers) == 1:
         return (part,)
     else:
-        return (part, load_part(base, token_stride, count, TOKENS, PARTS[0], PARTS[1], D, MASKED))
+        return (part, load_part(pointers[1], count, pointers[0].shape[1], D, MASKED))
+
+
+@triton.jit
+def load_tile(base, token_stride, count, TOKENS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """TOKENS head vectors; unless MASKED, all of them are within ``count``."""
+    return load_at(tile_pointers(base, token_stride, TOKENS, D), count, D, MASKED)
 
 
 @triton.jit
 def store_part(base, token_stride, count, part, FIRST: tl.constexpr, D: tl.constexpr):
     """Write a part in the dtype of the destination, within ``count`` tokens and D entries."""
     tokens = tl.arange(0, part.shape[0])
-    entries = FIRST + tl.arange(0, part.shape[1])
-    pointers = base + tokens[:, None] * token_stride + entries[None, :]
+    entries = tl.arange(0, part.shape[1]) + FIRST
+    pointers = part_pointers(base, token_stride, part.shape[0], FIRST, part.shape[1])
     part = part.to(base.dtype.element_ty)
     if FIRST + part.shape[1] > D:
         tl.store(pointers, part, mask=(tokens < count)[:, None] & (entries < D)[None, :])

@@ -18,62 +18,129 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """Query rows and key columns of a tile, warps of a program, stages of its software pipeline."""
+    """Query rows and key columns of a tile, warps of a program, stages of its software pipeline.
+
+    The forward and its log-sum-exp have more to choose: whether the first tiles settle the shift of a softmax
+    (never done in float16); in how many parts the total of a row is kept, 8 for those of the entries that one
+    thread holds of a tensor-core product up to Hopper; and the most registers a thread may take, on NVIDIA.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    shifted: bool = False
+    lanes: int = 1
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Configurations of the two heavy directions, and one for the passes that only look at scores."""
+    """Configurations of the heavy kernels, and one for the passes over the scores of text columns."""
 
     forward: Config
+    log_sum_exp: Config
     query_gradient: Config
     key_gradient: Config
     scores: Config
 
 
-# By the greatest head dim that an entry serves. 16-bit tensor-core kernels first.
-_HOPPER = {
-    64: Tuning(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 4, 3)),
-    128: Tuning(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
-    256: Tuning(Config(64, 32, 8, 2), Config(32, 64, 4, 2), Config(32, 32, 8, 2), Config(64, 32, 4, 2)),
+def _rows(*configs: tuple[Config, Config, Config, Config, Config]) -> dict[int, Tuning]:
+    return {head_dim: Tuning(*row) for head_dim, row in zip((64, 128, 256), configs, strict=True)}
+
+
+# By the greatest head dim that an entry serves, for 16-bit tensors first. In the order of `Tuning`: forward,
+# log-sum-exp, gradient of the queries, gradient of the keys and values, scores of text columns.
+_HOPPER = _rows(
+    (  # up to 128 registers, two programs of 8 warps share a multiprocessor
+        Config(128, 64, 8, 3, True, 8, 128), Config(128, 128, 8, 3, True, 8, 128),
+        Config(128, 64, 8, 2), Config(64, 128, 8, 2), Config(64, 64, 4, 3),
+    ),
+    (
+        Config(128, 128, 8, 2, True, 8), Config(128, 128, 8, 2, True, 8, 128),
+        Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2),
+    ),
+    (
+        Config(128, 32, 8, 2, True, 8), Config(64, 64, 4, 2, True, 8),
+        Config(32, 64, 4, 2), Config(32, 32, 8, 2), Config(64, 32, 4, 2),
+    ),
+)  # fmt: skip
+_BLACKWELL = {
+    # Four warps: a row to each thread, so that no row sum needs an exchange.
+    64: replace(_HOPPER[64], forward=Config(128, 64, 4, 3, True), log_sum_exp=Config(128, 128, 4, 3, True)),
+    128: replace(_HOPPER[128], forward=Config(128, 64, 8, 2, True), log_sum_exp=Config(128, 64, 4, 2, True)),
+    256: replace(
+        _HOPPER[256],
+        forward=Config(128, 32, 8, 2, True),
+        log_sum_exp=Config(128, 64, 4, 2, True),
+        query_gradient=Config(32, 64, 8, 2),  # four warps would spill
+    ),
 }
-# Four warps would spill here.
-_BLACKWELL = {**_HOPPER, 256: replace(_HOPPER[256], query_gradient=Config(32, 64, 8, 2))}
-_AMPERE = {
-    64: Tuning(Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2)),
-    128: Tuning(Config(128, 32, 8, 2), Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),
-    256: Tuning(Config(64, 32, 8, 2), Config(64, 16, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 4, 2)),
-}
-_CDNA = {
-    64: Tuning(Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
-    128: Tuning(Config(128, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1)),
-    256: Tuning(Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 32, 4, 1)),
-}
+_ADA = _rows(  # 99 KiB of shared memory
+    (
+        Config(128, 64, 4, 2, True, 8), Config(128, 64, 4, 2, True, 8),
+        Config(128, 32, 8, 2), Config(32, 128, 8, 2), Config(64, 64, 4, 2),
+    ),
+    (
+        Config(128, 32, 8, 2, True, 8), Config(64, 64, 4, 2, True, 8),
+        Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2),
+    ),
+    (
+        Config(64, 32, 8, 2, True), Config(64, 32, 4, 2, True, 8),
+        Config(64, 16, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 4, 2),
+    ),
+)  # fmt: skip
+_AMPERE = {**_ADA, 256: replace(_ADA[256], forward=Config(64, 64, 8, 2, True, 8))}  # 163 KiB
+_GEFORCE_BLACKWELL = {**_ADA, 64: replace(_ADA[64], forward=Config(128, 64, 8, 2, True, 8))}  # 4 warps spill
+_CDNA = _rows(
+    (
+        Config(128, 64, 4, 1, True, 8), Config(64, 64, 4, 1, True, 8),
+        Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1),
+    ),
+    (
+        Config(128, 32, 4, 1, True, 8), Config(64, 32, 4, 1, True, 8),
+        Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1),
+    ),
+    (
+        Config(64, 32, 4, 1, True, 8), Config(32, 32, 4, 1, True, 8),
+        Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 32, 4, 1),
+    ),
+)  # fmt: skip
 # float32 is multiplied without rounding its operands, so on NVIDIA without tensor cores: whatever the
 # architecture, registers set the tile.
-_FLOAT32 = {
-    64: Tuning(Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    128: Tuning(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
-    256: Tuning(Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
-}
+_FLOAT32 = _rows(
+    (
+        Config(64, 32, 8, 2, True), Config(32, 32, 8, 2, True),
+        Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1),
+    ),
+    (
+        Config(32, 32, 8, 2, True), Config(32, 32, 8, 2, True),
+        Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1),
+    ),
+    (
+        Config(16, 32, 8, 2, True), Config(32, 32, 8, 2, True),
+        Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1),
+    ),
+)  # fmt: skip
 _CDNA_FLOAT32 = {
-    256: Tuning(Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1)),
-}
+    256: Tuning(
+        Config(16, 32, 4, 1, True), Config(32, 32, 4, 1, True),
+        Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1),
+    ),
+}  # fmt: skip
 
 TABLE = {
     "sm_80": _AMPERE,
-    "sm_86": _AMPERE,  # and sm_89: 99 KiB of shared memory where sm_80 has 163, so every entry fits both
+    "sm_86": _ADA,  # and sm_89
     "sm_90": _HOPPER,
     "sm_100": _BLACKWELL,
-    "sm_120": _AMPERE,  # the instructions and the 99 KiB of sm_89
+    "sm_120": _GEFORCE_BLACKWELL,  # the instructions and the 99 KiB of sm_89
     "gfx942": _CDNA,
 }
-INTERPRETER = Tuning(Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1))
+INTERPRETER = Tuning(
+    Config(64, 32, 4, 1, True, 8), Config(64, 32, 4, 1, True),
+    Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1),
+)  # fmt: skip
 VALUE_NORM = Config(64, 1, 4, 1)
 
 

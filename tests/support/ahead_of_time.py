@@ -90,9 +90,8 @@ def compile_launch(launch: Launch, name: str) -> Usage:
     """Compile to machine code and read off what the assembler says."""
     target = target_of(name)
     signature, constants, attributes = specialisation(launch)
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=launch.options)
     if target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])

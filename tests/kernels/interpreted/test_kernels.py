@@ -21,8 +21,9 @@ from seg4diff.kernels.testing import (
     pytorch_maps,
 )
 from seg4diff.kernels.triton import backend as triton_backend
-from seg4diff.kernels.triton import tuning
+from seg4diff.kernels.triton import forward, maps, tuning
 from seg4diff.kernels.types import AttentionMaps, JointAttention, MapRequest
+from tests.support.addresses import watched
 from tests.support.interpreter import repair_arithmetic
 
 repair_arithmetic()
@@ -325,6 +326,83 @@ def test_gradients_of_maps_alone(kind: str) -> None:
             assert_accurate(found, true, expected, name=f"d_{name}")
 
 
+def growing(growth: float, dtype: torch.dtype, *, tokens: int = 200, head_dim: int = 16) -> dict[str, Tensor]:
+    """Inputs whose scores grow along the image keys, by ``growth`` nats from the first key to the last but 8.
+
+    Only in the first head; in the second they stay near zero, as do those of the last 8 keys.
+    """
+    inputs = attention_inputs(1, tokens, 33, 2, head_dim, dtype, sharpness=1.0)
+    for name in ("query", "text_query"):
+        inputs[name][:, :, 0, 0] = 8.0
+    inputs["text_key"][:, :, 0, 0] = 0.0
+    inputs["key"][:, :, 0, 0] = 0.0
+    inputs["key"][0, :-8, 0, 0] = torch.linspace(0, growth * head_dim**0.5 / 8, tokens - 8).to(dtype)
+    return inputs
+
+
+@pytest.fixture
+def online_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many full tiles each online pass over the keys begins with: more than one if it is done again."""
+    passes: list[int] = []
+    attend = forward._attend_online
+
+    def counted(*arguments: Any) -> Any:
+        passes.append(int(arguments[SETTLING].handle.data[0]))
+        return attend(*arguments)
+
+    monkeypatch.setattr(forward, "_attend_online", counted)
+    return passes
+
+
+SETTLING = list(forward._attend_online.arg_names).index("settling")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("growth", [0, 20, 60, 120, 300, 3000])
+def test_scores_that_outgrow_the_shift(dtype: str, growth: float, online_passes: list[int]) -> None:
+    """The text and the first tile settle a row's shift; rows that outgrow it are done again, exactly."""
+    inputs = growing(growth, DTYPES[dtype])
+    options: dict[str, Any] = {"maps": MapRequest(heads="each")}
+    actual = joint_attention(**inputs, **options)
+    exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
+    for name in ("image", "text", "lse"):
+        for head in range(2):
+            parts = [getattr(result, name) for result in (actual, exact, baseline)]
+            parts = [part[:, head] if name == "lse" else part[:, :, head] for part in parts]
+            assert_accurate(*parts, name=f"{name} of head {head}")
+    assert_accurate(actual.maps[:, 1], exact.maps[:, 1], baseline.maps[:, 1])
+    # In the first head an entry may be nearly nothing, or nothing.
+    assert_accurate(actual.maps.log1p(), exact.maps.log1p(), baseline.maps.log1p())
+    tiles = 4 + 1  # 200 image rows and 33 text rows in tiles of 64
+    again = [full for full in online_passes if full > 1]
+    assert len(online_passes) == 2 * tiles + len(again)
+    assert len(again) == (tiles if growth >= 60 and dtype != "fp16" else 0)  # those of the first head
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy
+def test_without_doing_again_large_scores_would_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = growing(120, torch.bfloat16)
+    assert joint_attention(**inputs).image.isfinite().all()
+    monkeypatch.setattr(forward, "_LARGE", forward.tl.constexpr(float("inf")))
+    assert joint_attention(**inputs).lse[:, 1].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_numbers_beside_rows_that_outgrow_their_shift(dtype: str) -> None:
+    inputs = growing(300, DTYPES[dtype])
+    inputs["query"][0, 3, 0, 5] = torch.nan
+    inputs["query"][0, 70, 1, 5] = torch.inf
+    actual, exact = joint_attention(**inputs), exact_attention(**inputs)
+    baseline = pytorch_attention(**inputs)
+    for name in ("image", "text", "lse"):
+        found, true, usual = (getattr(result, name) for result in (actual, exact, baseline))
+        assert torch.equal(found.isfinite(), true.isfinite()), name
+        assert_accurate(*(part[true.isfinite()] for part in (found, true, usual)), name=name)
+    assert actual.image.isnan().sum() == 2 * 16  # one row of either head
+
+
 def test_two_runs_are_bitwise_equal() -> None:
     case = Case(65, 33, 2, 32, "bf16", "probability", "mean", edited=True)
     runs = []
@@ -337,6 +415,45 @@ def test_two_runs_are_bitwise_equal() -> None:
         assert torch.equal(one, other)
 
 
+ADDRESSES = [
+    Case(70, 33, 2, 24, "bf16", "probability", "mean", edited=True, batch=2, text=(2, 15)),
+    Case(64, 32, 2, 16, "fp16", "text_probability", "each"),
+    Case(33, 7, 1, 96, "fp32", "logit", "mean"),
+    Case(1, 65, 2, 16, "bf16", "probability", "each", text=(64, 65)),
+]
+
+
+@pytest.mark.parametrize("case", ADDRESSES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "fused"])
+def test_kernels_stay_inside_their_tensors(case: Case, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No load and no store leaves the tensors of its launch, padding and tails masked away."""
+    inputs = case.inputs()
+    if layout == "fused":
+        inputs |= fused_views(inputs)
+    given = upstream(case, UPSTREAM["both"])
+    with watched(monkeypatch) as seen:
+        gradients(joint_attention, inputs, given, maps=case.maps, statistics=True)
+    assert seen.loads > 20
+    assert seen.stores > 10
+    assert not seen.stray
+
+
+def test_an_address_outside_every_tensor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = attention_inputs(1, 33, 7, 1, 16, torch.float32)
+    start = forward.Launch.start
+
+    def too_many(launch: forward.Launch) -> None:
+        if launch.kernel is maps.map_kernel:
+            launch.arguments["last"] += 1
+        start(launch)
+
+    monkeypatch.setattr(forward.Launch, "start", too_many)
+    with watched(monkeypatch) as seen:
+        joint_attention(**inputs, maps=MapRequest())
+    assert any("load" in line and "map_kernel" in line for line in seen.stray)
+    assert any("store" in line for line in seen.stray)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tiles", [(16, 32), (32, 128), (128, 32)], ids=lambda tiles: f"{tiles[0]}x{tiles[1]}"
@@ -344,7 +461,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """No shape of tile is built into a kernel: the tuning table is free to choose."""
     config = tuning.Config(*tiles, 4, 1)
-    configs = tuning.Tuning(config, config, config, config)
+    configs = tuning.Tuning(config, config, config, config, config)
     monkeypatch.setattr(tuning, "tuning_for", lambda tensor: configs)
     case = Case(35, 33, 2, 32, "fp16", "probability", "mean", edited=True)
     inputs = case.inputs()
