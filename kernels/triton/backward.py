@@ -37,10 +37,13 @@ from .primitives import (
     LOG2_E,
     at,
     inner_products,
+    load_at,
     load_tile,
+    moved,
     row_products,
     scaled,
     store_tile,
+    tile_pointers,
     weighted_sums,
     zeros_like,
 )
@@ -78,14 +81,16 @@ def _map_term(scores, gradient, norm, row_sum, KIND: tl.constexpr):
     return term
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "text_tokens", "heads"])
 def delta_kernel(
     query,
     text_key,
     out,
     d_out,
+    lse,
     map_lse,
     d_maps,
+    norms,
     delta,
     map_sum,
     tokens,
@@ -97,13 +102,15 @@ def delta_kernel(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """Row sums that the gradient of a softmax subtracts, for one tile of rows of one head.
 
-    ``delta``: of dO * O if OUTPUT, plus dM * P~ if KIND is "probability". ``map_sum``: of dM * P_t if KIND is
-    "text_probability". ``map_lse`` is the log-sum-exp that P~ or P_t is normalised by. KIND is "" without a
-    gradient of the map.
+    ``norms``, if SOFTMAX: the log-sum-exp to base 2, which the gradient kernels would otherwise compute once
+    for every tile of keys. ``delta``: of dO * O if OUTPUT, plus dM * P~ if KIND is "probability".
+    ``map_sum``: of dM * P_t if KIND is "text_probability". ``map_lse`` is the log-sum-exp that P~ or P_t is
+    normalised by. KIND is "" without a gradient of the map.
     """
     tiles = tl.cdiv(tokens, ROWS)
     row = (tl.program_id(0) % tiles * ROWS).to(tl.int64)
@@ -135,12 +142,9 @@ def delta_kernel(
         else:
             total += mass
     tl.store(at(delta, batch, head, row) + here, total, mask=here < count)
-
-
-@triton.jit
-def _base_two_norm(lse, inside):
-    """log2 of the sum of the exponentials of rows; infinite, so that no probability is left, outside."""
-    return tl.load(lse, mask=inside, other=float("inf")) * LOG2_E
+    if SOFTMAX:
+        norm = tl.load(at(lse, batch, head, row) + here, mask=here < count)
+        tl.store(at(norms, batch, head, row) + here, norm * LOG2_E, mask=here < count)
 
 
 @triton.jit
@@ -175,7 +179,7 @@ def _query_gradient(
     return weighted_sums(d_scores, k, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_tiles", "tiles", "tokens", "text_tokens", "heads"])
 def query_gradient_kernel(
     query,
     key,
@@ -186,7 +190,7 @@ def query_gradient_kernel(
     edited,
     d_image,
     d_text,
-    lse,
+    norms,
     delta,
     map_lse,
     map_sum,
@@ -242,7 +246,8 @@ def query_gradient_kernel(
     sums = zeros_like(q, ROWS)
     if SOFTMAX:
         stream_row = tl.where(from_text, tokens, 0) + row
-        norm = _base_two_norm(at(lse, batch, head, stream_row) + here, here < count)
+        # Beyond the rows infinite, so that no probability is left there.
+        norm = tl.load(at(norms, batch, head, stream_row) + here, mask=here < count, other=float("inf"))
         row_sum = tl.load(at(delta, batch, head, stream_row) + here, mask=here < count, other=0.0)
         keys = at(key, batch, head, 0)
         text_keys = at(text_key, batch, head, 0)
@@ -280,7 +285,8 @@ def query_gradient_kernel(
             map_norm = tl.load(map_norms, mask=here < mapped, other=float("inf"))
         if KIND == "text_probability":
             map_row_sum = tl.load(at(map_sum, batch, head, row) + here, mask=here < mapped, other=0.0)
-        for column in range(0, tl.where(from_text, 0, text_tokens), COLUMNS):
+        # Not pipelined: a staged tile of dM would be read with bank conflicts, eight rows to a bank.
+        for column in tl.range(0, tl.where(from_text, 0, text_tokens), COLUMNS, num_stages=1):
             left = text_tokens - column
             k = load_tile(map_keys, text_key.token, left, COLUMNS, D, True)
             scores = inner_products(q, k) * scale  # [ROWS, COLUMNS]
@@ -303,7 +309,7 @@ def _key_gradient(
     query_token,
     d_out,
     d_out_token,
-    lse,
+    norms,
     delta,
     row_tokens,
     factor,
@@ -313,28 +319,32 @@ def _key_gradient(
 ):
     """Add dS^T Q and P^T dO over all rows of a stream, without terms of a map; tiles are [COLUMNS, ROWS]."""
     here = tl.arange(0, ROWS)
+    q_at = tile_pointers(query, query_token, ROWS, D)
+    d_o_at = q_at
+    if OUTPUT:
+        d_o_at = tile_pointers(d_out, d_out_token, ROWS, D)
+    norm_at, row_sum_at = norms + here, delta + here
+    q_offset, d_o_offset = 0, 0  # of 32 bits, as in the forward
     for start in range(0, row_tokens, ROWS):
         count = row_tokens - start
-        q = load_tile(query, query_token, count, ROWS, D, True)
+        q = load_at(moved(q_at, q_offset), count, D, True)
         scores = inner_products(k, q)
-        norm = _base_two_norm(lse + here, here < count)
+        norm = tl.load(norm_at + start, mask=here < count, other=float("inf"))
         probability = tl.exp2(scores * factor - norm[None, :])
-        row_sum = tl.load(delta + here, mask=here < count, other=0.0)
+        row_sum = tl.load(row_sum_at + start, mask=here < count, other=0.0)
         if OUTPUT:
-            d_o = load_tile(d_out, d_out_token, count, ROWS, D, True)
+            d_o = load_at(moved(d_o_at, d_o_offset), count, D, True)
             d_v = weighted_sums(probability, d_o, d_v)
             d_scores = probability * (inner_products(v, d_o) - row_sum[None, :])
-            d_out += ROWS * d_out_token
+            d_o_offset += ROWS * d_out_token
         else:
             d_scores = -probability * row_sum[None, :]
         d_k = weighted_sums(d_scores, q, d_k)
-        query += ROWS * query_token
-        lse += ROWS
-        delta += ROWS
+        q_offset += ROWS * query_token
     return d_k, d_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tokens", "text_tokens", "heads"])
 def key_gradient_kernel(
     query,
     key,
@@ -345,7 +355,7 @@ def key_gradient_kernel(
     edited,
     d_image,
     d_text,
-    lse,
+    norms,
     delta,
     map_lse,
     map_sum,
@@ -393,7 +403,7 @@ def key_gradient_kernel(
     k = load_tile(keys, tl.where(of_text, text_key.token, key.token), count, COLUMNS, D, True)
     d_k = zeros_like(k, COLUMNS)
     d_v = zeros_like(k, COLUMNS)
-    norms = at(lse, batch, head, 0)
+    row_norms = at(norms, batch, head, 0)
     row_sums = at(delta, batch, head, 0)
     v = k  # never read without a gradient of an output
     rows = at(query, batch, head, 0)
@@ -407,13 +417,13 @@ def key_gradient_kernel(
                 values = at(value, batch, head, wide)
             v = load_tile(values, tl.where(of_text, edited.token, value.token), count, COLUMNS, D, True)
         d_k, d_v = _key_gradient(
-            d_k, d_v, k, v, rows, query.token, d_rows, d_image.token, norms, row_sums, tokens, factor,
+            d_k, d_v, k, v, rows, query.token, d_rows, d_image.token, row_norms, row_sums, tokens, factor,
             ROWS, D, IMAGE_OUTPUT,
         )  # fmt: skip
     if KIND != "":
         here = tl.arange(0, ROWS)
         gradients = at(d_maps, batch, head, 0)
-        map_norms, map_row_sums = norms, norms  # read only if this kind of map needs them
+        map_norms, map_row_sums = row_norms, row_norms  # read only if this kind of map needs them
         if KIND != "logit":
             map_norms = at(map_lse, batch, head, 0)
         if KIND == "text_probability":
@@ -450,7 +460,7 @@ def key_gradient_kernel(
         v = load_tile(values, tl.where(of_text, text_value.token, value.token), count, COLUMNS, D, True)
         d_k, d_v = _key_gradient(
             d_k, d_v, k, v, at(text_query, batch, head, 0), text_query.token, at(d_text, batch, head, 0),
-            d_text.token, norms + tokens, row_sums + tokens, text_tokens, factor, ROWS, D, True,
+            d_text.token, row_norms + tokens, row_sums + tokens, text_tokens, factor, ROWS, D, True,
         )  # fmt: skip
 
     store_tile(d_keys, tl.where(of_text, d_text_key.token, d_key.token), count, scaled(d_k, scale), D)
@@ -476,6 +486,7 @@ class _Problem:
         map_lse: what the map's entries are normalised by, [B, H, at least N]; None for logits.
         map_sum: row sums of dM * P_t, [B, H, N], to be filled for ``"text_probability"``.
         delta: row sums, [B, H, N + T], to be filled.
+        norms: log-sum-exp to base 2, likewise.
     """
 
     inputs: Inputs
@@ -488,6 +499,7 @@ class _Problem:
     map_lse: Tensor | None
     map_sum: Tensor | None
     delta: Tensor
+    norms: Tensor
 
     @property
     def softmax(self) -> bool:
@@ -528,7 +540,7 @@ class _Problem:
             "edited": strided(edited),
             "d_image": strided(self.d_text if self.d_image is None else self.d_image),
             "d_text": strided(self.d_image if self.d_text is None else self.d_text),
-            "lse": strided_by_head(self.lse),
+            "norms": strided_by_head(self.norms),
             "delta": strided_by_head(self.delta),
             "tokens": query.shape[1],
             "factor": self.scale * math.log2(math.e),
@@ -587,6 +599,7 @@ def _problem(
         map_lse=map_lse,
         map_sum=map_sum,
         delta=torch.empty(delta_shape, dtype=torch.float32, device=lse.device),
+        norms=torch.empty(delta_shape, dtype=torch.float32, device=lse.device),
     )
 
 
@@ -607,28 +620,32 @@ def _fill_row_sums(problem: _Problem, image: Tensor, text: Tensor) -> None:
     tokens = problem.inputs.query.shape[1]
     kind = problem.kind if problem.map_lse is not None else ""
     if problem.d_image is not None or kind:
-        delta = problem.delta[:, :, :tokens]
-        _launch_row_sums(problem, problem.inputs.query, image, problem.d_image, delta, kind)
+        rows = slice(None, tokens)
+        _launch_row_sums(problem, problem.inputs.query, image, problem.d_image, rows, kind)
     if problem.d_text is not None and problem.inputs.text_query is not None:
-        delta = problem.delta[:, :, tokens:]
-        _launch_row_sums(problem, problem.inputs.text_query, text, problem.d_text, delta, "")
+        rows = slice(tokens, None)
+        _launch_row_sums(problem, problem.inputs.text_query, text, problem.d_text, rows, "")
 
 
 def _launch_row_sums(
-    problem: _Problem, rows: Tensor, out: Tensor, d_out: Tensor | None, delta: Tensor, kind: str
+    problem: _Problem, query: Tensor, out: Tensor, d_out: Tensor | None, rows: slice, kind: str
 ) -> None:
-    batch, tokens, heads, _ = rows.shape
-    config = tuning.tuning_for(rows).scores
+    batch, tokens, heads, _ = query.shape
+    config = tuning.tuning_for(query).scores
+    softmax = problem.softmax
     arguments = {
         **problem.map_arguments(),
-        "query": strided(rows),
+        "query": strided(query),
         "out": strided(out),
         "d_out": strided(d_out),
-        "delta": strided_by_head(delta),
+        "lse": strided_by_head(problem.lse[:, :, rows] if softmax else None),
+        "norms": strided_by_head(problem.norms[:, :, rows] if softmax else None),
+        "delta": strided_by_head(problem.delta[:, :, rows]),
         "tokens": tokens,
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "OUTPUT": d_out is not None,
+        "SOFTMAX": softmax,
         "KIND": kind,
     }
     Launch(delta_kernel, batch * heads * triton.cdiv(tokens, config.rows), arguments, config).start()

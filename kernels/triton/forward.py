@@ -157,7 +157,7 @@ def _attend_full(
     return sums, shift, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "text_tokens", "image_keys", "tiles", "heads"])
 def attention_kernel(
     query,
     key,

@@ -21,7 +21,7 @@ from .launch import Launch, strided, strided_by_head
 from .primitives import at, inner_products, load_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "first", "last", "heads"])
 def map_kernel(
     query,
     text_key,
@@ -60,19 +60,23 @@ def map_kernel(
     rows = at(query, batch, 0, row)
     keys = at(text_key, batch, 0, first + column)
     if not LOGIT:
-        peaks = at(peak, batch, 0, row)
-        weights = at(weight, batch, 0, row)
+        peaks = at(peak, batch, 0, row) + here
+        weights = at(weight, batch, 0, row) + here
+        row_peak = tl.load(peaks, mask=here < row_count, other=0.0)
+        row_weight = tl.load(weights, mask=here < row_count, other=0.0)
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for _ in range(heads):
+    for head in range(heads):
         q = load_tile(rows, query.token, row_count, ROWS, D, True)
         k = load_tile(keys, text_key.token, column_count, COLUMNS, D, True)
         entries = inner_products(q, k) * factor
         if not LOGIT:
-            row_peak = tl.load(peaks + here, mask=here < row_count, other=0.0)
-            row_weight = tl.load(weights + here, mask=here < row_count, other=0.0)
             entries = tl.exp2(entries - row_peak[:, None]) * row_weight[:, None]
+            # Those of the next head, a pass ahead: the loads are too small for the compiler's pipeline.
             peaks += peak.head
             weights += weight.head
+            follows = (here < row_count) & (head + 1 < heads)
+            row_peak = tl.load(peaks, mask=follows, other=0.0)
+            row_weight = tl.load(weights, mask=follows, other=0.0)
         if EACH:
             tl.store(entry + offsets, entries, mask=inside)
             entry += maps.head

@@ -14,7 +14,7 @@ from .launch import Launch, readable, strided, strided_by_head
 from .primitives import LOG2_E, at, inner_products, load_tile, row_products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tokens", "text_tokens", "heads"])
 def mass_kernel(
     rows,
     text_key,
@@ -49,7 +49,7 @@ def mass_kernel(
     tl.store(at(mass, batch, head, row) + here, total, mask=here < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def value_norm_kernel(value, norm, tokens, heads, TOKENS: tl.constexpr, D: tl.constexpr):
     """Euclidean norms of one tile of value vectors of one head."""
     tiles = tl.cdiv(tokens, TOKENS)

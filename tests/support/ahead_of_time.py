@@ -65,14 +65,18 @@ def specialisation(
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
-    def kind(value: Any, place: tuple[int, ...], constant: bool = False) -> Any:
+    def kind(value: Any, place: tuple[int, ...], parameter: Any = None) -> Any:
         if isinstance(value, Strided):
             return Strided(*(kind(field, (*place, index)) for index, field in enumerate(value)))
-        if constant or value is None or (type(value) is int and value == 1):
+        plain = parameter is not None and parameter.do_not_specialize
+        constant = parameter is not None and parameter.is_constexpr
+        if constant or value is None or (type(value) is int and value == 1 and not plain):
             constants[place] = value
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
+        if plain:
+            return "i32"
         if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
             attributes[place] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
@@ -80,7 +84,7 @@ def specialisation(
         return "i32" if abs(value) < 2**31 else "i64"
 
     signature = {
-        parameter.name: kind(launch.arguments[parameter.name], (index,), parameter.is_constexpr)
+        parameter.name: kind(launch.arguments[parameter.name], (index,), parameter)
         for index, parameter in enumerate(launch.kernel.params)
     }
     return signature, constants, attributes
