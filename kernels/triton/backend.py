@@ -40,8 +40,6 @@ def refusal(query: Tensor) -> str | None:
 
 def call_refusal(inputs: Inputs) -> str | None:
     """Why the kernels cannot do what a call asks for, or None if they can."""
-    if inputs.text_bias is not None:
-        return "a text bias is not supported"
     if inputs.key is None:
         return "attention without image keys is not supported"
     if inputs.text_value is not None and inputs.text_query is None:
@@ -53,7 +51,7 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     """Image output, text output, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
     inputs = readable_inputs(inputs)
     image, text, lse, maps = empty_outputs(inputs, request)
-    query, text_key = inputs.query, inputs.text_key
+    query = inputs.query
     softmax = None
     if request.kind == "probability":
         softmax = torch.empty_like(lse), torch.empty_like(lse)
@@ -62,9 +60,9 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     if request.kind == "text_probability":
         shape = (query.shape[0], query.shape[2], query.shape[1])
         softmax = lse.new_empty(shape), lse.new_empty(shape)
-        text_log_sum_exp(query, text_key, request.scale, for_map=softmax)
+        text_log_sum_exp(inputs, request.scale, for_map=softmax)
     if request.kind is not None:
-        write_maps(maps, query, text_key, softmax, request)
+        write_maps(maps, inputs, softmax, request)
     return image, text, lse, maps
 
 

@@ -31,13 +31,14 @@ from torch import Tensor
 from ..operators import empty_gradients
 from ..types import Inputs, Request
 from . import tuning
-from .launch import Launch, readable, readable_inputs, strided, strided_by_head
+from .launch import Launch, readable, readable_inputs, strided, strided_bias, strided_by_head
 from .maps import text_log_sum_exp
 from .primitives import (
     LOG2_E,
     at,
     inner_products,
     load_at,
+    load_bias,
     load_tile,
     moved,
     row_products,
@@ -70,6 +71,16 @@ def _map_gradient(
 
 
 @triton.jit
+def _map_norm(map_lse, inside, BIAS: tl.constexpr):
+    """What the entries of rows are normalised by: infinite, so that nothing is left, outside and where all is
+    masked."""
+    norm = tl.load(map_lse, mask=inside, other=float("inf"))
+    if BIAS:
+        norm = tl.where(norm == float("-inf"), float("inf"), norm)
+    return norm
+
+
+@triton.jit
 def _map_term(scores, gradient, norm, row_sum, KIND: tl.constexpr):
     """X of a tile from its scaled scores and the gradient of its entries; norms and sums to broadcast."""
     if KIND == "probability":
@@ -85,6 +96,7 @@ def _map_term(scores, gradient, norm, row_sum, KIND: tl.constexpr):
 def delta_kernel(
     query,
     text_key,
+    bias,
     out,
     d_out,
     lse,
@@ -104,6 +116,7 @@ def delta_kernel(
     OUTPUT: tl.constexpr,
     SOFTMAX: tl.constexpr,
     KIND: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """Row sums that the gradient of a softmax subtracts, for one tile of rows of one head.
 
@@ -125,19 +138,28 @@ def delta_kernel(
         total += row_products(o, d_o)
     if KIND != "":
         q = load_tile(at(query, batch, head, row), query.token, count, ROWS, D, True)
-        norm = tl.load(at(map_lse, batch, head, row) + here, mask=here < count, other=float("inf"))
+        norm = _map_norm(at(map_lse, batch, head, row) + here, here < count, BIAS)
         gradients = at(d_maps, batch, head, row)
         keys = at(text_key, batch, head, 0)
         mass = tl.zeros([ROWS], dtype=tl.float32)
+        total_shown = mass
         for column in range(0, text_tokens, COLUMNS):
             k = load_tile(keys, text_key.token, text_tokens - column, COLUMNS, D, True)
-            scores = inner_products(q, k) * scale - norm[:, None]  # [ROWS, COLUMNS]
+            if BIAS:
+                added = load_bias(bias, batch, column, text_tokens - column, COLUMNS)
+                scores = inner_products(q, k) * scale + (added[None, :] - norm[:, None])  # [ROWS, COLUMNS]
+            else:
+                scores = inner_products(q, k) * scale - norm[:, None]
             inside = (column + tl.arange(0, COLUMNS) < text_tokens)[None, :]
             shown = tl.where(inside, tl.exp2(scores * LOG2_E), 0.0)
             gradient = _map_gradient(gradients, d_maps.token, count, column, columns_given, ROWS, COLUMNS)
             mass += tl.sum(gradient * shown, 1)
+            if KIND == "text_probability":
+                total_shown += tl.sum(shown, 1)
             keys += COLUMNS * text_key.token
         if KIND == "text_probability":
+            # Their sum is 1 but for the rounding of the log-sum-exp, which dM - r would magnify.
+            mass = mass / tl.where(total_shown == 0.0, 1.0, total_shown)
             tl.store(at(map_sum, batch, head, row) + here, mass, mask=here < count)
         else:
             total += mass
@@ -158,16 +180,26 @@ def _query_gradient(
     key_token,
     value,
     value_token,
+    bias,
+    batch,
+    column,
+    bias_count,
     count,
     factor,
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
     MASKED: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
-    """Add dS K of one tile of keys, without terms of a map."""
+    """Add dS K of one tile of keys, without terms of a map; BIAS: of keys of which the first ``bias_count``,
+    text columns from ``column`` on, have a bias."""
     k = load_tile(key, key_token, count, COLUMNS, D, MASKED)
-    scores = inner_products(q, k) * factor - norm[:, None]  # [ROWS, COLUMNS]
+    if BIAS:
+        added = load_bias(bias, batch, column, bias_count, COLUMNS) * LOG2_E
+        scores = inner_products(q, k) * factor + (added[None, :] - norm[:, None])  # [ROWS, COLUMNS]
+    else:
+        scores = inner_products(q, k) * factor - norm[:, None]
     if MASKED:  # keys of zeros add nothing, unless their probability overflows
         scores = tl.where((tl.arange(0, COLUMNS) < count)[None, :], scores, float("-inf"))
     probability = tl.exp2(scores)
@@ -188,6 +220,7 @@ def query_gradient_kernel(
     text_key,
     text_value,
     edited,
+    bias,
     d_image,
     d_text,
     norms,
@@ -211,6 +244,7 @@ def query_gradient_kernel(
     OUTPUT: tl.constexpr,
     SOFTMAX: tl.constexpr,
     KIND: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """dQ of one tile of image or text rows of one head.
 
@@ -254,8 +288,8 @@ def query_gradient_kernel(
         whole = tokens // COLUMNS
         for _ in range(whole):
             sums = _query_gradient(
-                sums, q, d_o, norm, row_sum, keys, key.token, values, value.token, COLUMNS, factor,
-                COLUMNS, D, OUTPUT, False,
+                sums, q, d_o, norm, row_sum, keys, key.token, values, value.token, bias, batch, 0, 0,
+                COLUMNS, factor, COLUMNS, D, OUTPUT, False, False,
             )  # fmt: skip
             keys += COLUMNS * key.token
             values += COLUMNS * value.token
@@ -272,7 +306,8 @@ def query_gradient_kernel(
                 tl.where(of_image, key.token, text_key.token),
                 tl.where(of_image, values, text_values + first * text_values_token),
                 tl.where(of_image, value.token, text_values_token),
-                tl.where(of_image, left, text_tokens - column), factor, COLUMNS, D, OUTPUT, True,
+                bias, batch, column, tl.where(of_image, 0, text_tokens - column),
+                tl.where(of_image, left, text_tokens - column), factor, COLUMNS, D, OUTPUT, True, BIAS,
             )  # fmt: skip
     if KIND != "":
         mapped = tl.where(from_text, 0, count)  # text rows have no map
@@ -282,7 +317,7 @@ def query_gradient_kernel(
         map_row_sum = map_norm
         if KIND != "logit":
             map_norms = at(map_lse, batch, head, row) + here
-            map_norm = tl.load(map_norms, mask=here < mapped, other=float("inf"))
+            map_norm = _map_norm(map_norms, here < mapped, BIAS)
         if KIND == "text_probability":
             map_row_sum = tl.load(at(map_sum, batch, head, row) + here, mask=here < mapped, other=0.0)
         # Not pipelined: a staged tile of dM would be read with bank conflicts, eight rows to a bank.
@@ -292,7 +327,12 @@ def query_gradient_kernel(
             scores = inner_products(q, k) * scale  # [ROWS, COLUMNS]
             scores = tl.where((tl.arange(0, COLUMNS) < left)[None, :], scores, float("-inf"))
             gradient = _map_gradient(gradients, d_maps.token, mapped, column, columns_given, ROWS, COLUMNS)
-            term = _map_term(scores, gradient, map_norm[:, None], map_row_sum[:, None], KIND)
+            entry_norm = map_norm[:, None]
+            if BIAS:
+                added = load_bias(bias, batch, column, left, COLUMNS)[None, :]
+                entry_norm -= added
+                gradient = tl.where(added == float("-inf"), 0.0, gradient)
+            term = _map_term(scores, gradient, entry_norm, map_row_sum[:, None], KIND)
             sums = weighted_sums(term, k, sums)
             map_keys += COLUMNS * text_key.token
     out_token = tl.where(from_text, d_text_query.token, d_query.token)
@@ -313,9 +353,11 @@ def _key_gradient(
     delta,
     row_tokens,
     factor,
+    added,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     OUTPUT: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """Add dS^T Q and P^T dO over all rows of a stream, without terms of a map; tiles are [COLUMNS, ROWS]."""
     here = tl.arange(0, ROWS)
@@ -330,7 +372,10 @@ def _key_gradient(
         q = load_at(moved(q_at, q_offset), count, D, True)
         scores = inner_products(k, q)
         norm = tl.load(norm_at + start, mask=here < count, other=float("inf"))
-        probability = tl.exp2(scores * factor - norm[None, :])
+        if BIAS:
+            probability = tl.exp2(scores * factor + (added[:, None] * LOG2_E - norm[None, :]))
+        else:
+            probability = tl.exp2(scores * factor - norm[None, :])
         row_sum = tl.load(row_sum_at + start, mask=here < count, other=0.0)
         if OUTPUT:
             d_o = load_at(moved(d_o_at, d_o_offset), count, D, True)
@@ -353,6 +398,7 @@ def key_gradient_kernel(
     text_key,
     text_value,
     edited,
+    bias,
     d_image,
     d_text,
     norms,
@@ -379,6 +425,7 @@ def key_gradient_kernel(
     TEXT_OUTPUT: tl.constexpr,
     EDITED: tl.constexpr,
     KIND: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """dK and dV of one tile of text or image keys of one head, over all image rows and then all text rows.
 
@@ -406,6 +453,9 @@ def key_gradient_kernel(
     row_norms = at(norms, batch, head, 0)
     row_sums = at(delta, batch, head, 0)
     v = k  # never read without a gradient of an output
+    added = factor  # never read without a bias
+    if BIAS:  # of image keys zero
+        added = load_bias(bias, batch, tl.where(of_text, column, 0), tl.where(of_text, count, 0), COLUMNS)
     rows = at(query, batch, head, 0)
     if IMAGE_OUTPUT or KIND == "probability":
         d_rows = rows
@@ -418,7 +468,7 @@ def key_gradient_kernel(
             v = load_tile(values, tl.where(of_text, edited.token, value.token), count, COLUMNS, D, True)
         d_k, d_v = _key_gradient(
             d_k, d_v, k, v, rows, query.token, d_rows, d_image.token, row_norms, row_sums, tokens, factor,
-            ROWS, D, IMAGE_OUTPUT,
+            added, ROWS, D, IMAGE_OUTPUT, BIAS,
         )  # fmt: skip
     if KIND != "":
         here = tl.arange(0, ROWS)
@@ -437,12 +487,17 @@ def key_gradient_kernel(
             map_norm = tl.zeros([ROWS], dtype=tl.float32)
             map_row_sum = map_norm
             if KIND != "logit":
-                map_norm = tl.load(map_norms + here, mask=here < left, other=float("inf"))
+                map_norm = _map_norm(map_norms + here, here < left, BIAS)
                 map_norms += ROWS
             if KIND == "text_probability":
                 map_row_sum = tl.load(map_row_sums + here, mask=here < left, other=0.0)
                 map_row_sums += ROWS
-            term = _map_term(scores, tl.trans(gradient), map_norm[None, :], map_row_sum[None, :], KIND)
+            gradient = tl.trans(gradient)
+            entry_norm = map_norm[None, :]
+            if BIAS:
+                entry_norm -= added[:, None]
+                gradient = tl.where(added[:, None] == float("-inf"), 0.0, gradient)
+            term = _map_term(scores, gradient, entry_norm, map_row_sum[None, :], KIND)
             d_k = weighted_sums(term, q, d_k)
             rows += ROWS * query.token
             gradients += ROWS * d_maps.token
@@ -460,7 +515,8 @@ def key_gradient_kernel(
         v = load_tile(values, tl.where(of_text, text_value.token, value.token), count, COLUMNS, D, True)
         d_k, d_v = _key_gradient(
             d_k, d_v, k, v, at(text_query, batch, head, 0), text_query.token, at(d_text, batch, head, 0),
-            d_text.token, row_norms + tokens, row_sums + tokens, text_tokens, factor, ROWS, D, True,
+            d_text.token, row_norms + tokens, row_sums + tokens, text_tokens, factor, added,
+            ROWS, D, True, BIAS,
         )  # fmt: skip
 
     store_tile(d_keys, tl.where(of_text, d_text_key.token, d_key.token), count, scaled(d_k, scale), D)
@@ -511,6 +567,7 @@ class _Problem:
         query, text_key = self.inputs.query, self.inputs.text_key
         return {
             "text_key": strided(text_key),
+            "bias": strided_bias(self.inputs.text_bias),
             "map_lse": strided_by_head(self.map_lse),
             "d_maps": strided(self.d_maps),
             "map_sum": strided_by_head(self.map_sum),
@@ -519,6 +576,7 @@ class _Problem:
             "heads": query.shape[2],
             "scale": self.scale,
             "D": query.shape[3],
+            "BIAS": self.inputs.text_bias is not None,
         }
 
     def arguments(self) -> dict[str, Any]:
@@ -585,7 +643,7 @@ def _problem(
     if kind == "probability":
         map_lse = lse
     elif kind == "text_probability":
-        map_lse = text_log_sum_exp(inputs.query, inputs.text_key, request.scale)
+        map_lse = text_log_sum_exp(inputs, request.scale)
         map_sum = torch.empty_like(map_lse)
     delta_shape = (batch, heads, tokens + text_tokens)
     return _Problem(

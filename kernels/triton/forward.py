@@ -26,13 +26,15 @@ from torch import Tensor
 
 from ..types import Inputs
 from . import tuning
-from .launch import Launch, strided, strided_by_head
+from .launch import Launch, strided, strided_bias, strided_by_head
 from .primitives import (
     LN_2,
+    LOG2_E,
     at,
     float32,
     inner_products,
     load_at,
+    load_bias,
     load_tile,
     moved,
     scaled,
@@ -80,6 +82,8 @@ def _attend_online(
     values,
     text_keys,
     text_values,
+    bias,
+    batch,
     image_keys,
     text_tokens,
     settling,
@@ -89,6 +93,7 @@ def _attend_online(
     D: tl.constexpr,
     LANES: tl.constexpr,
     OUTPUT: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """Let the query tile attend to the first ``settling`` full tiles of image keys, to what image keys do not
     fill a tile, and to all text keys: each may raise the shift of a row.
@@ -106,9 +111,14 @@ def _attend_online(
             tl.where(of_image, keys, text_keys) + wide * key_token, key_token, count, COLUMNS, D, True
         )
         scores = inner_products(q, k)  # [ROWS, COLUMNS]
+        unit = factor
+        if BIAS:
+            added = load_bias(bias, batch, column, tl.where(of_image, 0, count), COLUMNS)
+            scores = scores * factor + (added * LOG2_E)[None, :]
+            unit = 1.0
         scores = tl.where((tl.arange(0, COLUMNS) < count)[None, :], scores, float("-inf"))
-        sums, shift, total = _raise_shift(sums, shift, total, scores, factor)
-        weights = tl.exp2(scores * factor - shift[:, None])
+        sums, shift, total = _raise_shift(sums, shift, total, scores, unit)
+        weights = tl.exp2(scores * unit - shift[:, None])
         total += _lane_sums(weights, LANES)
         if OUTPUT:
             value_token = tl.where(of_image, value.token, text_value_token)
@@ -166,6 +176,7 @@ def attention_kernel(
     text_key,
     text_value,
     edited,
+    bias,
     image,
     text,
     lse,
@@ -185,6 +196,7 @@ def attention_kernel(
     FOR_MAP: tl.constexpr,
     SHIFTED: tl.constexpr,
     LANES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """Log-sum-exp and, if OUTPUT, output rows of one tile of image or text rows of one head.
 
@@ -194,7 +206,9 @@ def attention_kernel(
     float32, is off by several units in its last place.
     ``edited`` are the text values that image rows read. ``image_keys`` is ``tokens``, or 0 for a softmax over
     the text keys alone. ``tiles`` are those of a head, of image rows and then of text rows, if any.
-    ``factor`` is the scale times log2(e); ``residue`` makes up for its rounding in the log-sum-exp.
+    ``bias``, if BIAS, is added to the scores of text columns; where all keys of a row are masked, its
+    log-sum-exp is -inf and its output 0. ``factor`` is the scale times log2(e); ``residue``
+    makes up for its rounding in the log-sum-exp.
     """
     image_tiles = tl.cdiv(tokens, ROWS)
     tile = tl.program_id(0) % tiles
@@ -225,8 +239,8 @@ def attention_kernel(
     whole = image_keys // COLUMNS
     settling = tl.minimum(whole, 1) if SHIFTED else 0
     sums, shift, total = _attend_online(
-        sums, shift, total, q, key, value, text_key, keys, values, text_keys, text_values,
-        image_keys, text_tokens, settling, factor, text_values_token, COLUMNS, D, LANES, OUTPUT,
+        sums, shift, total, q, key, value, text_key, keys, values, text_keys, text_values, bias, batch,
+        image_keys, text_tokens, settling, factor, text_values_token, COLUMNS, D, LANES, OUTPUT, BIAS,
     )  # fmt: skip
     keys_left, values_left = keys, values
     if SHIFTED:
@@ -243,15 +257,21 @@ def attention_kernel(
             total = tl.zeros([ROWS, LANES], dtype=tl.float32)
             sums, shift, total = _attend_online(
                 zeros_like(q, ROWS), shift, total, q, key, value, text_key, keys, values,
-                text_keys, text_values, image_keys, text_tokens, whole, factor, text_values_token,
-                COLUMNS, D, LANES, OUTPUT,
+                text_keys, text_values, bias, batch, image_keys, text_tokens, whole, factor,
+                text_values_token, COLUMNS, D, LANES, OUTPUT, BIAS,
             )  # fmt: skip
 
     here = tl.arange(0, ROWS)
     stream_row = tl.where(from_text, tokens, 0) + row
     row_total = tl.sum(total, 1)
+    if BIAS:
+        masked = row_total == 0.0
+        row_total = tl.where(masked, 1.0, row_total)
     inverse = 1.0 / row_total
     norm = tl.fma(shift, LN_2, tl.fma(shift, residue, tl.log(row_total)))  # rounded once
+    if BIAS:
+        norm = tl.where(masked, float("-inf"), norm)
+        shift = tl.where(masked, 0.0, shift)
     tl.store(at(lse, batch, head, stream_row) + here, norm, mask=here < count)
     if FOR_MAP:
         tl.store(at(peak, batch, head, stream_row) + here, shift, mask=here < count)
@@ -305,6 +325,7 @@ def attention(
         "text_key": strided(inputs.text_key),
         "text_value": strided(inputs.text_value),
         "edited": strided(edited),
+        "bias": strided_bias(inputs.text_bias),
         "image": strided(image),
         "text": strided(text),
         "lse": strided_by_head(lse),
@@ -324,5 +345,6 @@ def attention(
         "FOR_MAP": for_map is not None,
         "SHIFTED": config.shifted and query.dtype != torch.float16,
         "LANES": config.lanes,
+        "BIAS": inputs.text_bias is not None,
     }
     Launch(attention_kernel, batch * heads * tiles, arguments, config).start()

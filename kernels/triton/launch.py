@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import Inputs
+from ..types import STREAMS, Inputs
 from .primitives import Strided
 from .tuning import Config
 
@@ -62,8 +62,13 @@ def readable(tensor: Tensor) -> Tensor:
 
 def readable_inputs(inputs: Inputs) -> Inputs:
     """All tensors :func:`readable`."""
-    tensors = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
-    return dataclasses.replace(inputs, **{n: readable(t) for n, t in tensors.items() if t is not None})
+    tensors = dict(zip(STREAMS, inputs.tensors(), strict=True))
+    bias = inputs.text_bias
+    return dataclasses.replace(
+        inputs,
+        **{name: readable(tensor) for name, tensor in tensors.items() if tensor is not None},
+        text_bias=None if bias is None else bias.contiguous(),
+    )
 
 
 def strided(tensor: Tensor | None) -> Strided:
@@ -74,6 +79,11 @@ def strided(tensor: Tensor | None) -> Strided:
     if tensor is None:
         return Strided(None, 0, 0, 0)
     return Strided(tensor, *(tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in range(3)))
+
+
+def strided_bias(bias: Tensor | None) -> Strided:
+    """The same for the bias of the text columns [B, T], one for all heads."""
+    return strided(None if bias is None else bias.unsqueeze(2))
 
 
 def strided_by_head(tensor: Tensor | None) -> Strided:

@@ -17,14 +17,15 @@ from torch import Tensor
 from ..types import Inputs, Request
 from . import tuning
 from .forward import attention
-from .launch import Launch, strided, strided_by_head
-from .primitives import at, inner_products, load_tile
+from .launch import Launch, strided, strided_bias, strided_by_head
+from .primitives import LOG2_E, at, inner_products, load_bias, load_tile
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "last", "heads"])
 def map_kernel(
     query,
     text_key,
+    bias,
     peak,
     weight,
     maps,
@@ -38,8 +39,11 @@ def map_kernel(
     D: tl.constexpr,
     LOGIT: tl.constexpr,
     EACH: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """One tile of the map, image rows by the text columns ``first`` to ``last``, for all heads.
+
+    Columns whose ``bias`` is -inf are 0; a logit does not contain the bias otherwise.
 
     ``factor`` is the scale, times log2(e) for probabilities; ``peak`` and ``weight`` of the rows are unused
     for LOGIT. EACH: keep the heads apart, else their mean.
@@ -64,11 +68,18 @@ def map_kernel(
         weights = at(weight, batch, 0, row) + here
         row_peak = tl.load(peaks, mask=here < row_count, other=0.0)
         row_weight = tl.load(weights, mask=here < row_count, other=0.0)
+    if BIAS:
+        added = load_bias(bias, batch, first + column, column_count, COLUMNS)[None, :]
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for head in range(heads):
         q = load_tile(rows, query.token, row_count, ROWS, D, True)
         k = load_tile(keys, text_key.token, column_count, COLUMNS, D, True)
         entries = inner_products(q, k) * factor
+        if BIAS:
+            if LOGIT:
+                entries = tl.where(added == float("-inf"), 0.0, entries)
+            else:
+                entries += added * LOG2_E
         if not LOGIT:
             entries = tl.exp2(entries - row_peak[:, None]) * row_weight[:, None]
             # Those of the next head, a pass ahead: the loads are too small for the compiler's pipeline.
@@ -88,20 +99,17 @@ def map_kernel(
         tl.store(entry + offsets, total / heads, mask=inside)
 
 
-def text_log_sum_exp(
-    query: Tensor, text_key: Tensor, scale: float, for_map: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def text_log_sum_exp(inputs: Inputs, scale: float, for_map: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Log-sum-exp of the image rows over the text keys alone, float32 [B, H, N]."""
+    query, text_key = inputs.query, inputs.text_key
     batch, tokens, heads, _ = query.shape
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
-    inputs = Inputs(query, text_key, None, None, text_key, None, None)
-    attention(inputs, scale, lse, for_map=for_map, over_text_alone=True)
+    alone = Inputs(query, text_key, None, None, text_key, None, None, inputs.text_bias)
+    attention(alone, scale, lse, for_map=for_map, over_text_alone=True)
     return lse
 
 
-def write_maps(
-    maps: Tensor, query: Tensor, text_key: Tensor, softmax: tuple[Tensor, Tensor] | None, request: Request
-) -> None:
+def write_maps(maps: Tensor, inputs: Inputs, softmax: tuple[Tensor, Tensor] | None, request: Request) -> None:
     """Fill the float32 ``maps`` that ``request`` describes.
 
     ``softmax``: peak and weight of the rows, [B, H, at least N] each, of the softmax over all keys for
@@ -109,13 +117,15 @@ def write_maps(
     is linear: the loop over heads is then one matrix product of the un-split projections, accumulated in
     float32.
     """
+    query = inputs.query
     batch, tokens, heads, head_dim = query.shape
     each = request.heads == "each"
     config = tuning.tuning_for(query).scores
     peak, weight = softmax or (None, None)
     arguments: dict[str, Any] = {
         "query": strided(query),
-        "text_key": strided(text_key),
+        "text_key": strided(inputs.text_key),
+        "bias": strided_bias(inputs.text_bias),
         "peak": strided_by_head(peak),
         "weight": strided_by_head(weight),
         "maps": strided_by_head(maps) if each else strided(maps.unsqueeze(2)),
@@ -129,6 +139,7 @@ def write_maps(
         "D": head_dim,
         "LOGIT": softmax is None,
         "EACH": each,
+        "BIAS": inputs.text_bias is not None,
     }
     tiles = triton.cdiv(tokens, config.rows) * triton.cdiv(request.stop - request.start, config.columns)
     Launch(map_kernel, batch * tiles, arguments, config).start()

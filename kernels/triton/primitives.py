@@ -156,6 +156,13 @@ def scaled(tile, factor):
 
 
 @triton.jit
+def load_bias(bias, batch, first, count, COLUMNS: tl.constexpr):
+    """What is added to the scores of COLUMNS text columns from ``first`` on; zeros beyond ``count``."""
+    here = tl.arange(0, COLUMNS)
+    return tl.load(at(bias, batch, 0, first) + here, mask=here < count, other=0.0)
+
+
+@triton.jit
 def row_products(a, b):
     """<a_i, b_i> in float32: [TOKENS]."""
     products = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)

@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .launch import Launch, readable, strided, strided_by_head
-from .primitives import LOG2_E, at, inner_products, load_tile, row_products
+from .launch import Launch, readable, strided, strided_bias, strided_by_head
+from .primitives import LOG2_E, at, inner_products, load_bias, load_tile, row_products
 
 
 @triton.jit(do_not_specialize=["row_tokens", "text_tokens", "heads"])
 def mass_kernel(
     rows,
     text_key,
+    bias,
     lse,
     mass,
     row_tokens,
@@ -27,6 +28,7 @@ def mass_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """Probability mass that a tile of rows of a head gives to all text columns."""
     tiles = tl.cdiv(row_tokens, ROWS)
@@ -42,7 +44,11 @@ def mass_kernel(
     keys = at(text_key, batch, head, 0)
     for start in range(0, text_tokens, COLUMNS):
         k = load_tile(keys, text_key.token, text_tokens - start, COLUMNS, D, True)
-        scores = tl.fma(inner_products(q, k), scale, -norm[:, None])  # [ROWS, COLUMNS]
+        if BIAS:
+            added = load_bias(bias, batch, start, text_tokens - start, COLUMNS)[None, :] - norm[:, None]
+        else:
+            added = -norm[:, None]
+        scores = tl.fma(inner_products(q, k), scale, added)  # [ROWS, COLUMNS]
         scores = tl.where((there < text_tokens - start)[None, :], scores, float("-inf"))
         total += tl.sum(tl.exp2(scores * LOG2_E), 1)
         keys += COLUMNS * text_key.token
@@ -63,24 +69,31 @@ def value_norm_kernel(value, norm, tokens, heads, TOKENS: tl.constexpr, D: tl.co
 
 
 def attention_mass(
-    query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, scale: float
+    query: Tensor,
+    text_query: Tensor,
+    text_key: Tensor,
+    lse: Tensor,
+    scale: float,
+    text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention mass that image rows, float32 [B, H, N], and text rows, [B, H, T], give to text columns."""
     tokens = query.shape[1]
     text_key = readable(text_key)
+    bias = None if text_bias is None else text_bias.contiguous()
     return (
-        _mass(readable(query), text_key, lse[:, :, :tokens], scale),
-        _mass(readable(text_query), text_key, lse[:, :, tokens:], scale),
+        _mass(readable(query), text_key, lse[:, :, :tokens], scale, bias),
+        _mass(readable(text_query), text_key, lse[:, :, tokens:], scale, bias),
     )
 
 
-def _mass(rows: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Tensor:
+def _mass(rows: Tensor, text_key: Tensor, lse: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     batch, row_tokens, heads, head_dim = rows.shape
     config = tuning.tuning_for(rows).scores
     sums = torch.empty((batch, heads, row_tokens), dtype=torch.float32, device=rows.device)
     arguments: dict[str, Any] = {
         "rows": strided(rows),
         "text_key": strided(text_key),
+        "bias": strided_bias(bias),
         "lse": strided_by_head(lse),
         "mass": strided_by_head(sums),
         "row_tokens": row_tokens,
@@ -90,6 +103,7 @@ def _mass(rows: Tensor, text_key: Tensor, lse: Tensor, scale: float) -> Tensor:
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "D": head_dim,
+        "BIAS": bias is not None,
     }
     Launch(mass_kernel, batch * heads * triton.cdiv(row_tokens, config.rows), arguments, config).start()
     return sums

@@ -254,7 +254,7 @@ def upstream(case: Case, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Random upstream gradients; the map's is scaled to weigh as much as the output's."""
     generator = torch.Generator().manual_seed(7)
     keys = case.tokens + case.text_tokens
-    first, last = case.maps.columns(case.text_tokens)
+    first, last = case.maps.text_range(case.text_tokens)
     shapes = {
         "image": (case.batch, case.tokens, case.heads, case.head_dim),
         "text": (case.batch, case.text_tokens, case.heads, case.head_dim),
@@ -324,6 +324,67 @@ def test_gradients_of_maps_alone(kind: str) -> None:
             assert not found.any(), name
         else:
             assert_accurate(found, true, expected, name=f"d_{name}")
+
+
+def some_bias(batch: int, text_tokens: int) -> Tensor:
+    """Random, another one for each image, with masked columns on the left, in the middle and on the right."""
+    bias = 2 * torch.randn(batch, text_tokens, generator=torch.Generator().manual_seed(5))
+    for row in range(batch):
+        bias[row, : row + 1] = bias[row, text_tokens // 2] = bias[row, -3 + row :] = -torch.inf
+    return bias
+
+
+BIASED = [
+    Case(70, 33, 2, 64, "bf16", "probability", "mean", edited=True, batch=2),
+    Case(64, 33, 2, 32, "fp16", "text_probability", "each", text=(2, 30)),
+    Case(33, 40, 2, 96, "fp32", "logit", "mean"),
+    Case(70, 17, 1, 16, "fp32", "text_probability", "mean", batch=2),
+    Case(33, 17, 2, 40, "bf16", "probability", "each", text=(0, 8)),
+]
+
+
+@pytest.mark.parametrize("case", sample(BIASED, every=2), ids=str)
+def test_text_bias(case: Case) -> None:
+    """Forward, statistics and gradients with a bias; what it masks is exactly zero."""
+    inputs, bias = case.inputs(), some_bias(case.batch, case.text_tokens)
+    options: dict[str, Any] = {"maps": case.maps, "statistics": True, "text_bias": bias}
+    actual = joint_attention(**inputs, **options)
+    exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
+    judge(case, actual, exact, baseline)
+    names = ("image_to_text", "text_to_text")
+    assert_accurate(
+        *(torch.cat([getattr(r.statistics, n) for n in names], dim=-1) for r in (actual, exact, baseline))
+    )
+    assert_accurate(actual.lse, exact.lse, baseline.lse, name=f"lse of {case}")
+    masked = bias.isneginf()[:, slice(*case.text or (None,))]
+    for image, entries in enumerate(actual.maps):
+        assert not entries[..., masked[image]].any()
+    given = upstream(case, UPSTREAM["both"])
+    judge_gradients(case, given, inputs, maps=case.maps, text_bias=bias)
+    found = gradients(joint_attention, inputs, given, maps=case.maps, text_bias=bias)
+    for image in range(case.batch):
+        for name in ("text_key", "text_value"):
+            assert not found[f"{name}"][image, bias[image].isneginf()].any()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", ["probability", "logit", "text_probability"])
+def test_text_that_is_masked_altogether(kind: str) -> None:
+    """The second of two images has no valid text token: its map and the map's gradients are zero, not NaN."""
+    case = Case(33, 17, 2, 16, "fp32", kind, "mean", batch=2)
+    inputs, bias = case.inputs(), some_bias(2, 17)
+    bias[1] = -torch.inf
+    options: dict[str, Any] = {"maps": case.maps, "text_bias": bias}
+    actual = joint_attention(**inputs, statistics=True, **options)
+    exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
+    judge(case, actual, exact, baseline)
+    assert not actual.maps[1].any()
+    assert not actual.statistics.image_to_text[1].any()
+    judge_gradients(case, upstream(case, UPSTREAM["both"]), inputs, **options)
+    of_map = gradients(joint_attention, inputs, upstream(case, ("maps",)), **options)
+    for name, found in of_map.items():
+        assert found is None or not found[1].any(), name
+    alone = {name: tensor for name, tensor in inputs.items() if not name.endswith("value")}
+    torch.testing.assert_close(attention_maps(**alone, **options).maps, actual.maps, rtol=3e-6, atol=0)
 
 
 def growing(growth: float, dtype: torch.dtype, *, tokens: int = 200, head_dim: int = 16) -> dict[str, Tensor]:
@@ -496,7 +557,7 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32)
     tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
     request = (0.25, "probability", "mean", 0, 5)
-    torch.library.opcheck(torch.ops.seg4diff.triton_forward.default, (*tensors, None, *request))
+    torch.library.opcheck(torch.ops.seg4diff.triton_forward.default, (*tensors, None, torch.zeros(1, 5), *request))
 
 
 def test_compiles_as_one_graph() -> None:
