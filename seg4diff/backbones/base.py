@@ -122,6 +122,7 @@ class Backbone:
         guidance: how its pipelines run classifier-free guidance: one forward of rows [unconditional;
             conditional], or separate forwards, the conditional one first.
         experts: expert layers by the number of blocks.
+        noise: where images are segmented: length of the noise schedule, and steps that are left of it.
         optional: components that a pipeline of this family may lack, by `load_pipeline`'s options.
         lora_targets: attention projections that get an adapter unless the user names others.
         shared_arguments: tensors of a transformer call whose first axis is not the batch.
@@ -139,6 +140,7 @@ class Backbone:
     guidance: Guidance
     lora_targets: tuple[str, ...]
     experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    noise: tuple[int, int] = (28, 8)  # sigma 0.515 with SD3's shift of 3 (Seg4Diff, section 4.1)
     optional: tuple[str, ...] = ()
     shared_arguments: frozenset[str] = frozenset()
     patch: int = 2

@@ -59,7 +59,7 @@ from seg4diff.metrics import (
 )
 from seg4diff.segmentation.inputs import View, views_of
 from seg4diff.segmentation.maps import run_maps
-from seg4diff.segmentation.presets import NOISE_LEVEL, NOISE_STEPS, Preset, find_preset
+from seg4diff.segmentation.presets import Preset, find_preset
 from seg4diff.visualization import palette
 
 logger = logging.getLogger(__name__)
@@ -494,10 +494,11 @@ def _speed(images: int, seconds: float) -> Speed | None:
 
 def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides the figures, as JSON has it."""
+    steps, level = patch_of(evaluator.pipe).backbone.noise
     entries = {
         **asdict(evaluator.settings),
         "preset_details": asdict(evaluator.preset),
-        "noise": {"steps": NOISE_STEPS, "level": NOISE_LEVEL},
+        "noise": {"steps": steps, "level": level},
         "dataset": dataset.name,
         "source": dataset.source,
         "pictures": len(dataset.samples),

@@ -14,7 +14,6 @@ from seg4diff.attention.maps import maps_of
 from seg4diff.attention.patch import patch_of
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.inputs import View, model_inputs
-from seg4diff.segmentation.presets import NOISE_LEVEL, NOISE_STEPS
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def run_maps(
     *,
     layers: Sequence[int] | int | None = None,
     maps: MapRequest,
-    noise_levels: Sequence[int] = (NOISE_LEVEL,),
-    steps: int = NOISE_STEPS,
+    noise_levels: Sequence[int] | None = None,
+    steps: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = 1,
@@ -62,8 +61,9 @@ def run_maps(
         prompts: for each image its prompts, at least one.
         layers: layers to read; the model's expert layers when None.
         maps: which columns, scores and heads.
-        noise_levels: steps that are left of the schedule of `steps` steps.
-        steps: length of the noise schedule.
+        noise_levels: steps that are left of the schedule of `steps` steps; that of the model family when
+            None.
+        steps: length of the noise schedule; that of the model family when None.
         seed, generator, batch_size, known_text: as in `seg4diff.segmentation.inputs.model_inputs`.
         progress: whether to show the pipeline's progress bar; when None, for more than one item.
 
@@ -73,6 +73,9 @@ def run_maps(
     """
     state = patch_of(pipe)
     chosen = state.layers_or_experts(layers)
+    own_steps, own_level = state.backbone.noise
+    steps = own_steps if steps is None else steps
+    noise_levels = (own_level,) if noise_levels is None else noise_levels
     found: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     try:
         with progress_bar(pipe, len(views) * len(noise_levels), progress) as bar:

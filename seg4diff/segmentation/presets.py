@@ -12,10 +12,6 @@ from typing import Literal
 Fit = Literal["aspect", "crop", "squash"]
 Upsample = Literal["linear", "geometric"]
 
-NOISE_STEPS, NOISE_LEVEL = 28, 8
-"""The noise at which images are segmented: length of the schedule, and steps left of it (sigma 0.515 with
-SD3's shift of 3)."""
-
 
 @dataclass(frozen=True)
 class Grouping:

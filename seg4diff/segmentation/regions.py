@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
@@ -23,6 +24,8 @@ from seg4diff.segmentation.maps import ImageMaps, run_maps
 from seg4diff.segmentation.presets import Grouping, PresetName, find_preset
 from seg4diff.segmentation.result import Segmentation
 from seg4diff.segmentation.scores import resize_scores
+
+_MOST_MAPS = 8192  # the distances of all pairs take half a GiB
 
 
 @overload
@@ -85,7 +88,8 @@ def segment_unsupervised(
         pipe: a pipeline of a supported family.
         image: an image, or several (list, or array with a batch axis): PIL, path, numpy or tensor, any size.
         preset: how the image is fitted to the model, as in `seg4diff.segment`, and how tokens are grouped:
-            a name in `seg4diff.segmentation.presets.PRESETS`.
+            a name in `seg4diff.segmentation.presets.PRESETS`. Where layers, heads and tokens make more than
+            8192 maps (T5 alone has 512 tokens), heads are averaged first.
         layers: transformer blocks whose maps are averaged (a grouping of single heads keeps them apart); the
             model's expert layers when None.
         threshold: distance below which maps are merged, see `seg4diff.segmentation.presets.Grouping`; that of
@@ -112,6 +116,9 @@ def segment_unsupervised(
     images, single = as_list(image)
     span = state.backbone.name_span(pipe)
     used = state.layers_or_experts(layers)
+    heads: Any = state.backbone.attention(state.transformer, used[0]).heads
+    if grouping.heads == "each" and len(used) * heads * span.length > _MOST_MAPS:
+        grouping = replace(grouping, heads="mean")
     views = views_of(pipe, images, choices.fit)
     results: list[Segmentation | None] = [None] * len(images)
     for found in run_maps(

@@ -226,6 +226,9 @@ def test_segment_scores_by_hand(pipe: Any) -> None:
 @torch.no_grad()
 def test_regions(pipe: Any) -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    # Four layers of two heads and 512 tokens are more maps than are kept apart.
+    whole = seg4diff.segment_unsupervised(pipe, image, layers=[0, 1, 2, 3])
+    assert 1 <= len(whole.classes) <= 24
     for preset in ("default", "paper"):
         found = seg4diff.segment_unsupervised(pipe, image, layers=[1], preset=preset)
         assert found.labels.shape == ((64, 96) if preset == "default" else (64, 64))

@@ -557,7 +557,9 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32)
     tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
     request = (0.25, "probability", "mean", 0, 5)
-    torch.library.opcheck(torch.ops.seg4diff.triton_forward.default, (*tensors, None, torch.zeros(1, 5), *request))
+    torch.library.opcheck(
+        torch.ops.seg4diff.triton_forward.default, (*tensors, None, torch.zeros(1, 5), *request)
+    )
 
 
 def test_compiles_as_one_graph() -> None:
