@@ -20,7 +20,7 @@ run.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -615,14 +615,34 @@ def backward(
     text: Tensor,
     lse: Tensor,
     request: Request,
+    d_lse: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None."""
+    """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None.
+
+    That of the log-sum-exp joins those of the outputs, which are zeros then where there is none.
+    """
+    given = inputs
+    if d_lse is not None and d_lse.shape[-1] > 0:
+        if inputs.value is None:
+            assert inputs.key is not None
+            value, text_value = torch.zeros_like(inputs.key), torch.zeros_like(inputs.text_key)
+            inputs = replace(inputs, value=value, text_value=text_value)
+            image = inputs.query.new_zeros(inputs.query.shape)
+            text = inputs.text_key.new_zeros(inputs.text_key.shape)
+        d_image = torch.zeros_like(inputs.query) if d_image is None else d_image
+        if d_text is None and inputs.text_query is not None:
+            d_text = torch.zeros_like(inputs.text_query)
     problem = _problem(d_image, d_text, d_maps, readable_inputs(inputs), lse, request)
     _fill_row_sums(problem, image, text)
+    if d_lse is not None:
+        problem.delta[:, :, : d_lse.shape[-1]].sub_(d_lse)
     gradients = empty_gradients(inputs)
     _fill_query_gradients(problem, gradients)
     _fill_key_gradients(problem, gradients)
-    return gradients
+    return tuple(
+        gradient if tensor is not None else gradient.new_empty((0,))
+        for gradient, tensor in zip(gradients, given.tensors(), strict=True)
+    )
 
 
 def _problem(

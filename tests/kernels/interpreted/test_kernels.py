@@ -22,7 +22,7 @@ from seg4diff.kernels.testing import (
 )
 from seg4diff.kernels.triton import backend as triton_backend
 from seg4diff.kernels.triton import forward, maps, tuning
-from seg4diff.kernels.types import AttentionMaps, JointAttention, MapRequest
+from seg4diff.kernels.types import STREAMS, AttentionMaps, JointAttention, MapRequest
 from tests.support.addresses import watched
 from tests.support.interpreter import repair_arithmetic
 
@@ -557,9 +557,37 @@ def test_operators_keep_the_rules_of_torch_library() -> None:
     inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32)
     tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
     request = (0.25, "probability", "mean", 0, 5)
-    torch.library.opcheck(
-        torch.ops.seg4diff.triton_forward.default, (*tensors, None, torch.zeros(1, 5), *request)
-    )
+    for bias in (None, torch.zeros(1, 5)):
+        torch.library.opcheck(torch.ops.seg4diff.triton_forward.default, (*tensors, None, bias, *request))
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_gradient_of_the_log_sum_exp(values: bool) -> None:
+    """Which the operator hands on: the softmax over the keys, beside the gradient of a map."""
+    names = STREAMS[:6] if values else ("query", "key", "text_query", "text_key")
+    inputs = attention_inputs(1, 33, 17, 2, 16, torch.float32)
+    weight = torch.randn(1, 2, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+    request = (0.25, "text_probability", "mean", 0, 17)
+    given = (*(leaves.get(name) for name in STREAMS), None)
+    _, _, lse, entries = torch.ops.seg4diff.triton_forward(*given, *request)
+    loss = (lse * weight.float()).sum() + 100 * entries.square().sum()
+    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+
+    def exact(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        wide = {name: inputs[name].to(dtype).requires_grad_() for name in names}
+        rows = torch.cat([wide["query"], wide["text_query"]], dim=1)
+        keys = torch.cat([wide["key"], wide["text_key"]], dim=1)
+        scores = 0.25 * torch.einsum("bqhd,bkhd->bhqk", rows, keys)
+        shown = scores[:, :, :33, 33:].softmax(dim=-1).mean(dim=1)
+        loss = (scores.logsumexp(dim=-1) * weight.to(dtype)).sum() + 100 * shown.square().sum()
+        return torch.autograd.grad(loss, list(wide.values()), materialize_grads=True)
+
+    for name, one, true, usual in zip(names, found, exact(torch.float64), exact(torch.float32), strict=True):
+        if name.endswith("value"):
+            assert not one.any()
+        else:
+            assert_accurate(one, true, usual, name=name)
 
 
 def test_compiles_as_one_graph() -> None:
