@@ -22,7 +22,8 @@ class Config:
 
     The forward and its log-sum-exp have more to choose: whether the first tiles settle the shift of a softmax
     (never done in float16); in how many parts the total of a row is kept, 8 for those of the entries that one
-    thread holds of a tensor-core product up to Hopper; and the most registers a thread may take, on NVIDIA.
+    thread holds of a tensor-core product up to Hopper. ``registers`` is how many a thread may take (NVIDIA):
+    to fit one more program, or where the compiler would rather spill to fit one.
     """
 
     rows: int
@@ -67,13 +68,18 @@ _HOPPER = _rows(
 )  # fmt: skip
 _BLACKWELL = {
     # Four warps: a row to each thread, so that no row sum needs an exchange.
-    64: replace(_HOPPER[64], forward=Config(128, 64, 4, 3, True), log_sum_exp=Config(128, 128, 4, 3, True)),
+    64: replace(
+        _HOPPER[64],
+        forward=Config(128, 64, 4, 3, True),
+        log_sum_exp=Config(128, 128, 4, 3, True),
+        query_gradient=Config(128, 64, 8, 2, registers=168),
+    ),
     128: replace(_HOPPER[128], forward=Config(128, 64, 8, 2, True), log_sum_exp=Config(128, 64, 4, 2, True)),
     256: replace(
         _HOPPER[256],
         forward=Config(128, 32, 8, 2, True),
         log_sum_exp=Config(128, 64, 4, 2, True),
-        query_gradient=Config(32, 64, 8, 2),  # four warps would spill
+        query_gradient=Config(64, 64, 8, 2),
     ),
 }
 _ADA = _rows(  # 99 KiB of shared memory
@@ -83,7 +89,7 @@ _ADA = _rows(  # 99 KiB of shared memory
     ),
     (
         Config(128, 32, 8, 2, True, 8), Config(64, 64, 4, 2, True, 8),
-        Config(64, 32, 4, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2),
+        Config(64, 32, 4, 2, registers=224), Config(32, 64, 8, 2), Config(64, 32, 4, 2),
     ),
     (
         Config(64, 32, 8, 2, True), Config(64, 32, 4, 2, True, 8),
@@ -119,7 +125,7 @@ _FLOAT32 = _rows(
     ),
     (
         Config(16, 32, 8, 2, True), Config(32, 32, 8, 2, True),
-        Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1),
+        Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 2),
     ),
 )  # fmt: skip
 _CDNA_FLOAT32 = {

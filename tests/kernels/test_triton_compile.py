@@ -9,70 +9,28 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.language as tl
-from torch import Tensor
 
-from seg4diff.kernels.triton import backend, backward, primitives, statistics, tuning
-from seg4diff.kernels.triton.launch import Launch
-from seg4diff.kernels.types import STREAMS, Inputs, Request
-from tests.support.ahead_of_time import SHARED_MEMORY_LIMITS, Usage, compile_launch, recorded
+from seg4diff.kernels.triton import primitives, tuning
+from tests.support.ahead_of_time import (
+    SHARED_MEMORY_LIMITS,
+    UNITS,
+    Usage,
+    compile_launch,
+    launches,
+    programs_at_once,
+)
 
-TABLE_WIDTHS = (64, 128, 256)
-UNITS = [
-    *((target, head_dim, torch.bfloat16) for target in tuning.TABLE for head_dim in TABLE_WIDTHS),
-    *((target, 64, torch.float16) for target in tuning.TABLE),  # always the online softmax
-    *(("sm_86", head_dim, torch.float32) for head_dim in TABLE_WIDTHS),
-    ("gfx942", 256, torch.float32),
-    ("sm_90", 96, torch.float16),  # a head vector in two parts
-]
+# Programs that a multiprocessor holds at once, at least, where two of them are to hide each other's waits.
+RESIDENT = {
+    ("sm_90", 64): {"attention": 2, "log_sum_exp": 2, "map": 4},
+    ("sm_90", 128): {"log_sum_exp": 2},
+    ("sm_80", 64): {"attention": 2, "log_sum_exp": 2},
+    ("sm_86", 64): {"attention": 2, "log_sum_exp": 2},
+    ("sm_100", 64): {"attention": 2, "log_sum_exp": 2},
+}
+# Instructions for each score in the loop over full tiles of keys, at most, at head dim 64.
+INSTRUCTIONS = {"sm_80": 7.4, "sm_86": 7.4, "sm_90": 6.2, "sm_100": 5.6}
 SAMPLE = [("sm_90", 64, torch.bfloat16), ("gfx942", 64, torch.bfloat16)]  # not slow: one of each maker
-
-
-def empty(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of the shape of one stream; its memory is reserved, never touched."""
-    return torch.empty((1, tokens, heads, head_dim), dtype=dtype)
-
-
-def launches(
-    target: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Launch]:
-    """What the host code would launch, by kernel, for the request that needs most registers of each.
-
-    Lengths that are no multiple of any tile, edited text values, and for the gradients the kind of map with
-    most to remember; all else for the usual kind.
-    """
-    config = tuning.tuning_of(target, head_dim, dtype)
-    monkeypatch.setattr(tuning, "tuning_for", lambda tensor: config)
-    tokens, text_tokens, heads = 4106, 154, 24
-    streams = {
-        name: empty(text_tokens if name.startswith("text_") else tokens, heads, head_dim, dtype)
-        for name in STREAMS
-    }
-    inputs = Inputs(**streams)
-    maps_alone = Inputs(
-        **{name: None if "value" in name else tensor for name, tensor in streams.items()}  # type: ignore[arg-type]
-    )
-
-    def run(kind: str, reduction: str) -> list[Launch]:
-        request = Request(0.125, kind, reduction, 0, text_tokens)
-        with recorded(monkeypatch) as made:
-            image, text, lse, entries = backend.forward(inputs, request)
-            backward.backward(image, text, entries, inputs, image, text, lse, request)
-            backend.forward(maps_alone, request)
-            statistics.attention_mass(
-                streams["query"], streams["text_query"], streams["text_key"], lse, 0.125
-            )
-            statistics.value_norm(streams["value"])
-        return made
-
-    heavy = [one for one in run("text_probability", "each") if "gradient" in one.kernel.__name__]
-    chosen: dict[str, Launch] = {}
-    for launch in [*heavy, *run("probability", "mean")]:
-        name = launch.kernel.__name__.removesuffix("_kernel")
-        if name == "attention" and not launch.arguments["OUTPUT"]:
-            name = "log_sum_exp"
-        chosen.setdefault(name, launch)
-    assert chosen["delta"].arguments["KIND"] == "probability"
-    return chosen
 
 
 @pytest.mark.parametrize(
@@ -91,7 +49,9 @@ def test_no_spills_and_within_shared_memory(
     usages: dict[str, Usage] = {}
     chosen = launches(target, head_dim, dtype, monkeypatch)
     assert set(chosen) == {
-        "attention", "log_sum_exp", "map", "mass", "value_norm", "delta", "query_gradient", "key_gradient",
+        "attention", "log_sum_exp", "map", "map_each", "mass", "value_norm", "delta",
+        "query_gradient", "query_gradient_each", "query_gradient_alone",
+        "key_gradient", "key_gradient_each", "key_gradient_alone",
     }  # fmt: skip
     for name, launch in chosen.items():
         usages[name] = compile_launch(launch, target)
@@ -101,11 +61,25 @@ def test_no_spills_and_within_shared_memory(
             config = chosen[name].config
             tile = f"{config.rows}x{config.columns}, {config.warps} warps, {config.stages} stages"
             print(
-                f"  {name:15} {tile:28} {usage.registers:4} registers {usage.spills:4} B spilled "
-                f"{usage.shared_memory:7} B shared"
+                f"  {name:20} {tile:28} {usage.registers:4} registers {usage.spills:4} B spilled "
+                f"{usage.shared_memory:7} B shared {usage.programs} at once"
             )
     wasteful = {name: usage for name, usage in usages.items() if usage.spills or usage.shared_memory > limit}
     assert not wasteful
+    for name, least in RESIDENT.get((target, head_dim), {}).items() if dtype == torch.bfloat16 else ():
+        assert (usages[name].programs or 0) >= least, name
+    if head_dim == 64 and dtype == torch.bfloat16 and target in INSTRUCTIONS:
+        fullest = min(usages["attention"].loops, key=lambda loop: loop.per_element)
+        assert fullest.per_element <= INSTRUCTIONS[target]
+        elements = fullest.instructions / fullest.per_element
+        assert fullest.special / elements == pytest.approx(1.0, abs=0.01)  # one exponential, and nothing else
+
+
+def test_programs_that_a_multiprocessor_holds() -> None:
+    assert programs_at_once("sm_90", 128, 8, 65_536) == 2
+    assert programs_at_once("sm_90", 130, 8, 65_536) == 1
+    assert programs_at_once("sm_86", 32, 4, 49_152) == 2
+    assert programs_at_once("sm_100", 32, 4, 1024, tensor_memory=256) == 2
 
 
 def test_every_entry_of_the_table_is_compiled() -> None:

@@ -18,8 +18,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from seg4diff.kernels.triton import backend, backward, statistics, tuning
 from seg4diff.kernels.triton.launch import Launch
 from seg4diff.kernels.triton.primitives import Strided
+from seg4diff.kernels.types import STREAMS, Inputs, Request
 
 SHARED_MEMORY_LIMITS = {  # bytes that one program may use
     "sm_80": 166_912,
@@ -29,16 +31,99 @@ SHARED_MEMORY_LIMITS = {  # bytes that one program may use
     "sm_120": 101_376,
     "gfx942": 65_536,
 }
+# Threads, blocks and shared memory of a streaming multiprocessor; each block takes 1 KiB for itself.
+_MULTIPROCESSORS = {
+    "sm_80": (2048, 32, 167_936),
+    "sm_86": (1536, 16, 102_400),
+    "sm_90": (2048, 32, 233_472),
+    "sm_100": (2048, 32, 233_472),
+    "sm_120": (1536, 24, 102_400),
+}
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", re.MULTILINE)
 _TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+_WIDTHS = (64, 128, 256)
+UNITS = [
+    *((target, head_dim, torch.bfloat16) for target in tuning.TABLE for head_dim in _WIDTHS),
+    *((target, 64, torch.float16) for target in tuning.TABLE),  # always the online softmax
+    *(("sm_86", head_dim, torch.float32) for head_dim in _WIDTHS),
+    ("gfx942", 256, torch.float32),
+    ("sm_90", 96, torch.float16),  # a head vector in two parts
+]
+"""Target, head dim and dtype of every entry of the tuning table, and of what else is compiled."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One pass of a loop over tiles, by one thread.
+
+    Attributes:
+        instructions: how many are issued.
+        special: of these, exponentials and others that the special-function units (XU) do.
+        products: of these, products of tiles by the tensor cores.
+        per_element: instructions for each score that the thread has to do with.
+    """
+
+    instructions: int
+    special: int
+    products: int
+    per_element: float
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes: registers and spilled bytes of a thread, shared memory in bytes."""
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers, spills: registers and spilled bytes of a thread.
+        shared_memory: bytes of a program.
+        programs: how many programs a multiprocessor holds at once; None for AMD.
+        loops: loops with exponentials, in the order of the code; none for AMD.
+    """
 
     registers: int
     spills: int
     shared_memory: int
+    programs: int | None
+    loops: tuple[Loop, ...]
+
+
+def programs_at_once(
+    name: str, registers: int, warps: int, shared_memory: int, tensor_memory: int = 0
+) -> int:
+    """How many programs a multiprocessor holds: registers, threads, shared and tensor memory set the limit.
+
+    Registers are given to warps by 256, and there are 65,536; tensor memory has 512 columns.
+    """
+    threads, blocks, memory = _MULTIPROCESSORS[name]
+    by_registers = 65_536 // (triton.cdiv(32 * registers, 256) * 256 * warps)
+    limits = [blocks, threads // (32 * warps), by_registers, memory // (shared_memory + 1024)]
+    return min([*limits, 512 // tensor_memory] if tensor_memory else limits)
+
+
+def loops_of(assembly: str, elements: float) -> tuple[Loop, ...]:
+    """The innermost loops with exponentials in a disassembled kernel; ``elements``: scores of a thread."""
+    code = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(assembly)]
+    places = {at: index for index, (at, _, _) in enumerate(code)}
+    spans = []
+    for index, (at, name, rest) in enumerate(code):
+        targets = re.findall(r"0x([0-9a-f]+)", rest)
+        if name.startswith("BRA") and targets and int(targets[-1], 16) < at:
+            spans.append((places[int(targets[-1], 16)], index))
+    kept: list[tuple[int, int]] = []
+    for first, last in sorted(spans, key=lambda span: span[1] - span[0]):
+        names = [name for _, name, _ in code[first : last + 1]]
+        overlaps = any(one <= last and first <= other for one, other in kept)
+        if "MUFU.EX2" in names and not overlaps and "MUFU.RCP" not in names:
+            kept.append((first, last))
+    loops = []
+    for first, last in sorted(kept):
+        names = [name.split(".")[0] for _, name, _ in code[first : last + 1]]
+        special = sum(name in ("MUFU", "FRND") for name in names)
+        products = sum(name.endswith("MMA") for name in names)
+        loops.append(Loop(len(names), special, products, round(len(names) / elements, 2)))
+    return tuple(loops)
 
 
 def target_of(name: str) -> GPUTarget:
@@ -90,22 +175,89 @@ def specialisation(
     return signature, constants, attributes
 
 
+def empty(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape of one stream; its memory is reserved, never touched."""
+    return torch.empty((1, tokens, heads, head_dim), dtype=dtype)
+
+
+def launches(
+    target: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Launch]:
+    """What the host code would launch, by kernel: for the mean map of probabilities, and as other kernels
+    `..._each` for text probabilities of each head and `..._alone` for gradients without a map.
+
+    Lengths are no multiple of any tile, and text values are edited: what needs most registers.
+    """
+    config = tuning.tuning_of(target, head_dim, dtype)
+    monkeypatch.setattr(tuning, "tuning_for", lambda tensor: config)
+    tokens, text_tokens, heads = 4106, 154, 24
+    streams = {
+        name: empty(text_tokens if name.startswith("text_") else tokens, heads, head_dim, dtype)
+        for name in STREAMS
+    }
+    inputs = Inputs(**streams)
+    maps_alone = Inputs(
+        **{name: None if "value" in name else tensor for name, tensor in streams.items()}  # type: ignore[arg-type]
+    )
+
+    def run(kind: str, reduction: str, with_map: bool = True) -> list[Launch]:
+        request = Request(0.125, kind, reduction, 0, text_tokens)
+        with recorded(monkeypatch) as made:
+            image, text, lse, entries = backend.forward(inputs, request)
+            d_maps = entries if with_map else None
+            backward.backward(image, text, d_maps, inputs, image, text, lse, request)
+            backend.forward(maps_alone, request)
+            statistics.attention_mass(
+                streams["query"], streams["text_query"], streams["text_key"], lse, 0.125
+            )
+            statistics.value_norm(streams["value"])
+        return made
+
+    chosen: dict[str, Launch] = {}
+    for suffix, made, kernels in (
+        ("", run("probability", "mean"), ("",)),
+        ("_each", run("text_probability", "each"), ("map", "query_gradient", "key_gradient")),
+        ("_alone", run("probability", "mean", False), ("query_gradient", "key_gradient")),
+    ):
+        for launch in made:
+            name = launch.kernel.__name__.removesuffix("_kernel")
+            if not name.startswith(kernels):
+                continue
+            if name == "attention" and not launch.arguments["OUTPUT"]:
+                name = "log_sum_exp"
+            chosen.setdefault(f"{name}{suffix}", launch)
+    return chosen
+
+
 def compile_launch(launch: Launch, name: str) -> Usage:
     """Compile to machine code and read off what the assembler says."""
     target = target_of(name)
     signature, constants, attributes = specialisation(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=launch.options)
+    shared_memory = compiled.metadata.shared
     if target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
         spills = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)[0])
-    else:
-        folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [str(folder / "cuobjdump"), "-res-usage", file.name]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        registers, spills = (int(re.findall(rf"{what}:(\d+)", text)[-1]) for what in ("REG", "STACK"))
-    return Usage(registers, spills, compiled.metadata.shared)
+        return Usage(registers, spills, shared_memory, None, ())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources, assembly = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    registers, spills = (int(re.findall(rf"{what}:(\d+)", resources)[-1]) for what in ("REG", "STACK"))
+    config = launch.config
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    return Usage(
+        registers,
+        spills,
+        shared_memory,
+        programs_at_once(name, registers, config.warps, shared_memory, tensor_memory),
+        loops_of(assembly, config.rows * config.columns / (32 * config.warps)),
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    command = [str(folder / "cuobjdump"), option, path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
