@@ -36,7 +36,7 @@ def make_batch() -> Batch:
     )
 
 
-def tuned(layer: int, stop_after: int | None = None) -> tuple[Any, list[Any]]:
+def tuned(stop_after: int | None = None) -> tuple[Any, list[Any]]:
     transformer = tiny.flux_transformer().double()
     weights = add_adapters(transformer, LoraSettings(rank=2), stop_after=stop_after)
     generator = torch.Generator().manual_seed(1)
@@ -49,7 +49,7 @@ def tuned(layer: int, stop_after: int | None = None) -> tuple[Any, list[Any]]:
 @pytest.mark.parametrize("layer", [1, 2], ids=["double", "single"])
 def test_loss_by_hand(layer: int) -> None:
     """From the stock model's own queries and keys, and its own prediction of the packed latents."""
-    transformer, _ = tuned(layer)
+    transformer, _ = tuned()
     batch, mask = make_batch(), MaskSettings(layers=(layer,), scores="probability")
     losses = Magnet(transformer, mask)(batch)._asdict()
     losses = {name: float(loss.detach()) for name, loss in losses.items()}
@@ -79,7 +79,7 @@ def test_loss_by_hand(layer: int) -> None:
 @pytest.mark.parametrize("fm_weight", [0.0, 1.0])
 def test_gradients_are_finite_differences_with_checkpointing(fm_weight: float) -> None:
     stop = 2 if fm_weight == 0 else None
-    transformer, weights = tuned(2, stop_after=stop)
+    transformer, weights = tuned(stop_after=stop)
     transformer.enable_gradient_checkpointing()
     batch, mask = make_batch(), MaskSettings(layers=(2,))
     magnet = Magnet(transformer, mask, fm_weight=fm_weight)

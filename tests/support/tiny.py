@@ -105,9 +105,27 @@ def transformer_inputs(
     }
 
 
+def vae() -> Any:
+    """A random autoencoder that shrinks each side by 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=1,
+        layers_per_block=1,
+        latent_channels=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=1.5,
+    ).eval()
+
+
 def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> Any:
     """A random StableDiffusion3Pipeline that draws 64 x 64 pictures; without T5 unless asked."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
@@ -137,22 +155,10 @@ def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> A
             vocab_size=len(tokenizer_3), d_model=64, d_kv=8, d_ff=32, num_layers=1, num_heads=2
         )
         text_encoder_3 = T5EncoderModel(configuration).eval()
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=1,
-        layers_per_block=1,
-        latent_channels=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.1,
-        scaling_factor=1.5,
-    ).eval()
     pipe = StableDiffusion3Pipeline(
         transformer=transformer(seed=seed, **transformer_arguments),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
+        vae=vae(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,
@@ -207,7 +213,7 @@ def flux_inputs(
 
 def flux_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
     """A random FluxPipeline that draws 64 x 64 images."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
@@ -229,18 +235,7 @@ def flux_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
     pipe = FluxPipeline(
         transformer=flux_transformer(seed=seed, **transformer_arguments),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=AutoencoderKL(
-            block_out_channels=(4, 4, 4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=1,
-            layers_per_block=1,
-            latent_channels=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.1,
-            scaling_factor=1.5,
-        ).eval(),
+        vae=vae(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,
