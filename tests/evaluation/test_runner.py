@@ -406,8 +406,8 @@ def test_bad_settings(pipe: Any, tmp_path: Path, settings: dict[str, Any], messa
 def assert_same_but_for_rounding(out: Path, expected: Path) -> None:
     """The same images with the same counts, but for two pixels in a thousand.
 
-    Weights read from a file lie at other addresses in memory than weights drawn in the process. That can change
-    the last bit of a matrix product, and with it the label of a pixel.
+    Weights read from a file lie at other addresses in memory than weights drawn in the process. That can
+    change the last bit of a matrix product, and with it the label of a pixel.
     """
     results, wanted = read_results(out, classes=18), read_results(expected, classes=18)
     assert results.keys() == wanted.keys()
