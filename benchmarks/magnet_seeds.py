@@ -26,10 +26,10 @@ from seg4diff.backbones import find_backbone
 from seg4diff.demo import HELD_OUT, scene
 from seg4diff.files import write_atomically
 from seg4diff.loading import load_pipeline
-from seg4diff.magnet.demonstration import SETTINGS, layer_to_tune, measure
-from seg4diff.magnet.settings import build_settings, merged
-from seg4diff.magnet.trainer import train
-from seg4diff.magnet.weights import load_lora
+from seg4diff.lora.files import load_lora
+from seg4diff.training.demo import SETTINGS, layer_to_tune, measure
+from seg4diff.training.settings import build_settings, merged
+from seg4diff.training.trainer import train
 
 
 def run(

@@ -22,11 +22,11 @@ from benchmarks.measuring import compare
 from benchmarks.memory import peak_bytes
 from seg4diff.kernels.api import backend
 from seg4diff.kernels.types import Backend
-from seg4diff.magnet.adapters import add_adapters
-from seg4diff.magnet.estimate import estimate_memory, model_shape
-from seg4diff.magnet.objective import Batch, Magnet
-from seg4diff.magnet.optimizers import make_optimizer
-from seg4diff.magnet.settings import TrainSettings, build_settings
+from seg4diff.lora.adapters import add_adapters
+from seg4diff.training.memory import estimate_memory, model_shape
+from seg4diff.training.objective.magnet import Batch, Magnet
+from seg4diff.training.optimizers import make_optimizer
+from seg4diff.training.settings import TrainSettings, build_settings
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -83,7 +83,7 @@ class Step:
             model = SD3Transformer2DModel.from_config(dict(size.config))
         transformer: Any = model.to(dtype)  # its position embedding is made in float32 all the same
         if chosen.memory.quantise == "nf4":
-            from seg4diff.magnet.quantisation import quantise_nf4
+            from seg4diff.lora.quantise import quantise_nf4
 
             quantise_nf4(transformer, torch.device(DEVICE))
         stop_after = size.layer if chosen.fm_weight == 0 else None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.editing.words import edit as edit
     from seg4diff.kernels.types import MapRequest as MapRequest
     from seg4diff.loading import load_pipeline as load_pipeline
-    from seg4diff.magnet.weights import load_lora as load_lora
+    from seg4diff.lora.files import load_lora as load_lora
     from seg4diff.segmentation.regions import segment_unsupervised as segment_unsupervised
     from seg4diff.segmentation.result import Segmentation as Segmentation
     from seg4diff.segmentation.zero_shot import segment as segment
@@ -39,7 +39,7 @@ _PUBLIC = {
     "edit": "seg4diff.editing.words",
     "guide": "seg4diff.editing.guidance",
     "is_patched": "seg4diff.attention.patch",
-    "load_lora": "seg4diff.magnet.weights",
+    "load_lora": "seg4diff.lora.files",
     "load_pipeline": "seg4diff.loading",
     "patch": "seg4diff.attention.patch",
     "perturb": "seg4diff.editing.blur",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -182,3 +183,15 @@ def distinct_stems(paths: Sequence[str], endings: Sequence[str] = ("",)) -> list
         taken.update(files)
         stems.append(name)
     return stems
+
+
+def no_space(error: OSError, path: Path) -> OSError:
+    """The error with what to do about it, where it says that a disk is full; else as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return OSError(
+        error.errno,
+        f"no space left for {str(path)!r}; what is done is kept: make room (predictions need most of it) "
+        "and run the "
+        "same command again",
+    )

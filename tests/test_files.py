@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,7 @@ from seg4diff.files import (
     check_outputs,
     checked_name,
     distinct_stems,
+    no_space,
     read_sealed,
     write_atomically,
     write_sealed,
@@ -160,3 +162,11 @@ def test_every_flipped_bit_of_a_sealed_file_is_noticed(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(DamagedFileError):
             read_sealed(path)
+
+
+def test_a_full_disk_is_said_and_other_errors_are_left_alone(tmp_path: Path) -> None:
+    full = no_space(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "x.png")
+    assert full.errno == errno.ENOSPC
+    assert "what is done is kept" in str(full)
+    other = OSError(errno.EACCES, "Permission denied")
+    assert no_space(other, tmp_path) is other

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_masks
 
-from seg4diff.magnet.encoding import areas, decode_masks, union
 from seg4diff.masks import decode_mask
+from seg4diff.training.data.cache import areas, decode_masks, union
 from tests.support import miniature
 
 ROOT = Path(__file__).parents[1]
@@ -125,8 +125,9 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from seg4diff.evaluation.datasets import open_dataset
-from seg4diff.magnet import encoding, sources
+from seg4diff.data.registry import open_dataset
+from seg4diff.data import training_sets as sources
+from seg4diff.training.data.cache import decode_masks
 
 for line in sys.stdin:
     name, mask = json.loads(line)
@@ -141,7 +142,7 @@ for line in sys.stdin:
     def training():
         return sources._decode(mask, Image.new("RGB", (40, 30)), name)
     outcomes = []
-    for attempt in (evaluation, training, lambda: encoding.decode_masks([mask])):
+    for attempt in (evaluation, training, lambda: decode_masks([mask])):
         try:
             outcomes.append("accepted" if attempt() is not None else "")
         except ValueError:
@@ -172,7 +173,7 @@ def test_hostile_masks_are_refused_and_end_nothing(tmp_path: Path) -> None:
 
 def test_annotations_of_another_image(tmp_path: Path) -> None:
     """A size that the annotations claim is compared with the image, before that much memory is taken."""
-    from seg4diff.evaluation.datasets import open_dataset
+    from seg4diff.data.registry import open_dataset
 
     miniature.write_coco(tmp_path, pixel_maps=False, instances=True)
     path = tmp_path / "coco" / "annotations" / "instances_val2017.json"

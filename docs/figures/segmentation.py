@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 import seg4diff
 from seg4diff.demo import HELD_OUT, scene
 from seg4diff.demo.scenes import CLASSES
-from seg4diff.demo.showcase import in_vocabulary, labels_of
+from seg4diff.evaluation.showcase import in_vocabulary, labels_of
 from seg4diff.visualization import palette
 
 SCENES = (1, 3)

@@ -46,7 +46,7 @@ class Caption(DebugOptions):
         at_least_one(self, "batch_size", "max_tokens")
         check_folder(self.out.parent)
 
-        from seg4diff.magnet.captioning import write_captions
+        from seg4diff.data.captioning import write_captions
 
         announce(f"captioning with {self.model}")
         write_captions(

@@ -60,7 +60,7 @@ class ClipScore(ModelOptions):
         at_least_one(self, "batch_size", "limit", "steps")
         self.check(self.out)
 
-        from seg4diff.evaluation.generation import GenerationSettings, check_names, read_prompts
+        from seg4diff.evaluation.clip_score import GenerationSettings, check_names, read_prompts
 
         prompts = read_prompts(self.prompts)[: self.limit]
         settings = GenerationSettings(
@@ -78,7 +78,7 @@ class ClipScore(ModelOptions):
         from rich.markdown import Markdown
 
         import seg4diff
-        from seg4diff.evaluation.generation import clip_score, generate, markdown
+        from seg4diff.evaluation.clip_score import clip_score, generate, markdown
         from seg4diff.evaluation.runner import process_state, versions_of
         from seg4diff.files import write_atomically
 

@@ -38,13 +38,13 @@ class Demo(DebugOptions):
         at_least_one(self, "scenes")
         check_folder(self.out)
         if self.train:
-            from seg4diff.magnet import demonstration
+            from seg4diff.training import demo
 
             announce("choosing the layer to tune and measuring the bundled model")
             changes = {} if self.device is None else {"device": self.device}
-            demonstration.show(self.out, changes=changes, scenes=self.scenes or demonstration.TEST_SCENES)
+            demo.show(self.out, changes=changes, scenes=self.scenes or demo.TEST_SCENES)
         else:
-            from seg4diff.demo import showcase
+            from seg4diff.evaluation import showcase
 
             announce("loading the bundled model")
             showcase.show(self.scenes or 24, self.out, self.device)

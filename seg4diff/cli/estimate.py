@@ -41,7 +41,7 @@ class Estimate(ConfigOptions):
 
         from rich.console import Console
 
-        from seg4diff.magnet.estimate import estimate_variants, report
+        from seg4diff.training.memory import estimate_variants, report
 
         announce(f"tracing training steps of {settings.model}, without its weights")
         found = estimate_variants(settings)

@@ -17,11 +17,11 @@ from seg4diff.cli.options import (
     at_least_one,
     end_processes,
 )
-from seg4diff.evaluation.dataset_names import DatasetName
+from seg4diff.data.names import DatasetName
 from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
-    from seg4diff.evaluation.datasets import Dataset
+    from seg4diff.data.registry import Dataset
     from seg4diff.evaluation.runner import Report, Settings
 
 
@@ -89,7 +89,7 @@ class Evaluate(DataOptions, ModelOptions):
     def _evaluate(self) -> None:
         from rich.console import Console
 
-        from seg4diff.evaluation.datasets import limit_samples, with_names
+        from seg4diff.data.registry import limit_samples, with_names
 
         if not self.dataset or len(set(self.dataset)) < len(self.dataset):
             raise ValueError(f"--dataset {' '.join(self.dataset)!r}: one or several different ones expected")

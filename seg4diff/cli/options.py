@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from seg4diff.evaluation.dataset_names import DatasetName
+from seg4diff.data.names import DatasetName
 from seg4diff.files import check_folder
 
 if TYPE_CHECKING:
-    from seg4diff.evaluation.datasets import Dataset
+    from seg4diff.data.registry import Dataset
 
 # The forms of options whose absence has a meaning; without the hint, the help would show `(default: None)`.
 OptionalPath: TypeAlias = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
@@ -103,9 +103,9 @@ class DataOptions(DebugOptions):
         """The data set, its files found and not read; the caller applies `limit` after other choices.
 
         Raises:
-            ValueError, IncompleteDatasetError: see `seg4diff.evaluation.datasets.open_dataset`.
+            ValueError, IncompleteDatasetError: see `seg4diff.data.open_dataset`.
         """
-        from seg4diff.evaluation.datasets import open_dataset
+        from seg4diff.data.registry import open_dataset
 
         at_least_one(self, "limit")
         return open_dataset(name, self.data_root, partial=self.partial)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from seg4diff.cli.evaluate import failed
 from seg4diff.cli.options import DataOptions, OptionalPath, at_least_one
-from seg4diff.evaluation.dataset_names import DatasetName
+from seg4diff.data.names import DatasetName
 from seg4diff.files import check_folder
 
 
@@ -39,8 +39,8 @@ class Prepare(DataOptions):
         from rich.console import Console
         from rich.table import Table
 
-        from seg4diff.evaluation.datasets import limit_samples
-        from seg4diff.evaluation.preparation import prepare
+        from seg4diff.data.prepare import prepare
+        from seg4diff.data.registry import limit_samples
 
         dataset = limit_samples(self.open(self.dataset), limit=self.limit)
         found = prepare(dataset, self.out, threads=self.threads)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from seg4diff.cli.analyze import NoiseLevels, finish
 from seg4diff.cli.options import DataOptions, Layers, ModelOptions, at_least_one
-from seg4diff.evaluation.dataset_names import DatasetName
+from seg4diff.data.names import DatasetName
 from seg4diff.files import check_outputs
 
 
@@ -52,7 +52,7 @@ class RankLayers(DataOptions, ModelOptions):
 
         import seg4diff
         from seg4diff.analysis.report import print_tables
-        from seg4diff.evaluation.datasets import limit_samples
+        from seg4diff.data.registry import limit_samples
         from seg4diff.metrics import IGNORED
         from seg4diff.segmentation.inputs import check_levels
 

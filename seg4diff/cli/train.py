@@ -14,7 +14,7 @@ from seg4diff.cli.options import DebugOptions, OptionalPath, announce
 from seg4diff.files import check_folder
 
 if TYPE_CHECKING:
-    from seg4diff.magnet.settings import TrainSettings
+    from seg4diff.training.settings import TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class ConfigOptions(DebugOptions):
             FileNotFoundError: the file does not exist.
             ValueError: a setting is unknown or makes no sense.
         """
-        from seg4diff.magnet.settings import build_settings, merged, read_table
+        from seg4diff.training.settings import build_settings, merged, read_table
 
         values: dict[str, Any] = {} if self.config is None else read_table(self.config)
         values = merged(merged(values, overrides(self.set)), more)
@@ -55,7 +55,7 @@ class Train(ConfigOptions):
         seg4diff train --config magnet.toml
         seg4diff train --config magnet.toml --set steps=100 mask.weight=2 --out magnet-short
 
-    A configuration holds the settings of seg4diff.magnet.settings.TrainSettings, for
+    A configuration holds the settings of seg4diff.training.settings.TrainSettings, for
     example:
 
         preset = "default"
@@ -87,7 +87,7 @@ class Train(ConfigOptions):
 
         from rich.console import Console
 
-        from seg4diff.magnet.trainer import train
+        from seg4diff.training.trainer import train
 
         announce(f"training {settings.model}")
         result = train(settings)
@@ -104,7 +104,7 @@ def overrides(assignments: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         ValueError: a word is not of this form.
     """
-    from seg4diff.magnet.settings import merged
+    from seg4diff.training.settings import merged
 
     values: dict[str, Any] = {}
     for word in assignments:

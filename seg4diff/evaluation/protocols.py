@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.backbones.text import TextSpan
-from seg4diff.evaluation.datasets import Dataset
+from seg4diff.data.registry import Dataset
 from seg4diff.metrics import IGNORED
 from seg4diff.segmentation.grouping import winning_regions
 from seg4diff.segmentation.presets import Preset, Upsample

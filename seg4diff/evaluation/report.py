@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from seg4diff.evaluation.datasets import Dataset
+from seg4diff.data.registry import Dataset
 from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
 from seg4diff.evaluation.results import Result, read_results
 from seg4diff.evaluation.runner import Evaluator, Report, Speed, answer_again

@@ -6,7 +6,6 @@ that a run that was killed goes on where it stopped, on as many processes as one
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seg4diff.evaluation.loading_ahead import Failure
+from seg4diff.data.prefetch import Failure
+from seg4diff.files import no_space
 from seg4diff.metrics import Counts, Rates, counts_of, rates_of
 
 logger = logging.getLogger(__name__)
@@ -179,18 +179,6 @@ def remove_results(folder: Path) -> None:
     """Forget all results in a folder."""
     for path in folder.glob(_FILES):
         path.unlink()
-
-
-def no_space(error: OSError, path: Path) -> OSError:
-    """The error with what to do about it, where it says that a disk is full; else as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    return OSError(
-        error.errno,
-        f"no space left for {str(path)!r}; what is done is kept: make room (predictions need most of it) "
-        "and run the "
-        "same command again",
-    )
 
 
 def add_up(results: Iterable[Result], protocols: Sequence[str]) -> dict[str, Tally]:

@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seg4diff.attention.patch import patch_of
-from seg4diff.evaluation.datasets import Dataset
-from seg4diff.evaluation.loading_ahead import Failure, Loaded, load, load_ahead
+from seg4diff.data.prefetch import Failure, Loaded, load, load_ahead
+from seg4diff.data.registry import Dataset
 from seg4diff.evaluation.protocols import (
     BackgroundBy,
     Protocol,
@@ -43,12 +43,11 @@ from seg4diff.evaluation.results import (
     add_up,
     append_results,
     failures_of,
-    no_space,
     preferred,
     read_results,
     remove_results,
 )
-from seg4diff.files import check_outputs, checked_name, write_atomically
+from seg4diff.files import check_outputs, checked_name, no_space, write_atomically
 from seg4diff.kernels.types import MapRequest
 from seg4diff.metrics import (
     IGNORED,
@@ -295,7 +294,7 @@ def evaluate(
 
     Args:
         pipe: a patched pipeline, on the device of this process.
-        dataset: see :func:`seg4diff.evaluation.datasets.open_dataset`.
+        dataset: see :func:`seg4diff.data.open_dataset`.
         out: folder for results, report, and predictions; :func:`seg4diff.evaluation.report.write_report` adds
             the report.
         settings: defaults to ``Settings()``.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seg4diff.cli.main import main
-from seg4diff.evaluation import generation
+from seg4diff.evaluation import clip_score
 from tests.support import tiny
 
 
@@ -22,9 +22,9 @@ def test_with_and_without_a_lora(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    load = generation._tensor_clip
+    load = clip_score._tensor_clip
     asked: list[Any] = []
-    monkeypatch.setattr(generation, "_tensor_clip", lambda clip: asked.append(clip) or load(tiny.clip))
+    monkeypatch.setattr(clip_score, "_tensor_clip", lambda clip: asked.append(clip) or load(tiny.clip))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\na dog\n")
     options = [

@@ -11,7 +11,7 @@ import pytest
 
 from seg4diff.cli.main import Verb, main, parse
 from seg4diff.cli.train import Train
-from seg4diff.magnet import demonstration, estimate, trainer
+from seg4diff.training import demo, memory, trainer
 from tests.support import miniature, tiny
 
 
@@ -35,12 +35,12 @@ SMALLER = {
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder that the examples expect, and a tiny model of ten layers for every name."""
     from seg4diff import loading
-    from seg4diff.evaluation import generation
+    from seg4diff.evaluation import clip_score
 
     pipe = tiny.pipeline(layers=10)
     pipe.transformer.register_to_config(_seg4diff_expert_layers=[9])
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: pipe)
-    monkeypatch.setattr(generation, "clip_score", lambda *_, **__: 30.0)
+    monkeypatch.setattr(clip_score, "clip_score", lambda *_, **__: 30.0)
     monkeypatch.chdir(tmp_path)
     for name in ("kitchen.jpg", "scene.png"):
         miniature.write_image(tmp_path / name, 48, 64)
@@ -81,16 +81,16 @@ def test_an_example_runs(
             raise Reached
 
         monkeypatch.setattr(trainer, "train", reached)
-        monkeypatch.setattr(demonstration, "show", reached)
-        monkeypatch.setattr("seg4diff.magnet.captioning.write_captions", reached)
+        monkeypatch.setattr(demo, "show", reached)
+        monkeypatch.setattr("seg4diff.data.captioning.write_captions", reached)
         with pytest.raises(Reached):
             parse([verb, *words]).run()
         if verb == "train":
             assert asked["args"][0].data.kind == "coco"
         return
     if verb == "estimate":
-        monkeypatch.setattr(estimate, "estimate_variants", lambda settings: {"": Sized()})
-        monkeypatch.setattr(estimate, "report", lambda found: "")
+        monkeypatch.setattr(memory, "estimate_variants", lambda settings: {"": Sized()})
+        monkeypatch.setattr(memory, "report", lambda found: "")
     if "--lora" in words:
         where = words.index("--lora")
         del words[where : where + 2]  # its own test has a LoRA

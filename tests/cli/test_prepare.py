@@ -15,7 +15,7 @@ from tests.support import miniature
 def test_counts_and_writes_a_folder_that_reads_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from seg4diff.evaluation.datasets import open_dataset
+    from seg4diff.data.registry import open_dataset
 
     root = tmp_path / "data"
     miniature.write_cityscapes(root)

@@ -15,7 +15,7 @@ import torch
 
 import seg4diff
 from seg4diff.demo import CLASSES, HELD_OUT, Scene, scene
-from seg4diff.demo.showcase import Score, compare, in_vocabulary, labels_of
+from seg4diff.evaluation.showcase import Score, compare, in_vocabulary, labels_of
 from seg4diff.kernels.testing import assert_accurate
 from tests.support.hooked import hooked_projections, image_to_text
 

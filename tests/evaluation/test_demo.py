@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from seg4diff.cli.main import main
+from seg4diff.data.registry import open_dataset
 from seg4diff.demo.scenes import CLASSES
-from seg4diff.evaluation import generation
-from seg4diff.evaluation.datasets import open_dataset
+from seg4diff.evaluation import clip_score
 from tests.support import tiny
 
 SCENES = 40
@@ -76,8 +76,8 @@ def test_predictions_on_disk_are_what_was_counted(out: Path) -> None:
 @pytest.mark.extra("eval", "torchmetrics")
 def test_pictures_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo model draws what it is told: lava is red, water is not. Scored by a tiny random CLIP."""
-    load = generation._tensor_clip
-    monkeypatch.setattr(generation, "_tensor_clip", lambda _: load(tiny.clip))
+    load = clip_score._tensor_clip
+    monkeypatch.setattr(clip_score, "_tensor_clip", lambda _: load(tiny.clip))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("lava\nwater\n")
     command = "clip-score --model demo --device cpu --steps 8 --guidance-scale 3 --batch-size 2"

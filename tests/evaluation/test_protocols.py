@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from seg4diff.backbones.text import TextSpan
-from seg4diff.evaluation.datasets import Dataset, class_names
+from seg4diff.data.registry import Dataset, class_names
 from seg4diff.evaluation.protocols import PROTOCOLS, Protocol, class_scores, predict
 from seg4diff.segmentation.presets import find_preset
 from tests.support import tiny

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import seg4diff
+from seg4diff.data.prefetch import Failure
+from seg4diff.data.registry import open_dataset
 from seg4diff.evaluation import runner
-from seg4diff.evaluation.datasets import open_dataset
-from seg4diff.evaluation.loading_ahead import Failure
 from seg4diff.evaluation.report import choose, markdown, speed_line, write_contact_sheet, write_report
 from seg4diff.evaluation.results import Result, Tally
 from seg4diff.evaluation.runner import Report, Settings, Speed, evaluate, make_evaluator

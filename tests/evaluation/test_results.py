@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from seg4diff.evaluation.results import (
     add_up,
     append_results,
     failures_of,
-    no_space,
     read_results,
 )
 from seg4diff.metrics import Counts, counts_of, rates_of
@@ -88,22 +86,17 @@ def test_a_line_that_was_cut_off_is_left_out_and_not_continued(tmp_path: Path, r
     assert found[4].to_line() == result(4).to_line()
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="results-00000"):
+        append_results(tmp_path / "nowhere", 0, [result(0)])
+
+
 def test_a_failure_gives_way_to_a_result(tmp_path: Path) -> None:
     append_results(tmp_path, 0, [Result(0, "a", failure="damaged"), Result(1, "b", failure="damaged")])
     append_results(tmp_path, 1, [result(0)])
     found = read_results(tmp_path, 2)
     assert found[0].failure is None
     assert [failure.name for failure in failures_of(found.values())] == ["b"]
-
-
-def test_a_full_disk_is_said_and_other_errors_are_left_alone(tmp_path: Path) -> None:
-    full = no_space(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "x.png")
-    assert full.errno == errno.ENOSPC
-    assert "what is done is kept" in str(full)
-    other = OSError(errno.EACCES, "Permission denied")
-    assert no_space(other, tmp_path) is other
-    with pytest.raises(OSError, match="results-00000"):
-        append_results(tmp_path / "nowhere", 0, [result(0)])
 
 
 def test_lines_are_json_of_what_was_counted() -> None:

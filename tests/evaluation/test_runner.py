@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 import seg4diff
+from seg4diff.data.registry import Dataset, limit_samples, open_dataset
 from seg4diff.evaluation import runner
-from seg4diff.evaluation.datasets import Dataset, limit_samples, open_dataset
 from seg4diff.evaluation.protocols import PROTOCOLS
 from seg4diff.evaluation.results import Tally, add_up, read_results
 from seg4diff.evaluation.runner import Report, Settings, evaluate

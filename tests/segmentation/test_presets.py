@@ -68,7 +68,7 @@ def test_no_code_compares_a_presets_name() -> None:
         for path in sorted((ROOT / "seg4diff").rglob("*.py"))
         # The presets' own file has their names for type checkers.
         if path.name != "presets.py"
-        and "magnet" not in path.parts  # has presets of its own, for training and for its focal loss
+        and "training" not in path.parts  # has presets of its own, for training and for its focal loss
         for line in uses_of_names(path.read_text(encoding="utf-8"))
     ]
     assert found == []

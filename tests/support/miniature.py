@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from seg4diff.evaluation.datasets import class_names
+from seg4diff.data import class_names
 
 VOC_VALUES = {
     "2007_000033": [

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from seg4diff.magnet import TrainSettings, build_settings
-from seg4diff.magnet.settings import merged
+from seg4diff.training import TrainSettings, build_settings
+from seg4diff.training.settings import merged
 from tests.support import tiny
 
 STEPS = 5
@@ -55,7 +55,7 @@ def train_until_killed(out: str, cache: str, moment: str, step: int) -> None:
             is ``"writing"``.
         step: which.
     """
-    from seg4diff.magnet import trainer
+    from seg4diff.training import trainer
 
     torch.set_num_threads(1)
 

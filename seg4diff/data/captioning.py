@@ -1,0 +1,159 @@
+"""Captions for pictures that have none, from any image-to-text model of transformers.
+
+Called by ``seg4diff caption``; :mod:`seg4diff.data.training_sets` reads what it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from seg4diff.data.training_sets import picture_files
+from seg4diff.files import write_atomically
+from seg4diff.images import as_rgb
+
+logger = logging.getLogger(__name__)
+
+PROMPT = "Describe this picture in one sentence."
+_SAVE_EVERY = 50  # batches between two writes of the file
+
+
+def write_captions(
+    images: str | os.PathLike[str],
+    model: str,
+    out: str | os.PathLike[str],
+    *,
+    prompt: str | None = None,
+    batch_size: int = 8,
+    max_tokens: int = 70,
+    device: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a JSON object of picture name -> caption for every picture in a folder.
+
+    Pictures that the file names already keep their captions: an interrupted run goes on, and captions written
+    by hand stay. Unreadable pictures are left out and counted in a message.
+
+    Args:
+        images: a folder; pictures in folders within it are named by their path.
+        model: a name on the Hugging Face hub, or a folder.
+        out: the JSON file.
+        prompt: what to ask; models that chat get ``PROMPT`` when None, others nothing.
+        batch_size: pictures that run together.
+        max_tokens: longest caption; CLIP reads 75 tokens.
+        device: the GPU if there is one when None.
+        progress: whether to show a bar.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: it holds no picture, ``out`` is no such file, or the model is of another kind.
+    """
+    folder, out = Path(images), Path(out)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder of pictures {str(folder)!r} does not exist; check the path")
+    if batch_size < 1 or max_tokens < 1:
+        raise ValueError(f"batch_size={batch_size!r} and max_tokens={max_tokens!r} must be at least 1")
+    files = picture_files(folder)
+    if not files:
+        raise ValueError(f"{str(folder)!r} holds no picture")
+    captions = _existing(out)
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    wanted = [path for path in files if names[path] not in captions]
+    if not wanted:
+        return out
+    speak = _Captioner(model, prompt, max_tokens, device)
+    unreadable = 0
+
+    def save() -> None:
+        write_atomically(
+            out,
+            lambda path: path.write_text(
+                json.dumps(captions, indent=1, ensure_ascii=False), encoding="utf-8"
+            ),
+        )
+
+    with tqdm(total=len(wanted), desc="captions", unit="picture", disable=None if progress else True) as bar:
+        for number, first in enumerate(range(0, len(wanted), batch_size), start=1):
+            pictures: dict[str, Image.Image] = {}
+            for path in wanted[first : first + batch_size]:
+                try:
+                    pictures[names[path]] = as_rgb(path)
+                except ValueError as error:
+                    logger.warning("%s", error)
+                    unreadable += 1
+            if pictures:
+                captions.update(zip(pictures, speak(list(pictures.values())), strict=True))
+            if number % _SAVE_EVERY == 0:
+                save()
+            bar.update(len(wanted[first : first + batch_size]))
+    save()
+    if unreadable:
+        logger.warning("%d of %d pictures could not be read and have no caption", unreadable, len(files))
+    return out
+
+
+class _Captioner:
+    """One model and its processor."""
+
+    def __init__(self, model: str, prompt: str | None, max_tokens: int, device: str | None) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(model)
+            self._model: Any = (
+                AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(place).eval()
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"model {model!r} cannot be loaded as an image-to-text model of transformers ({error}); "
+                "Salesforce/blip-image-captioning-base is a small one"
+            ) from error
+        self._max_tokens = max_tokens
+        self._chats = getattr(self._processor, "chat_template", None) is not None
+        self._prompt = PROMPT if prompt is None and self._chats else prompt
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
+        """A caption for each picture, on one line."""
+        arguments: dict[str, Any] = {"images": list(pictures)}
+        if self._chats:
+            content = [{"type": "image"}, {"type": "text", "text": self._prompt}]
+            text = self._processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            arguments.update(
+                images=[[picture] for picture in pictures], text=[text] * len(pictures), padding=True
+            )
+        elif self._prompt:
+            arguments.update(text=[self._prompt] * len(pictures), padding=True)
+        inputs = self._processor(**arguments, return_tensors="pt").to(self._model.device)
+        for name, tensor in inputs.items():
+            if tensor.is_floating_point():
+                inputs[name] = tensor.to(self._model.dtype)
+        tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        if self._chats and not self._model.config.is_encoder_decoder:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # without the question
+        texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+
+def _existing(out: Path) -> dict[str, Any]:
+    if not out.exists():
+        return {}
+    try:
+        captions = json.loads(out.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{str(out)!r} exists and is no JSON ({error}); choose another file") from None
+    if not isinstance(captions, dict) or "annotations" in captions:
+        raise ValueError(f"{str(out)!r} exists and holds something else; choose another file")
+    return captions

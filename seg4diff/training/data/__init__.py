@@ -1,0 +1,1 @@
+"""What training reads: examples encoded once, and the samples drawn from them."""

@@ -1,0 +1,86 @@
+"""Captions from a tiny random image-to-text model of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seg4diff.data.captioning import write_captions
+from seg4diff.data.training_sets import read_captions
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "cat", "dog", "on", "sofa", "red")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import torch
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(WORDS) + 8, "encoder_hidden_size": 16, "max_position_embeddings": 32}
+    tokens = {"bos_token_id": 5, "eos_token_id": 3, "pad_token_id": 0, "sep_token_id": 3}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    captioner = BlipForConditionalGeneration(
+        BlipConfig(
+            text_config={**text, **tokens, "projection_dim": 8}, vision_config={**vision, "projection_dim": 8}
+        )
+    )
+    folder = tmp_path_factory.mktemp("captioner")
+    captioner.save_pretrained(folder)
+    processor = BlipImageProcessor(size={"height": 32, "width": 32})
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    BlipProcessor(processor, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def pictures(folder: Path, count: int) -> None:
+    for number in range(count):
+        Image.new("RGB", (40, 30), (number * 40, 0, 0)).save(folder / f"{number}.png")
+
+
+def test_every_picture_gets_a_caption(model: str, tmp_path: Path) -> None:
+    pictures(tmp_path, 3)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    out = write_captions(
+        tmp_path, model, tmp_path / "captions.json", batch_size=2, max_tokens=5, progress=False
+    )
+    captions = read_captions(out)
+    assert captions.keys() == {"0.png", "1.png", "2.png"}
+
+
+def test_captions_that_are_there_stay(model: str, tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    out = tmp_path / "captions.json"
+    out.write_text(json.dumps({"0.png": "written by hand"}))
+    write_captions(tmp_path, model, out, prompt="a red", progress=False)
+    captions = json.loads(out.read_text())
+    assert captions["0.png"] == "written by hand"
+    assert "1.png" in captions
+    before = out.stat().st_mtime_ns
+    write_captions(tmp_path, "no model is needed", out, progress=False)
+    assert out.stat().st_mtime_ns == before
+
+
+def test_wrong_input(model: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        write_captions(tmp_path / "nowhere", model, tmp_path / "c.json")
+    with pytest.raises(ValueError, match="holds no picture"):
+        write_captions(tmp_path, model, tmp_path / "c.json")
+    pictures(tmp_path, 1)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds something else"):
+        write_captions(tmp_path, model, tmp_path / "other.json")
+    with pytest.raises(ValueError, match="cannot be loaded as an image-to-text model"):
+        write_captions(tmp_path, str(tmp_path), tmp_path / "c.json", progress=False)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        write_captions(tmp_path, model, tmp_path / "c.json", batch_size=0)
