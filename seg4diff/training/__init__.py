@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.training.memory import Estimate as Estimate
     from seg4diff.training.memory import estimate_memory as estimate_memory
+    from seg4diff.training.run import TrainResult as TrainResult
     from seg4diff.training.settings import TrainSettings as TrainSettings
     from seg4diff.training.settings import build_settings as build_settings
     from seg4diff.training.settings import read_settings as read_settings
-    from seg4diff.training.trainer import TrainResult as TrainResult
     from seg4diff.training.trainer import train as train
 
 # name -> module that defines it; loaded on first use
 _PUBLIC = {
     "Estimate": "memory",
-    "TrainResult": "trainer",
+    "TrainResult": "run",
     "TrainSettings": "settings",
     "build_settings": "settings",
     "estimate_memory": "memory",

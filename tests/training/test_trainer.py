@@ -479,13 +479,13 @@ def test_full_disk(
 
 
 def test_full_disk_at_the_end(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from seg4diff.training import trainer
+    from seg4diff.training import run as run_module
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "save_lora", full)
+        patched.setattr(run_module, "save_lora", full)
         with pytest.raises(OSError, match="the run goes on from its latest checkpoint"):
             train(runs.settings(tmp_path, cache, steps=2), pipe=runs.pipeline(), progress=False)
     steps: list[int] = []
