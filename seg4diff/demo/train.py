@@ -446,24 +446,7 @@ def train_transformer(
     stock = dict(model.attn_processors)
     model.set_attn_processor(attention)
     average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    matrix = {
-        name: weight.ndim == 2 and bool(re.search(r"\.(attn|ff|ff_context)\.", name))
-        for name, weight in model.named_parameters()
-    }
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            [weight for name, weight in model.named_parameters() if matrix[name]],
-            lr=recipe.rate,
-            weight_decay=0.01,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            [weight for name, weight in model.named_parameters() if not matrix[name]],
-            lr=recipe.rate,
-            betas=(0.9, 0.98),
-            weight_decay=0.01,
-        ),
-    ]
+    optimizers = _optimizers(model, recipe)
     start, losses = 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -474,40 +457,14 @@ def train_transformer(
             optimizer.load_state_dict(saved)
     progress = tqdm(range(start, recipe.steps), "transformer", recipe.steps, initial=start, mininterval=5)
     for step in progress:
-        rng = np.random.default_rng([seed, 4, step])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, recipe.steps, recipe.rate, warm_up=50, flat=0.5)
-
-        crop = step < recipe.crop_share * recipe.steps and step % 8 != 0
-        clean, captions = _batch(latents, labels, crop, recipe, rng)
-        clean = clean.to(device, torch.float32)
-        with torch.no_grad():
-            text, log_counts, pooled = _thin_text(pipe, captions, recipe, rng)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        wide = torch.rand(len(clean), generator=generator) < 0.15
-        focused = torch.sigmoid(torch.randn(len(clean), generator=generator) + 0.6)
-        sigma = torch.where(wide, torch.rand(len(clean), generator=generator), focused).to(device)
-        noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
-        image_tokens = clean.shape[-1] ** 2 // 4
-        attention.log_counts = F.pad(log_counts, (image_tokens, 0))[:, None, None]
-        price = [price for first, price in recipe.reading_price if first <= step][-1]
-        attention.words, attention.reading = None, []
-        if price:
-            words = (log_counts == 0).float()
-            words[:, 0] = 0.0  # the begin token
-            attention.words = F.pad(words, (image_tokens, 0))
-        with torch.autocast(device.type, torch.bfloat16):
-            velocity = model(noisy, text, pooled, sigma * 1000.0, return_dict=False)[0]
-        loss = (velocity.float() - (noise - clean)).square().mean()
-        losses.append(loss.item())
-        if price:
-            loss = loss + price * torch.stack(attention.reading).add(1e-4).sqrt().sum()
-
+        flow, reading = _losses_of_step(pipe, attention, latents, labels, recipe, step, seed)
+        losses.append(flow.item())
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (flow + reading).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -528,6 +485,59 @@ def train_transformer(
     model.load_state_dict(average, strict=False)
     model.set_attn_processor(stock)
     model.eval()
+
+
+def _optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of attention and feed-forward layers, AdamW for the rest."""
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        inner = weight.ndim == 2 and re.search(r"\.(attn|ff|ff_context)\.", name)
+        (matrices if inner else others).append(weight)
+    return [
+        torch.optim.Muon(matrices, lr=recipe.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def _losses_of_step(
+    pipe: StableDiffusion3Pipeline,
+    attention: CountedJointAttention,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    recipe: Recipe,
+    step: int,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flow-matching loss of a step and its price on reading, both scalars."""
+    device = pipe.transformer.device
+    rng = np.random.default_rng([seed, 4, step])
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    crop = step < recipe.crop_share * recipe.steps and step % 8 != 0
+    clean, captions = _batch(latents, labels, crop, recipe, rng)
+    clean = clean.to(device, torch.float32)
+    with torch.no_grad():
+        text, log_counts, pooled = _thin_text(pipe, captions, recipe, rng)
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    wide = torch.rand(len(clean), generator=generator) < 0.15
+    focused = torch.sigmoid(torch.randn(len(clean), generator=generator) + 0.6)
+    sigma = torch.where(wide, torch.rand(len(clean), generator=generator), focused).to(device)
+    noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
+
+    image_tokens = clean.shape[-1] ** 2 // 4
+    attention.log_counts = F.pad(log_counts, (image_tokens, 0))[:, None, None]
+    price = [price for first, price in recipe.reading_price if first <= step][-1]
+    attention.words, attention.reading = None, []
+    if price:
+        words = (log_counts == 0).float()
+        words[:, 0] = 0.0  # the begin token
+        attention.words = F.pad(words, (image_tokens, 0))
+    with torch.autocast(device.type, torch.bfloat16):
+        velocity = pipe.transformer(noisy, text, pooled, sigma * 1000.0, return_dict=False)[0]
+    flow = (velocity.float() - (noise - clean)).square().mean()
+    if not price:
+        return flow, flow.new_zeros(())
+    return flow, price * torch.stack(attention.reading).add(1e-4).sqrt().sum()
 
 
 # ----------------------------------------------------------------------------------------------------
