@@ -27,7 +27,7 @@ endef
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.installed  ## segment scenes with the bundled model: pictures in demo-output/, numbers here
+demo: .venv/.installed  ## segment scenes with the bundled model: images in demo-output/, numbers here
 	@HF_HUB_OFFLINE=1 .venv/bin/python -m seg4diff demo --out demo-output
 
 test: .venv/.installed  ## tests that are not slow, with no optional package: minutes

@@ -4,9 +4,9 @@
     python -m benchmarks.causal [--captions 40] [--out benchmarks/results/causal.json]
 
 The demo model draws the captions of held-out scenes, stock and with one layer perturbed at a time. Each
-picture is segmented by the unperturbed model among all 18 classes, and judged by its caption: pixels that got
-a class of the caption are right ("caption share"); the mIoU is that of the perturbed picture's label map
-against the unperturbed picture's, over the caption's classes, from the same noise. "Latent change" is the
+image is segmented by the unperturbed model among all 18 classes, and judged by its caption: pixels that got
+a class of the caption are right ("caption share"); the mIoU is that of the perturbed image's label map
+against the unperturbed image's, over the caption's classes, from the same noise. "Latent change" is the
 root mean square difference from the unperturbed latents, relative to their root mean square.
 """
 
@@ -28,7 +28,7 @@ from seg4diff.metrics import Counts, confusion_matrix, counts_of
 
 
 def draw(pipe: Any, captions: list[str], steps: int, guidance_scale: float, batch_size: int) -> Tensor:
-    """Latents of the captions, picture i from noise of seed i."""
+    """Latents of the captions, image i from noise of seed i."""
     parts = []
     for first in range(0, len(captions), batch_size):
         batch = captions[first : first + batch_size]
@@ -45,7 +45,7 @@ def draw(pipe: Any, captions: list[str], steps: int, guidance_scale: float, batc
     return torch.cat(parts)
 
 
-def pictures(pipe: Any, latents: Tensor) -> list[Any]:
+def decoded(pipe: Any, latents: Tensor) -> list[Any]:
     """Decoded latents."""
     config = pipe.vae.config
     with torch.no_grad():
@@ -96,7 +96,7 @@ def main() -> None:
     )
     for name, context in settings.items():
         latents = plain if name == "unperturbed" else run(context)
-        images = pictures(pipe, latents)
+        images = decoded(pipe, latents)
         among_all = label_maps(pipe, images, [list(range(len(CLASSES)))] * len(images))
         among_own = label_maps(pipe, images, present)
         counts = Counts(*torch.zeros(3, len(CLASSES), dtype=torch.int64))

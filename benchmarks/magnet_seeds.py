@@ -100,7 +100,7 @@ def _write(out: Path, report: Mapping[str, Any]) -> None:
     layer, expert = report["layer"], report["expert"]
     columns = ("seed", "trained", f"layer {layer}", f"layer {expert} (expert)", "unsupervised")
     lines = [f"# MAGNET on the bundled model, {report['scenes']} held-out scenes", ""]
-    length = f"{report['settings']['steps']} steps of {report['settings']['batch']} pictures"
+    length = f"{report['settings']['steps']} steps of {report['settings']['batch']} images"
     lines += [
         f"{length}; mIoU in %. The ratio is of flow-matching losses, to the plain LoRA of the same seed.",
         "",

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Case:
-    """One size: pixels on a side, pictures at once, text tokens, heads, head dim and dtype."""
+    """One size: pixels on a side, images at once, text tokens, heads, head dim and dtype."""
 
     pixels: int
     batch: int = 1

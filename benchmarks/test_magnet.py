@@ -98,7 +98,7 @@ class Step:
         self._run(self.batch)
 
     def warm_up(self) -> None:
-        """A step on a small picture: afterwards the optimizer has its states."""
+        """A step on a small image: afterwards the optimizer has its states."""
         self._run(self.small)
 
     def _run(self, batch: Batch) -> None:
@@ -129,7 +129,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def batch(size: Size, pixels: int) -> Batch:
-    """One square picture with eight masks."""
+    """One square image with eight masks."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(MASKS, 256, 256, generator=generator) < 0.2
     shape = (1, 16, pixels // 8, pixels // 8)

@@ -1,4 +1,4 @@
-"""Pictures in any of the usual forms become 8-bit RGB PIL images, or an error that names the picture."""
+"""Images in any of the usual forms become 8-bit RGB PIL images, or an error that names the image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DECODER_ERRORS = (SyntaxError, EOFError, ValueError, IndexError, TypeError, str
 
 
 def as_rgb(image: ImageInput) -> Image.Image:
-    """The picture as an RGB PIL image of 8 bits a channel, at its own size.
+    """The image as an RGB PIL image of 8 bits a channel, at its own size.
 
     Args:
         image: one of
@@ -55,7 +55,7 @@ def as_rgb(image: ImageInput) -> Image.Image:
             if image.ndim == 3 and image.shape[0] in (1, 3, 4):
                 hint = "; transpose it with array.transpose(1, 2, 0)"
             raise ValueError(
-                f"{name} is no picture: [height, width] or [height, width, 1 | 3 | 4] expected{hint}"
+                f"{name} is not an image: [height, width] or [height, width, 1 | 3 | 4] expected{hint}"
             )
         return _from_array(image, name)
     if isinstance(image, torch.Tensor):
@@ -65,7 +65,7 @@ def as_rgb(image: ImageInput) -> Image.Image:
             if image.ndim == 3 and image.shape[2] in (1, 3, 4):
                 hint = "; permute it with tensor.permute(2, 0, 1)"
             raise ValueError(
-                f"{name} is no picture: [height, width] or [1 | 3 | 4, height, width] expected{hint}"
+                f"{name} is not an image: [height, width] or [1 | 3 | 4, height, width] expected{hint}"
             )
         pixels = image.detach().cpu()
         if pixels.is_floating_point():
@@ -80,15 +80,15 @@ def as_rgb(image: ImageInput) -> Image.Image:
 
 
 def as_list(images: ImageInput | Sequence[ImageInput]) -> tuple[list[Image.Image], bool]:
-    """One or several pictures as a list of RGB PIL images, and whether a single one was given.
+    """One or several images as a list of RGB PIL images, and whether a single one was given.
 
     Args:
-        images: one picture (see :func:`as_rgb`), or a list or tuple of them, or an array [batch, height,
+        images: one image (see :func:`as_rgb`), or a list or tuple of them, or an array [batch, height,
             width, channels] or tensor [batch, channels, height, width].
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: as :func:`as_rgb`, with the position of the picture; or
-            there is no picture at all.
+        ValueError, TypeError, FileNotFoundError: as :func:`as_rgb`, with the position of the image; or
+            the list is empty.
     """
     several = isinstance(images, (list, tuple)) or (
         isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
@@ -97,18 +97,18 @@ def as_list(images: ImageInput | Sequence[ImageInput]) -> tuple[list[Image.Image
         return [as_rgb(cast(ImageInput, images))], True
     batch = cast(Sequence[ImageInput], images)
     if len(batch) == 0:
-        raise ValueError("images is empty: at least one picture is needed")
-    pictures = []
+        raise ValueError("images is empty: at least one image is needed")
+    converted = []
     for position, image in enumerate(batch):
         try:
-            pictures.append(as_rgb(image))
+            converted.append(as_rgb(image))
         except (ValueError, TypeError, FileNotFoundError) as error:
             raise type(error)(f"images[{position}]: {error}") from error
-    return pictures, False
+    return converted, False
 
 
 def _open(path: Path) -> Image.Image:
-    """The file's picture, decoded and upright."""
+    """The file's image, decoded and upright."""
     try:
         with Image.open(path) as file:
             file.load()
@@ -118,12 +118,12 @@ def _open(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"image {str(path)!r} does not exist; check the path") from None
     except IsADirectoryError:
-        raise ValueError(f"image {str(path)!r} is a folder; give the pictures in it one by one") from None
+        raise ValueError(f"image {str(path)!r} is a folder; give the images in it one by one") from None
     except PermissionError:
         raise ValueError(f"image {str(path)!r} may not be read; check its permissions") from None
     except UnidentifiedImageError:
         raise ValueError(
-            f"image {str(path)!r} is no picture that Pillow can read; convert it to PNG or JPEG"
+            f"image {str(path)!r} is not an image that Pillow can read; convert it to PNG or JPEG"
         ) from None
     except Image.DecompressionBombError as error:
         raise ValueError(
@@ -157,7 +157,7 @@ def _flatten(image: Image.Image, name: str) -> Image.Image:
     if image.has_transparency_data:
         straight = {"RGBa": "RGBA", "La": "LA"}.get(image.mode, image.mode)  # undo premultiplied alpha
         return _on_white(image.convert(straight).convert("RGBA"))
-    # A copy also of an RGB image: results keep the picture, whatever the caller does to it later.
+    # A copy also of an RGB image: results keep the image, whatever the caller does to it later.
     return image.convert("RGB")
 
 
@@ -200,7 +200,7 @@ def _from_floats(pixels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _wrong_dtype(name: str) -> str:
-    return f"{name} is no picture: uint8, uint16, bool, or floating point in [0, 1] expected; convert it"
+    return f"{name} is not an image: uint8, uint16, bool, or floating point in [0, 1] expected; convert it"
 
 
 def _shorten(value: object, length: int = 60) -> str:

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _SMALLER = (
     "lower --batch-size, use --dtype bfloat16, or --offload, which keeps on the GPU only the part that is "
-    "running (in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller pictures do not "
+    "running (in Python: batch_size=, dtype=, pipe.enable_model_cpu_offload()); smaller images do not "
     "help, they are brought to the size of the model"
 )
 

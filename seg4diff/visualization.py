@@ -1,4 +1,4 @@
-"""Pictures to look at: colours for labels, heat maps over images, sheets of tiles with titles."""
+"""Images to look at: colours for labels, heat maps over images, sheets of tiles with titles."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def palette(count: int) -> np.ndarray:
 
 
 def colorize(labels: torch.Tensor | np.ndarray, count: int | None = None) -> Image.Image:
-    """Labels [height, width], integers in [0, ``count``), as an RGB picture in colours of :func:`palette`.
+    """Labels [height, width], integers in [0, ``count``), as an RGB image in colours of :func:`palette`.
 
     Args:
         labels: what to paint.
@@ -73,15 +73,15 @@ def colorize(labels: torch.Tensor | np.ndarray, count: int | None = None) -> Ima
 def heatmap_overlay(
     image: Image.Image, heatmap: torch.Tensor | np.ndarray, alpha: float = 0.6
 ) -> Image.Image:
-    """A heat map [rows, columns] of floats over a picture, at the size of the picture.
+    """A heat map [rows, columns] of floats over an image, at the size of the image.
 
-    The map is stretched to the picture's size bilinearly, and its values to the colours from dark (the
+    The map is stretched to the image's size bilinearly, and its values to the colours from dark (the
     smallest) to bright (the largest). A constant map is dark.
 
     Args:
-        image: the picture below.
+        image: the image below.
         heatmap: any finite values.
-        alpha: 0 shows only the picture, 1 only the map.
+        alpha: 0 shows only the image, 1 only the map.
 
     Raises:
         ValueError: ``heatmap`` is not two-dimensional, empty or not finite, or ``alpha`` outside [0, 1].
@@ -112,14 +112,14 @@ def label_overlay(
     alpha: float = 0.5,
     legend: bool = True,
 ) -> Image.Image:
-    """Labels in colours over a picture, with the names of those that occur below it.
+    """Labels in colours over an image, with the names of those that occur below it.
 
     Args:
         labels: [height, width] integers that index ``names``.
         names: a name for each label.
-        image: the picture below, of the same size; without one the colours are shown alone.
-        alpha: 0 shows only the picture, 1 only the colours.
-        legend: whether to add the names. A picture too small for them is enlarged; without legend the result
+        image: the image below, of the same size; without one the colours are shown alone.
+        alpha: 0 shows only the image, 1 only the colours.
+        legend: whether to add the names. An image too small for them is enlarged; without legend the result
             has the size of ``labels``.
 
     Raises:
@@ -127,40 +127,38 @@ def label_overlay(
     """
     _check_alpha(alpha)
     indices = _integers(labels)
-    picture = colorize(indices, len(names))
+    canvas = colorize(indices, len(names))
     if image is not None:
-        if image.size != picture.size:
+        if image.size != canvas.size:
             raise ValueError(
-                f"image is {image.width} x {image.height}, labels are {picture.width} x {picture.height}"
+                f"image is {image.width} x {image.height}, labels are {canvas.width} x {canvas.height}"
             )
-        picture = Image.blend(image.convert("RGB"), picture, alpha)
+        canvas = Image.blend(image.convert("RGB"), canvas, alpha)
     if not legend:
-        return picture
-    enlarged = -(-256 // max(picture.size))
+        return canvas
+    enlarged = -(-256 // max(canvas.size))
     if enlarged > 1:
-        picture = picture.resize(
-            (picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST
-        )
+        canvas = canvas.resize((canvas.width * enlarged, canvas.height * enlarged), Image.Resampling.NEAREST)
     present = [int(index) for index in np.unique(indices)]
-    panel = _legend([(names[index], palette(len(names))[index]) for index in present], picture)
-    sheet = Image.new("RGB", (max(picture.width, panel.width), picture.height + panel.height), _PAPER)
-    sheet.paste(picture, (0, 0))
-    sheet.paste(panel, (0, picture.height))
+    panel = _legend([(names[index], palette(len(names))[index]) for index in present], canvas)
+    sheet = Image.new("RGB", (max(canvas.width, panel.width), canvas.height + panel.height), _PAPER)
+    sheet.paste(canvas, (0, 0))
+    sheet.paste(panel, (0, canvas.height))
     return sheet
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], tile: int = 192) -> Image.Image:
-    """Rows of pictures with a title above each, as one picture on white.
+    """Rows of images with a title above each, as one image on white.
 
     Args:
-        rows: each a sequence of (title, picture); rows may differ in length.
-        tile: pixels of the longer side that each picture is scaled to. Small ones are enlarged without blur.
+        rows: each a sequence of (title, image); rows may differ in length.
+        tile: pixels of the longer side that each image is scaled to. Small ones are enlarged without blur.
 
     Raises:
-        ValueError: there is no picture, or ``tile`` is not positive.
+        ValueError: ``rows`` is empty, or ``tile`` is not positive.
     """
     if not any(rows):
-        raise ValueError("rows is empty: at least one picture is needed")
+        raise ValueError("rows is empty: at least one image is needed")
     if tile < 1:
         raise ValueError(f"tile={tile} must be a positive number of pixels")
     font = _font(13)
@@ -180,12 +178,12 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], tile: int =
     return sheet
 
 
-def _legend(entries: Sequence[tuple[str, np.ndarray]], picture: Image.Image) -> Image.Image:
-    """Swatches and names in as many columns as the width of the picture holds."""
-    size = max(14, min(28, picture.width // 40))
+def _legend(entries: Sequence[tuple[str, np.ndarray]], canvas: Image.Image) -> Image.Image:
+    """Swatches and names in as many columns as the width of the image holds."""
+    size = max(14, min(28, canvas.width // 40))
     font = _font(size)
     swatch, line = size, _height(font) + 6
-    width = max(picture.width, 160)
+    width = max(canvas.width, 160)
     widest = max(font.getlength(name) for name, _ in entries)
     column = int(min(widest + swatch + 3 * _MARGIN, width))
     columns = max(1, width // column)

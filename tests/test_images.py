@@ -1,4 +1,4 @@
-"""Every usual form of a picture arrives as the same RGB image; every broken one is refused by name."""
+"""Every usual form of an image arrives as the same RGB image; every broken one is refused by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_forms(given, expected):
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         Image.fromarray(np.dstack([PIXELS, np.full((2, 3), 0, np.uint8)])),
         Image.fromarray(np.dstack([GREY, np.full((2, 3), 0, np.uint8)]), mode="LA"),
@@ -72,8 +72,8 @@ def test_forms(given, expected):
     ],
     ids=["RGBA", "LA", "RGBa"],
 )
-def test_transparent_pixels_are_white(picture):
-    assert same(as_rgb(picture), np.full((2, 3, 3), 255))
+def test_transparent_pixels_are_white(image):
+    assert same(as_rgb(image), np.full((2, 3, 3), 255))
 
 
 def test_a_url_is_not_fetched() -> None:
@@ -82,23 +82,23 @@ def test_a_url_is_not_fetched() -> None:
 
 
 def test_half_transparent_pixels_are_half_white():
-    picture = np.dstack([PIXELS, np.full((2, 3), 128, np.uint8)])
+    image = np.dstack([PIXELS, np.full((2, 3), 128, np.uint8)])
     expected = PIXELS * (128 / 255) + 255 * (127 / 255)
-    for given in (picture, Image.fromarray(picture), torch.from_numpy(picture.transpose(2, 0, 1) / 255)):
+    for given in (image, Image.fromarray(image), torch.from_numpy(image.transpose(2, 0, 1) / 255)):
         assert np.abs(np.asarray(as_rgb(given)) - expected).max() <= 1
 
 
 def test_transparent_palette_colour_is_white(tmp_path):
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.putdata([0, 1])
-    picture.save(tmp_path / "palette.png", transparency=0)
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    image.save(tmp_path / "palette.png", transparency=0)
     assert same(as_rgb(tmp_path / "palette.png"), np.array([[[255, 255, 255], [40, 50, 60]]]))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".webp"])
 def test_paths(tmp_path, suffix):
-    path = tmp_path / f"picture{suffix}"
+    path = tmp_path / f"image{suffix}"
     Image.fromarray(PIXELS).save(path, lossless=True)
     assert same(as_rgb(path), PIXELS)
     assert same(as_rgb(str(path)), PIXELS)
@@ -143,7 +143,7 @@ def test_damaged_files(tmp_path):
         as_rgb(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match="is a folder"):
         as_rgb(tmp_path)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match="text.png.*convert it"):
         as_rgb(tmp_path / "text.png")
     (tmp_path / "empty.jpg").touch()
@@ -203,20 +203,20 @@ def test_bad_pictures(given, error, message):
 def test_one_or_several(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.png")
     for single in (PIXELS, Image.fromarray(PIXELS), torch.from_numpy(CHANNELS_FIRST), tmp_path / "a.png"):
-        pictures, one = as_list(single)
+        images, one = as_list(single)
         assert one is True
-        assert len(pictures) == 1
-        assert same(pictures[0], PIXELS)
+        assert len(images) == 1
+        assert same(images[0], PIXELS)
     for several in (
         [PIXELS, str(tmp_path / "a.png")],
         (Image.fromarray(PIXELS), torch.from_numpy(CHANNELS_FIRST)),
         np.stack([PIXELS, PIXELS]),
         torch.from_numpy(np.stack([CHANNELS_FIRST, CHANNELS_FIRST])),
     ):
-        pictures, one = as_list(several)
+        images, one = as_list(several)
         assert one is False
-        assert len(pictures) == 2
-        assert all(same(picture, PIXELS) for picture in pictures)
+        assert len(images) == 2
+        assert all(same(image, PIXELS) for image in images)
     assert as_list([PIXELS])[1] is False
 
 

@@ -1,7 +1,7 @@
 """A small Stable Diffusion 3 pipeline that grounds words, and the scenes it was trained on.
 
 `seg4diff.load_pipeline("demo")` loads it, made of real diffusers classes, from files that come with the
-package; `scene(seed)` draws a picture with a caption and a label for every pixel. Nothing is downloaded.
+package; `scene(seed)` draws an image with a caption and a label for every pixel. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Captioned pictures drawn by rule: things in front of stuff, with a label for every pixel.
+"""Captioned images drawn by rule: things in front of stuff, with a label for every pixel.
 
 A scene is 128 x 128 pixels: a ground of one or two stuff classes (grass, water, ...) and one to four things
 (apple, zebra, ...) that do not overlap. Every outline is a signed distance field in pixels, positive inside:
-the picture takes its soft edge (`_blend`), the labels its sign. `scene(seed)` depends on the seed alone.
+the image takes its soft edge (`_blend`), the labels its sign. `scene(seed)` depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Drawing = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """An image and what is in it.
 
     image:   RGB, 128 x 128.
     labels:  [height, width] int64, indices into `classes`; every pixel has one.
@@ -349,7 +349,7 @@ def scene(seed: int) -> Scene:
     places = _places(int(rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15])), rng)
     things = [str(name) for name in rng.choice(THINGS, len(places), replace=False)]
 
-    picture, index = _ground(stuff, x, y, rng)
+    pixels, index = _ground(stuff, x, y, rng)
     for name, (cx, cy, radius) in zip(things, places, strict=True):
         top, left = max(int(cy - 1.3 * radius), 0), max(int(cx - 1.3 * radius), 0)
         window = np.s_[top : int(cy + 1.3 * radius) + 1, left : int(cx + 1.3 * radius) + 1]
@@ -359,12 +359,12 @@ def scene(seed: int) -> Scene:
         across = (np.cos(angle) * dx + np.sin(angle) * dy) * mirror
         down = np.cos(angle) * dy - np.sin(angle) * dx
         distance, colour = _THINGS[name](across.astype(np.float32), down.astype(np.float32), radius)
-        picture[window] = _blend(picture[window], colour * rng.uniform(0.92, 1.05), distance)
+        pixels[window] = _blend(pixels[window], colour * rng.uniform(0.92, 1.05), distance)
         index[window][distance > 0] = CLASSES.index(name)
 
     present, labels = np.unique(index, return_inverse=True)
     return Scene(
-        image=Image.fromarray(np.clip(np.rint(picture), 0, 255).astype(np.uint8)),
+        image=Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)),
         labels=labels.reshape(index.shape).astype(np.int64),
         classes=tuple(CLASSES[i] for i in present),
         caption=describe(things + stuff, rng),

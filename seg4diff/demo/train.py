@@ -1,6 +1,6 @@
 """Train the bundled demo model from scratch: `python -m seg4diff.demo.train [--out DIR] [--seed N]`.
 
-The model is Stable Diffusion 3 in small, made of the same diffusers classes, and it learns from pictures and
+The model is Stable Diffusion 3 in small, made of the same diffusers classes, and it learns from images and
 captions alone: no mask ever enters a loss. Five stages, each leaving a file in the work folder, so that an
 interrupted run goes on where it stopped:
 
@@ -92,7 +92,7 @@ class Recipe:
 
 
 def _draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture [SIZE, SIZE, 3] and labels [SIZE, SIZE] (indices into CLASSES) of a training seed, uint8."""
+    """Image [SIZE, SIZE, 3] and labels [SIZE, SIZE] (indices into CLASSES) of a training seed, uint8."""
     if seed >= HELD_OUT:
         raise ValueError(f"training must not draw the held-out seed {seed}")
     drawn = scene(seed)
@@ -101,23 +101,23 @@ def _draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_scenes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [count, 3, SIZE, SIZE] and labels [count, SIZE, SIZE], uint8, of the seeds below `count`.
+    """Images [count, 3, SIZE, SIZE] and labels [count, SIZE, SIZE], uint8, of the seeds below `count`.
 
     The labels tell which classes a crop shows, for its caption; no loss reads them.
     """
-    pictures = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8)
+    images = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8)
     labels = torch.empty(count, SIZE, SIZE, dtype=torch.uint8)
     with ProcessPoolExecutor() as pool:
         drawn = pool.map(_draw, range(count), chunksize=64)
-        for i, (picture, label) in enumerate(tqdm(drawn, "scenes", count, mininterval=5)):
-            pictures[i] = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+        for i, (image, label) in enumerate(tqdm(drawn, "scenes", count, mininterval=5)):
+            images[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
             labels[i] = torch.from_numpy(label)
-    return pictures, labels
+    return images, labels
 
 
-def _pixels(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 pictures as float32 in -1..1, channels last in memory."""
-    return pictures.to(device, torch.float32).div(127.5).sub(1.0).to(memory_format=torch.channels_last)
+def _pixels(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 images as float32 in -1..1, channels last in memory."""
+    return images.to(device, torch.float32).div(127.5).sub(1.0).to(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -148,10 +148,8 @@ def _rate(step: int, steps: int, peak: float, *, warm_up: int, flat: float) -> f
     return peak * 0.5 * (1.0 + math.cos(math.pi * max(0.0, (step / steps - flat) / (1.0 - flat))))
 
 
-def train_autoencoder(
-    pictures: torch.Tensor, recipe: Recipe, seed: int, device: torch.device
-) -> AutoencoderKL:
-    """Fit the autoencoder to random crops of `pictures` [n, 3, SIZE, SIZE] uint8."""
+def train_autoencoder(images: torch.Tensor, recipe: Recipe, seed: int, device: torch.device) -> AutoencoderKL:
+    """Fit the autoencoder to random crops of `images` [n, 3, SIZE, SIZE] uint8."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
     model = build_autoencoder().to(device, memory_format=torch.channels_last).train()
@@ -160,10 +158,10 @@ def train_autoencoder(
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, recipe.vae_steps, recipe.vae_rate, warm_up=50, flat=0.2)
-        chosen = rng.integers(len(pictures), size=recipe.vae_batch)
+        chosen = rng.integers(len(images), size=recipe.vae_batch)
         corner = rng.integers(SIZE - side + 1, size=(recipe.vae_batch, 2))
         crops = [
-            pictures[i, :, top : top + side, left : left + side]
+            images[i, :, top : top + side, left : left + side]
             for i, (top, left) in zip(chosen, corner, strict=True)
         ]
         x = _pixels(torch.stack(crops), device)
@@ -188,13 +186,13 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode_scenes(
-    model: AutoencoderKL, pictures: torch.Tensor, device: torch.device
+    model: AutoencoderKL, images: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, float, float]:
     """Standardised posterior means [n, 8, 32, 32] float16, the shift taken off them and the scale put on."""
-    latents = torch.empty(len(pictures), model.config.latent_channels, SIZE // 4, SIZE // 4)
+    latents = torch.empty(len(images), model.config.latent_channels, SIZE // 4, SIZE // 4)
     with torch.autocast(device.type, torch.bfloat16):
-        for i in tqdm(range(0, len(pictures), 64), "latents", mininterval=5):
-            posterior = model.encode(_pixels(pictures[i : i + 64], device)).latent_dist
+        for i in tqdm(range(0, len(images), 64), "latents", mininterval=5):
+            posterior = model.encode(_pixels(images[i : i + 64], device)).latent_dist
             latents[i : i + 64] = posterior.mode().float()
     shift, scale = latents.mean().item(), 1.0 / latents.std().item()
     return latents.sub_(shift).mul_(scale).half(), shift, scale
@@ -270,7 +268,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
 
 
 def write_caption(names: Sequence[str], rng: np.random.Generator) -> str:
-    """A training caption for a picture that shows `names`: often short of a name, sometimes with wrong ones.
+    """A training caption for an image that shows `names`: often short of a name, sometimes with wrong ones.
 
     12 % are empty (for classifier-free guidance), the others sentences, comma lists or bare lists of names;
     a quarter of the bare lists also name classes that are absent, up to the whole vocabulary.
@@ -617,17 +615,17 @@ def train(out: Path, work: Path, recipe: Recipe, seed: int, device: torch.device
     torch.use_deterministic_algorithms(True, warn_only=True)
     if not (work / "scenes.pt").exists():
         write_atomically(work / "scenes.pt", partial(torch.save, draw_scenes(recipe.scenes)))
-    pictures, labels = torch.load(work / "scenes.pt", weights_only=True)
+    images, labels = torch.load(work / "scenes.pt", weights_only=True)
 
     autoencoder = build_autoencoder().to(device)
     if not (work / "autoencoder.pt").exists():
-        trained = train_autoencoder(pictures, recipe, seed, device)
+        trained = train_autoencoder(images, recipe, seed, device)
         write_atomically(work / "autoencoder.pt", partial(torch.save, trained.state_dict()))
     autoencoder.load_state_dict(torch.load(work / "autoencoder.pt", map_location=device, weights_only=True))
     autoencoder.eval().requires_grad_(False)
 
     if not (work / "latents.pt").exists():
-        encoded = encode_scenes(autoencoder, pictures, device)
+        encoded = encode_scenes(autoencoder, images, device)
         write_atomically(work / "latents.pt", partial(torch.save, encoded))
     latents, shift, scale = torch.load(work / "latents.pt", weights_only=True)
     autoencoder.register_to_config(shift_factor=shift, scaling_factor=scale)

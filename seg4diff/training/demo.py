@@ -57,7 +57,7 @@ class Measurement:
 
     Attributes:
         zero_shot: mIoU of each layer measured, the names present given, in [0, 1].
-        unsupervised: mIoU of nameless regions of the tuned layer, matched with the truth picture by picture.
+        unsupervised: mIoU of nameless regions of the tuned layer, matched with the truth image by image.
         flow: flow-matching loss, same noise and noise levels for every pipeline.
     """
 

@@ -42,7 +42,7 @@ Device = Literal["cuda", "cpu"]
 
 PARTS = ("weights", "LoRA", "gradients", "optimizer", "saved activations", "attention", "maps", "backward")
 _GIB = 2**30
-_TYPICAL_MASKS = 8  # masks of one picture, where the settings allow as many
+_TYPICAL_MASKS = 8  # masks of one image, where the settings allow as many
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def estimate_memory(
         device: decides the attention backend whose workspace is counted.
         text_tokens: length of a prompt; that of the family, without optional text encoders, when None.
         pixels_per_latent: how much the VAE shrinks a side.
-        masks: of one picture.
+        masks: of one image.
 
     Raises:
         ValueError: no expert layer is known and ``mask.layers`` names none, or the settings do not suit the

@@ -36,7 +36,7 @@ class TrainResult:
         held_out: mean losses on the held-out split after the last step ("total", "flow", "focal", "dice"),
             empty without one.
         skipped_steps: steps that were left out for a NaN or infinite gradient.
-        unusable: pictures and words left out, by reason.
+        unusable: images and words left out, by reason.
     """
 
     lora: Path

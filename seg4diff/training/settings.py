@@ -40,7 +40,7 @@ class MaskSettings:
             the maps of the caption's words, matched with the masks. ``"head"``: so, every head by itself.
         scores: what a map holds, see :class:`seg4diff.MapRequest`. Raw probabilities under a sigmoid hardly
             train, they are small numbers: normalise them, or use logits.
-        normalisation: of every map over the picture, before the sigmoid. ``"standard"``: sharpness / 4 *
+        normalisation: of every map over the image, before the sigmoid. ``"standard"``: sharpness / 4 *
             (map - mean) / deviation, so that only a map's shape is trained and not its level, which takes
             more from the model than it gives (``benchmarks/results/magnet_seeds.md``); ``"minmax"``: to
             sharpness * [-1/2, 1/2]; ``"none"``, as the public code.
@@ -48,8 +48,8 @@ class MaskSettings:
         convolutional_head: refine the maps by three small convolutions that are trained and thrown away, as
             in the public code.
         match_focal_weight, match_dice_weight: weights of the matching cost.
-        max_masks: largest masks of a picture that count.
-        min_area: smallest share of the picture that a mask may have.
+        max_masks: largest masks of an image that count.
+        min_area: smallest share of the image that a mask may have.
     """
 
     weight: Weight = 1.0
@@ -127,7 +127,7 @@ class TrainSettings:
         model: what ``seg4diff segment --model`` takes: a hub name, a folder, or ``"demo"``.
         out: folder of the run.
         steps: optimizer steps.
-        batch: pictures a process and forward.
+        batch: images a process and forward.
         accumulation: forwards an optimizer step.
         fm_weight: weight of the flow-matching loss; 0 stops the model after the last trained layer.
         seed: of everything random.
@@ -138,7 +138,7 @@ class TrainSettings:
         select: what the best checkpoint has least of, on the held-out split.
         resume: ``"latest"`` goes on where the run in ``out`` stopped, ``"never"`` refuses to.
         bad_steps: consecutive steps with a NaN or infinite loss, all skipped, after which training gives up.
-        report: where losses and pictures go.
+        report: where losses and images go.
         sample_prompts: drawn at every look at the held-out split; keeps the VAE on the CPU.
         device: ``"auto"`` for the one that Accelerate finds; ``"cpu"`` forces the CPU.
     """

@@ -1,4 +1,4 @@
-"""Pictures of a run for its trackers: predicted masks beside true ones, and samples of the tuned model."""
+"""Images of a run for its trackers: predicted masks beside true ones, and samples of the tuned model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from seg4diff.visualization import label_overlay
 def mask_overlays(
     magnet: Magnet, samples: HeldOutSamples, encodings: Encodings, count: int = 4, tile: int = 256
 ) -> np.ndarray:
-    """Held-out pictures with their masks, true on the left, predicted on the right.
+    """Held-out images with their masks, true on the left, predicted on the right.
 
     Returns:
-        [pictures, tile, 2 tile, 3] as floats in [0, 1]; pictures without masks are left out.
+        [images, tile, 2 tile, 3] as floats in [0, 1]; images without masks are left out.
     """
     sheets = []
     for number in range(min(count, len(samples))):
@@ -48,7 +48,7 @@ def mask_overlays(
             ).resize((tile, tile))
             for found in labels
         ]
-        sheets.append(np.concatenate([np.asarray(picture.convert("RGB")) for picture in pair], axis=1))
+        sheets.append(np.concatenate([np.asarray(tile_.convert("RGB")) for tile_ in pair], axis=1))
     return (
         np.stack(sheets).astype(np.float32) / 255.0
         if sheets
@@ -71,7 +71,7 @@ class SamplePrompts:
 
     @torch.no_grad()
     def draw(self, transformer: nn.Module) -> np.ndarray:
-        """A picture a prompt, from noise that never changes, [prompts, height, width, 3] in [0, 1]."""
+        """one image per prompt, from noise that never changes, [prompts, height, width, 3] in [0, 1]."""
         place: Any = next(transformer.parameters())
         pipe = self._pipeline(**{**self._parts, "transformer": transformer})
         pipe.set_progress_bar_config(disable=True)

@@ -135,7 +135,7 @@ def test_pipelines_that_share_a_transformer_share_the_patch() -> None:
     pipe = seg4diff.patch(tiny.pipeline())
     other = StableDiffusion3Img2ImgPipeline(**pipe.components)
     assert seg4diff.is_patched(other)
-    picture = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64)
     arguments = {
         "num_inference_steps": 2,
         "strength": 1.0,
@@ -143,7 +143,7 @@ def test_pipelines_that_share_a_transformer_share_the_patch() -> None:
         "max_sequence_length": 77,
     }
     with seg4diff.capture(other, 1) as captured:
-        other("red sofa", image=picture, **arguments)
+        other("red sofa", image=image, **arguments)
     assert captured.heatmap("sofa").shape == (64, 64)
     assert captured.records[0].maps.shape[0] == 1
     seg4diff.unpatch(other)

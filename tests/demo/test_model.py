@@ -56,8 +56,8 @@ def test_padding_is_that_of_sd3(pipe: StableDiffusion3Pipeline) -> None:
 
 @torch.no_grad()
 def test_autoencoder_keeps_30_db(pipe: StableDiffusion3Pipeline) -> None:
-    pictures = [scene(HELD_OUT + seed).image for seed in range(8)]
-    pixels = pipe.image_processor.preprocess(pictures)
+    images = [scene(HELD_OUT + seed).image for seed in range(8)]
+    pixels = pipe.image_processor.preprocess(images)
     restored = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     errors = ((restored - pixels) / 2).square().mean((1, 2, 3))
     assert np.mean([-10 * math.log10(error) for error in errors.tolist()]) >= 30
@@ -66,10 +66,8 @@ def test_autoencoder_keeps_30_db(pipe: StableDiffusion3Pipeline) -> None:
 def test_draws_from_a_caption(pipe: StableDiffusion3Pipeline) -> None:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    picture = pipe("a zebra on grass", num_inference_steps=4, guidance_scale=3.0, generator=generator).images[
-        0
-    ]
-    assert picture.size == (128, 128)
+    image = pipe("a zebra on grass", num_inference_steps=4, guidance_scale=3.0, generator=generator).images[0]
+    assert image.size == (128, 128)
 
 
 def test_missing_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

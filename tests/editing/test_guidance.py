@@ -116,8 +116,8 @@ def test_one_forward_a_step_with_one_more_row(pipe: Any) -> None:
 
 @torch.no_grad()
 def test_returns_what_the_pipeline_returns(pipe: Any) -> None:
-    picture = guide(pipe, PROMPT, scale=2, layers=1, **{**CALL, "output_type": "pil"}).images[0]
-    assert picture.size == (64, 64)
+    image = guide(pipe, PROMPT, scale=2, layers=1, **{**CALL, "output_type": "pil"}).images[0]
+    assert image.size == (64, 64)
     arguments = {**CALL, "return_dict": False, "num_images_per_prompt": 2, "height": 48, "width": 64}
     (latents,) = guide(pipe, PROMPT, scale=2, layers=1, **arguments)
     assert latents.shape == (2, 4, 6, 8)

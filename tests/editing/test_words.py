@@ -105,14 +105,14 @@ def test_edits_of_several_prompts_and_images(pipe: Any, several: int) -> None:
         together = pipe(**call, generator=seeded()).images
     stock = pipe(**call, generator=seeded()).images
     noise = torch.randn(3 * several, 4, 8, 8, generator=seeded(), dtype=torch.float64)
-    for picture, prompt in enumerate(itertools.chain.from_iterable(zip(*[prompts] * several, strict=True))):
-        single = {**CALL, "prompt": prompt, "latents": noise[picture : picture + 1]}
-        if not torch.allclose(pipe(**single).images, stock[picture : picture + 1]):
+    for image, prompt in enumerate(itertools.chain.from_iterable(zip(*[prompts] * several, strict=True))):
+        single = {**CALL, "prompt": prompt, "latents": noise[image : image + 1]}
+        if not torch.allclose(pipe(**single).images, stock[image : image + 1]):
             assert several > 1
             pytest.skip("this diffusers gives several images of one prompt the pooled text of others")
         with edit(pipe, [1], drop="cat"):
             alone = pipe(**single).images
-        assert_same(together[picture : picture + 1], alone, stock[picture : picture + 1])
+        assert_same(together[image : image + 1], alone, stock[image : image + 1])
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ def test_replay_of_a_cuda_graph() -> None:
 
 
 def test_more_than_two_billion_elements() -> None:
-    """Offsets are 64-bit: two pictures far apart in one tensor."""
+    """Offsets are 64-bit: two images far apart in one tensor."""
     if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
         pytest.skip("needs 24 GiB")
     apart = 2**31 + 2**20

@@ -1,4 +1,4 @@
-"""A model that sees perfectly: pictures whose red channel is the class of each pixel, and maps that say so.
+"""A model that sees perfectly: images whose red channel is the class of each pixel, and maps that say so.
 
 :func:`perfect_maps` takes the place of ``run_maps``. All else (data set, names, prompts, tokens, resizing,
 counting, files) is the real thing, so any shift, wrong order or lost pixel on the way shows in the figures.
@@ -66,4 +66,4 @@ LABELS = {
     "c": [[1, 1, 1], [1, 1, 1], [1, 1, 1]],
     "inside/d": [[255, 3, 3, 3], [0, 3, 3, 3]],
 }
-"""Classes of four pictures; 255 does not count. In the red channel 255 becomes 0, a class like any other."""
+"""Classes of four images; 255 does not count. In the red channel 255 becomes 0, a class like any other."""

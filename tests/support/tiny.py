@@ -124,7 +124,7 @@ def vae() -> Any:
 
 
 def pipeline(t5: bool = False, seed: int = 0, **transformer_arguments: Any) -> Any:
-    """A random StableDiffusion3Pipeline that draws 64 x 64 pictures; without T5 unless asked."""
+    """A random StableDiffusion3Pipeline that draws 64 x 64 images; without T5 unless asked."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 

@@ -35,7 +35,7 @@ class Batch:
         masks: for each row its masks [M, mask height, mask width], values 0 and 1; M may be 0.
         columns: for each row, groups of text columns. With pairing ``"class"`` one group for each mask, else
             one for each candidate; a group's map is the mean over its columns.
-        names: of the pictures.
+        names: of the images.
     """
 
     latents: Tensor
