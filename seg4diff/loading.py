@@ -201,7 +201,7 @@ def _from_hub(name: str, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
             f"{DEFAULT_MODEL!r}"
         )
     unreachable = (
-        f"model {name!r} is no local folder, and the hub cannot be reached for it; check the connection, "
+        f"model {name!r} is not a local folder, and the hub cannot be reached for it; check the connection, "
         f"download it elsewhere with `hf download {name}` and give the folder, or try the bundled model, "
         "--model demo"
     )
@@ -226,7 +226,7 @@ def _from_hub(name: str, dtype: torch.dtype, t5: bool) -> DiffusionPipeline:
             f"model {name!r} is not in diffusers' format: it has no model_index.json"
         ) from error
     except HFValidationError as error:
-        raise ValueError(f"model {name!r} is no name on the hub ({error})") from error
+        raise ValueError(f"model {name!r} is not a name on the hub ({error})") from error
     except (ConnectionError, TimeoutError) as error:
         raise ConnectionError(unreachable) from error
 

@@ -231,7 +231,7 @@ class AnalysisReport:
 
         Raises:
             FileNotFoundError: one of the two files is missing.
-            ValueError: a file is damaged, or they are no report.
+            ValueError: a file is damaged, or they are not a report.
         """
         tensors_path, description_path = _paths(path)
         for needed in (tensors_path, description_path):

@@ -1,7 +1,4 @@
-"""Low-rank adapters on a transformer: where they go, and what they weigh.
-
-Called by the trainer and the estimate.
-"""
+"""Low-rank adapters on a transformer: which modules get one, and how they start."""
 
 from __future__ import annotations
 

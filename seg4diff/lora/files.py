@@ -1,6 +1,6 @@
 """Adapters in and out: files that stock diffusers loads, and the authors' published ones.
 
-Called by the trainer, by every command that has ``--lora``, and by users. It hides key layouts; nothing is
+It hides key layouts; nothing is
 loaded from a file of which a single key does not fit the model.
 """
 
@@ -113,7 +113,7 @@ def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | No
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or no adapter, or keys or shapes do not fit; the message lists them.
-        TypeError: ``pipe`` is no pipeline.
+        TypeError: ``pipe`` is not a pipeline.
         MemoryError: the adapter does not fit.
     """
     if not hasattr(pipe, "load_lora_weights"):

@@ -1,8 +1,4 @@
-"""MAGNET on the small bundled model: minutes on a CPU, numbers before and after.
-
-Called by ``seg4diff demo --train``, by the benchmark over several seeds, and by the tests. It stands above
-the evaluation's metrics, where the rest of this package stands below them.
-"""
+"""MAGNET on the small bundled model: minutes on a CPU, numbers before and after."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """How much memory a training run will take, part by part, without running it.
 
-Called by ``seg4diff estimate``. One training step of the model's exact shape is traced with tensors
-that have shapes and no data (PyTorch's fake tensors), and every tensor's birth and death is booked; the
-peak is the answer. No weight is loaded and nothing is computed, so a laptop can say what a GPU will need.
-What surrounds the tensors (the driver's context, some hundred MiB, and fragmentation) is not counted.
+One training step of the model's exact shape is traced with tensors that have shapes and no data (PyTorch's
+fake tensors); allocations and frees are tracked, and the peak is the estimate. No weight is loaded and
+nothing is computed, so a laptop can tell what a GPU will need. The driver's context (some hundred MiB) and
+fragmentation are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Device = Literal["cuda", "cpu"]
 
 PARTS = ("weights", "LoRA", "gradients", "optimizer", "saved activations", "attention", "maps", "backward")
 _GIB = 2**30
-_TYPICAL_MASKS = 8  # masks of one image, where the settings allow as many
+_TYPICAL_MASKS = 8  # masks per image, where the settings allow as many
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Estimate:
             ``optimizer`` (what of it lives on the GPU), ``saved activations``, ``attention`` (outputs and
             workspace of attention operators), ``maps`` (maps, mask logits and mask losses), ``backward``
             (recomputation and gradients of activations).
-        settings: what it is for.
+        settings: the run that is estimated.
     """
 
     parts: Mapping[str, int]
@@ -191,7 +191,7 @@ def model_shape(model: str) -> tuple[dict[str, Any], int, int]:
     """Configuration of a model's transformer, length of a prompt, and pixels a latent covers.
 
     Raises:
-        FileNotFoundError: the model is no folder, and its configuration cannot be fetched.
+        FileNotFoundError: the model is not a folder, and its configuration cannot be fetched.
     """
     for backbone in families():
         if model in backbone.configurations:
@@ -212,7 +212,7 @@ def model_shape(model: str) -> tuple[dict[str, Any], int, int]:
             }
         except Exception as error:
             raise FileNotFoundError(
-                f"model={model!r} is no folder, and its configuration cannot be fetched ({error})"
+                f"model={model!r} is not a folder, and its configuration cannot be fetched ({error})"
             ) from error
     try:
         configs = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in read.items()}

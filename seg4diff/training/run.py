@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """Result of a training run.
 
     Attributes:
         lora: the adapters to use: the best by the held-out split, or the last without one.
         last: the adapters after the last step.
         steps: optimizer steps done.
-        best_step: the step that ``lora`` is of.
+        best_step: the step after which ``lora`` was saved.
         held_out: mean losses on the held-out split after the last step ("total", "flow", "focal", "dice"),
             empty without one.
         skipped_steps: steps that were left out for a NaN or infinite gradient.
@@ -50,13 +50,13 @@ class TrainResult:
 
 @dataclass
 class Progress:
-    """What a run has come to so far; part of a checkpoint.
+    """Progress of a run; part of a checkpoint.
 
     Attributes:
         best: lowest score on the held-out split.
-        best_step: the step that it is of; 0 before the first evaluation.
-        skipped: steps left out for a NaN or infinite gradient.
-        bad: how many of them were the latest, without one in between that was not.
+        best_step: the step after which ``best`` was reached; 0 before the first evaluation.
+        skipped: number of steps skipped for a NaN or infinite gradient.
+        bad: number of steps skipped in a row, up to now.
         held_out: the latest losses on the held-out split.
     """
 

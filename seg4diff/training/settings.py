@@ -32,24 +32,25 @@ class MaskSettings:
     """The mask loss.
 
     Attributes:
-        weight: of the mask loss beside the flow-matching loss; 0 trains a plain LoRA.
-        focal_weight, dice_weight: of its two terms.
+        weight: weight of the mask loss beside the flow-matching loss; 0 trains a plain LoRA.
+        focal_weight, dice_weight: weights of the two terms of the mask loss.
         focal: ``"default"``, or ``"reference"`` for the public code's focal loss (see ``focal_loss``).
-        layers: transformer blocks whose maps are trained, each on its own; empty for the expert layers.
-        pairing: ``"class"``: a class's mask belongs to the tokens of its name. ``"token"``: candidates are
-            the maps of the caption's words, matched with the masks. ``"head"``: so, every head by itself.
-        scores: what a map holds, see :class:`seg4diff.MapRequest`. Raw probabilities under a sigmoid hardly
-            train, they are small numbers: normalise them, or use logits.
-        normalisation: of every map over the image, before the sigmoid. ``"standard"``: sharpness / 4 *
-            (map - mean) / deviation, so that only a map's shape is trained and not its level, which takes
-            more from the model than it gives (``benchmarks/results/magnet_seeds.md``); ``"minmax"``: to
-            sharpness * [-1/2, 1/2]; ``"none"``, as the public code.
-        sharpness: see ``normalisation``.
+        layers: transformer blocks whose maps are trained, one loss per block; empty for the expert layers.
+        pairing: ``"class"``: the mask of a class belongs to the tokens of its name. ``"token"``: the maps of
+            the caption's words are matched with the masks. ``"head"``: as ``"token"``, separately per head.
+        scores: kind of map, see :class:`seg4diff.MapRequest`. Raw probabilities are small numbers and hardly
+            train under a sigmoid: normalise them, or use logits.
+        normalisation: how each map is normalised over the image, before the sigmoid. ``"standard"``:
+            sharpness / 4 * (map - mean) / deviation, which trains a map's shape and leaves its level alone;
+            training the level costs more image quality than it gains
+            (``benchmarks/results/magnet_seeds.md``). ``"minmax"``: to sharpness * [-1/2, 1/2]. ``"none"``:
+            as in the public code.
+        sharpness: scale of the mask logits, see ``normalisation``.
         convolutional_head: refine the maps by three small convolutions that are trained and thrown away, as
             in the public code.
         match_focal_weight, match_dice_weight: weights of the matching cost.
-        max_masks: largest masks of an image that count.
-        min_area: smallest share of the image that a mask may have.
+        max_masks: number of masks per image that are used, the largest first.
+        min_area: smallest area of a mask, as a share of the image.
     """
 
     weight: Weight = 1.0
@@ -73,8 +74,8 @@ class NoiseSettings:
     """Noise levels: sigma is the sigmoid of a normal number, then shifted as the model's scheduler does.
 
     Attributes:
-        mean, deviation: of that normal number; the public code has 0 and 0.5.
-        shift: s in s sigma / (1 + (s - 1) sigma); 1 leaves sigma as it is.
+        mean, deviation: mean and standard deviation of that normal number; the public code has 0 and 0.5.
+        shift: the s in s sigma / (1 + (s - 1) sigma); 1 leaves sigma as it is.
     """
 
     mean: Number = 0.0
@@ -88,10 +89,10 @@ class OptimizerSettings:
 
     Attributes:
         name: ``"adamw"``, or ``"adamw8bit"`` with 8-bit states (extra ``quant``).
-        learning_rate: its peak.
-        warm_up: optimizer steps of linear warm-up.
-        betas, epsilon, weight_decay: of AdamW.
-        clip: maximum norm of the gradient.
+        learning_rate: peak learning rate.
+        warm_up: number of optimizer steps of linear warm-up.
+        betas, epsilon, weight_decay: parameters of AdamW.
+        clip: maximum gradient norm.
     """
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
@@ -105,12 +106,12 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, config=CHECKED)
 class MemorySettings:
-    """What the run trades for memory.
+    """What a run gives up to save memory.
 
     Attributes:
         gradient_checkpointing: recompute activations in backward, about a quarter more time.
-        precision: of the frozen weights and the activations; ``"auto"``: bfloat16 on a GPU, else float32.
-            Adapters, optimizer and losses are always float32.
+        precision: dtype of the frozen weights and the activations; ``"auto"``: bfloat16 on a GPU, else
+            float32. Adapters, optimizer and losses are always float32.
         quantise: ``"nf4"`` keeps the frozen weights in 4 bits (extra ``quant``).
     """
 
@@ -126,21 +127,21 @@ class TrainSettings:
     Attributes:
         model: what ``seg4diff segment --model`` takes: a hub name, a folder, or ``"demo"``.
         out: folder of the run.
-        steps: optimizer steps.
-        batch: images a process and forward.
-        accumulation: forwards an optimizer step.
+        steps: number of optimizer steps.
+        batch: images per forward pass on each process.
+        accumulation: forward passes per optimizer step.
         fm_weight: weight of the flow-matching loss; 0 stops the model after the last trained layer.
-        seed: of everything random.
-        ema: decay of an average of the adapters, which is then what is saved; 0 for none.
-        checkpoint_every: optimizer steps between checkpoints; the last is always written.
-        keep: checkpoints to keep.
-        evaluate_every: optimizer steps between looks at the held-out split; 0 for the end only.
-        select: what the best checkpoint has least of, on the held-out split.
-        resume: ``"latest"`` goes on where the run in ``out`` stopped, ``"never"`` refuses to.
+        seed: seed of everything random.
+        ema: decay of the running average of the adapters, which is then what is saved; 0 for none.
+        checkpoint_every: optimizer steps between checkpoints; the last step always writes one.
+        keep: number of checkpoints to keep.
+        evaluate_every: optimizer steps between evaluations of the held-out split; 0 for the end only.
+        select: held-out loss that selects the best adapters.
+        resume: ``"latest"`` continues the run in ``out``, ``"never"`` refuses a folder that holds a run.
         bad_steps: consecutive steps with a NaN or infinite loss, all skipped, after which training gives up.
-        report: where losses and images go.
-        sample_prompts: drawn at every look at the held-out split; keeps the VAE on the CPU.
-        device: ``"auto"`` for the one that Accelerate finds; ``"cpu"`` forces the CPU.
+        report: tracker that receives losses and images.
+        sample_prompts: prompts to generate images from at every evaluation; keeps the VAE on the CPU.
+        device: ``"auto"`` for the device that Accelerate finds; ``"cpu"`` forces the CPU.
     """
 
     model: Name = "stabilityai/stable-diffusion-3-medium-diffusers"

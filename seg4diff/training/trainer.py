@@ -1,6 +1,6 @@
 """The training loop: one process or many, resumable at every step.
 
-Called by ``seg4diff train``. A step is a function of the weights, the optimizer's state and the step's number
+A step is a function of the weights, the optimizer's state and the step's number
 alone (:mod:`seg4diff.training.data.samples`); these are what a checkpoint holds.
 """
 
@@ -56,7 +56,7 @@ def train(
         after_step: called after every optimizer step with the number of steps done.
 
     Raises:
-        FileNotFoundError, ValueError: a setting, a file or the data set is of no use; see
+        FileNotFoundError, ValueError: a setting, a file or the data set is invalid; see
             :mod:`seg4diff.training.settings` and :mod:`seg4diff.data.training_sets`.
         FloatingPointError: losses stayed NaN or infinite; the latest checkpoint is untouched.
         ImportError: ``report``, ``optimizer.name`` or ``memory.quantise`` needs a package that is missing.

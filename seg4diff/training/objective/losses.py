@@ -1,8 +1,7 @@
 """The losses of MAGNET: flow matching, and focal and dice loss between attention maps and masks.
 
-Seg4Diff, section 4.3: ``L = L_FM + lambda_mask * (lambda_focal * focal + lambda_dice * dice)``. Called by
-:mod:`seg4diff.training.objective.magnet`; they need nothing but torch. All compute in float32, float64 stays
-float64.
+Seg4Diff, section 4.3: ``L = L_FM + lambda_mask * (lambda_focal * focal + lambda_dice * dice)``.
+All compute in float32; float64 stays float64.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MAGNET's training objective: one forward of the transformer, its flow-matching loss and its mask loss.
 
-Called by the trainer, the estimate and the benchmarks. It hides which maps are captured, how they become mask
-logits, and which of them stands for which mask (Seg4Diff, section 4.3).
+It hides which maps are captured, how they become mask logits, and which map stands for which mask (Seg4Diff,
+section 4.3).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Batch:
         masks: for each row its masks [M, mask height, mask width], values 0 and 1; M may be 0.
         columns: for each row, groups of text columns. With pairing ``"class"`` one group for each mask, else
             one for each candidate; a group's map is the mean over its columns.
-        names: of the images.
+        names: names of the images.
     """
 
     latents: Tensor

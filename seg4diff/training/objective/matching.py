@@ -1,7 +1,7 @@
 """Which attention map is which mask: bipartite matching by mask cost (Seg4Diff, section 4.3).
 
-Called by :mod:`seg4diff.training.objective.magnet` for candidates without names. The cost has the two terms
-of the loss, so the matching is the assignment of lowest loss; no gradient flows through it.
+For candidates without names. The cost has the two terms of the loss, so the matching is the assignment of
+lowest loss; no gradient flows through it.
 """
 
 from __future__ import annotations
