@@ -17,9 +17,10 @@ from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult
 from seg4diff.backbones import TransformerCall
 from seg4diff.backbones.text import find_words
-from seg4diff.kernels.types import AttentionStatistics, MapRequest
+from seg4diff.kernels.types import AttentionStatistics, MapRequest, Tokens, wide_dtype
 
-Steps = Literal["mean", "each"]
+Steps = Literal["mean", "each", "last"]
+_Kept = Literal["mean", "each"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,12 @@ def capture(
     *,
     maps: MapRequest | None = MapRequest(),
     statistics: bool = False,
-    steps: Steps | None = None,
+    steps: Steps | int | Sequence[int] | None = None,
     branch: Branch = "conditional",
     prompt: str | Sequence[str] | None = None,
     stop_early: bool = False,
+    device: torch.device | str | None = None,
+    max_bytes: int = 4 * 2**30,
 ) -> Iterator[Capture]:
     """Record the image-to-text attention of some layers while a pipeline or a transformer runs.
 
@@ -176,36 +179,138 @@ def capture(
         maps: the map to record, see `MapRequest`; None for statistics alone. Image tokens are those of the
             generated image.
         statistics: also record attention mass and value norms.
-        steps: `"mean"` keeps one running average per layer and pipeline call, `"each"` every step. Default:
+        steps: `"mean"` keeps one running average per layer and pipeline call, `"each"` every step, `"last"`
+            the last one, a number or several those steps: from 0, negative ones from the end. Default:
             `"mean"` for a pipeline, `"each"` for a bare transformer.
         branch: which branch of a pipeline call to keep under classifier-free guidance; `"both"` has the
             unconditional rows first. Calls of a bare transformer always keep every row.
         prompt: the text (one for each image) where the pipeline is called with embeddings instead of text.
         stop_early: leave out everything that the last of `layers` does not need for its map: its values,
             its feed-forward and all later blocks. What the model returns is then meaningless.
+        device: where records are kept, such as `"cpu"`; where the model runs when None.
+        max_bytes: limit of what the records hold together. A pipeline call that would exceed it is refused
+            before its first step, whatever memory is free.
 
     Yields:
         A `Capture`, filled as the model runs.
 
     Raises:
         NotImplementedError, TypeError: `target` is not of a supported model family.
-        ValueError: a layer out of range, an unknown name, or a state of the model that cannot be captured.
+        ValueError: a layer out of range, an unknown name, or a state of the model that cannot be captured;
+            when the pipeline runs, a step that the call does not have.
+        MemoryError: when the pipeline runs, its records would exceed `max_bytes`.
     """
     if maps is None and not statistics:
         raise ValueError("maps=None and statistics=False: nothing to capture")
-    for name, value, accepted in (
-        ("steps", steps, (*get_args(Steps), None)),
-        ("branch", branch, get_args(Branch)),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(map(repr, accepted))}")
+    if branch not in get_args(Branch):
+        raise ValueError(f"branch={branch!r} is unknown; accepted: {', '.join(map(repr, get_args(Branch)))}")
     state = patch_of(target)
     pipe = target if hasattr(target, "transformer") else None
+    kept = _kept_steps(steps, pipe is None)
+    chosen = state.layers(layers)
     request = LayerRequest(maps=maps, statistics=statistics)
-    recorder = _Recorder(request, steps or ("each" if pipe is None else "mean"), branch)
+    heads = tuple(int(state.backbone.attention(state.transformer, layer).heads) for layer in chosen)
+    limit = _Limit(max_bytes, request, heads)
+    recorder = _Recorder(request, kept, branch, None if device is None else torch.device(device), limit)
     given = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
-    with attach(target, state.layers(layers), request, recorder, stop_early=stop_early):
+    with attach(target, chosen, request, recorder, stop_early=stop_early):
         yield Capture(state, pipe, recorder, given)
+
+
+def _kept_steps(steps: Steps | int | Sequence[int] | None, bare: bool) -> _Kept:
+    """`steps` of `capture` checked, with numbers for `"last"`.
+
+    Raises:
+        TypeError: something that is neither a name nor an integer.
+        ValueError: an unknown name, no step at all, or chosen steps of a bare transformer.
+    """
+    if steps is None:
+        return "each" if bare else "mean"
+    if isinstance(steps, str):
+        if steps not in get_args(Steps):
+            accepted = ", ".join(map(repr, get_args(Steps)))
+            raise ValueError(f"steps={steps!r} is unknown; accepted: {accepted}, step numbers")
+        if steps != "last":
+            return steps
+    numbers = (-1,) if steps == "last" else (steps,) if isinstance(steps, int) else tuple(steps)
+    if bare:
+        raise ValueError(f"steps={steps!r}: a bare transformer has no steps; capture the pipeline")
+    if not numbers:
+        raise ValueError("steps is empty: nothing to capture")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"steps={steps!r} must hold integers, found {number!r}")
+    return numbers
+
+
+def _numbered(kept: tuple[int, ...], steps: int | None) -> frozenset[int]:
+    """Step numbers from 0, of a pipeline call of `steps` steps.
+
+    Raises:
+        ValueError: a step that the call does not have, or one from the end where `steps` is None.
+    """
+    if steps is None:
+        if min(kept) < 0:
+            raise ValueError(
+                f"steps={list(kept)} counts from the end, but this pipeline does not tell its number of steps "
+                "(it has no num_timesteps); give numbers from 0"
+            )
+        return frozenset(kept)
+    for number in kept:
+        if not -steps <= number < steps:
+            raise ValueError(f"step {number} is out of range: this call has the steps 0 to {steps - 1}")
+    return frozenset(number % steps for number in kept)
+
+
+@dataclass
+class _Limit:
+    """Keeps what a capture holds below a limit: bytes are counted before they are allocated.
+
+    Attributes:
+        max_bytes: the limit.
+        request: what is recorded of a layer.
+        heads: number of heads of every layer.
+        counted: bytes of the records so far, and of those to come of the pipeline call that runs.
+    """
+
+    max_bytes: int
+    request: LayerRequest
+    heads: tuple[int, ...]
+    counted: int = 0
+
+    def add(self, call: TransformerCall, rows: int, steps: int) -> None:
+        """Count the records of `rows` rows of the batch in `steps` steps.
+
+        Raises:
+            MemoryError: they do not fit; the message names size, limit and remedies.
+        """
+        lengths = {"image": call.layout.generated, "text": call.layout.text_tokens}
+        entries = 0
+        maps = self.request.maps
+        if maps is not None:
+            heads = sum(self.heads) if maps.heads == "each" else len(self.heads)
+            entries += heads * _count(maps.rows, lengths) * _count(maps.columns, lengths)
+        if self.request.statistics:
+            entries += 2 * sum(self.heads) * sum(lengths.values())
+        size = entries * rows * steps * wide_dtype(call.text.dtype).itemsize
+        if self.counted + size > self.max_bytes:
+            held = f" beside {_gib(self.counted)} recorded before" if self.counted else ""
+            raise MemoryError(
+                f"this capture would hold {_gib(size)} ({len(self.heads)} layers, {steps} steps, {rows} rows)"
+                f"{held}, above the limit of {_gib(self.max_bytes)}; choose fewer layers, "
+                'MapRequest(heads="mean"), fewer columns or steps="last", or raise max_bytes= '
+                '(with device="cpu" if the GPU is too small)'
+            )
+        self.counted += size
+
+
+def _count(tokens: Tokens, lengths: Mapping[str, int]) -> int:
+    stream, chosen = tokens
+    return len(chosen) if isinstance(chosen, Tensor) else len(range(*chosen.indices(lengths[stream])))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,10 +328,15 @@ class _Compiled:
 class _Recorder(Observer):
     """Keeps the results of the forwards that count."""
 
-    def __init__(self, request: LayerRequest, steps: Steps, branch: Branch) -> None:
+    def __init__(
+        self, request: LayerRequest, steps: _Kept, branch: Branch, device: torch.device | None, limit: _Limit
+    ) -> None:
         self.request = request
         self._steps = steps
         self._branch: Branch = branch
+        self._device = device
+        self._limit = limit
+        self._numbers: frozenset[int] | None = None  # steps to keep of the pipeline call; None for all
         self._sums: list[_Sum] = []
         self._prompts: dict[int, PromptCall] = {}
         self._number = -1  # of the pipeline call, or of the forward outside of one
@@ -245,6 +355,24 @@ class _Recorder(Observer):
         self._number += 1
         self._prompts[self._number] = prompt
         self._conditional = {}
+        self._numbers = _numbered(self._steps, prompt.steps) if isinstance(self._steps, tuple) else None
+
+    def before_forward(self, forward: Forward, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Count what the call will hold, at its first forward; forward by forward where that is not known."""
+        prompt = forward.prompt
+        if prompt is None:
+            self._limit.add(forward.call, forward.call.batch, 1)
+            return arguments
+        if forward.call.skipped_layers or forward.unconditional:
+            return arguments
+        guided = prompt.conditional.guided or prompt.unconditional is not None
+        rows = prompt.images * (2 if self._branch == "both" and guided else 1)
+        if self._steps == "each" and prompt.steps is None:
+            self._limit.add(forward.call, rows, 1)
+        elif forward.step == 0:
+            kept = (prompt.steps or 1) if self._steps == "each" else len(self._numbers or (0,))
+            self._limit.add(forward.call, rows, kept)
+        return arguments
 
     def after_forward(self, forward: Forward, results: Mapping[int, LayerResult], output: Any) -> None:
         call = forward.call
@@ -252,16 +380,18 @@ class _Recorder(Observer):
             return  # a second forward in one step, as skip-layer guidance makes it
         if forward.prompt is None:
             self._number += 1
+        elif call.skipped_layers or (self._numbers is not None and forward.step not in self._numbers):
+            return
         rows = forward.rows(self._branch)
         if rows.stop == rows.start:
             return
         if self._branch == "both" and forward.prompt is not None and forward.prompt.unconditional is not None:
             if not forward.unconditional:
-                self._conditional = {layer: _take_rows(result, rows) for layer, result in results.items()}
+                self._conditional = {layer: self._take(result, rows) for layer, result in results.items()}
                 return
             halves = self._conditional
             results = {
-                layer: _combine(lambda *two: torch.cat(two), _take_rows(result, rows), halves[layer])
+                layer: _combine(lambda *two: torch.cat(two), self._take(result, rows), halves[layer])
                 for layer, result in results.items()
                 if layer in halves
             }
@@ -270,7 +400,19 @@ class _Recorder(Observer):
         if timestep is not None and len(timestep) == call.batch:
             timestep = timestep[rows]
         for layer, result in sorted(results.items()):
-            self._add(layer, _take_rows(result, rows), timestep, forward)
+            self._add(layer, self._take(result, rows), timestep, forward)
+
+    def _take(self, result: LayerResult, rows: slice) -> LayerResult:
+        """`rows` of the batch, on the device where records are kept."""
+
+        def take(tensor: Tensor) -> Tensor:
+            taken = tensor[rows]
+            if self._device is not None and self._device != tensor.device:
+                return taken.to(self._device)
+            # Cloned, so that the other branch's half is freed.
+            return tensor if len(taken) == len(tensor) else taken.clone()
+
+        return _combine(take, result)
 
     def compiled_forward(self, call: TransformerCall, results: Mapping[int, LayerResult]) -> None:
         self._compiled = _Compiled(call, results, self._compiled)
@@ -287,7 +429,7 @@ class _Recorder(Observer):
 
     def _add(self, layer: int, result: LayerResult, timestep: Tensor | None, forward: Forward) -> None:
         entry = next((s for s in self._sums if s.layer == layer and s.call == self._number), None)
-        if entry is None or self._steps == "each":
+        if entry is None or self._steps != "mean":
             averaged = self._steps == "mean" and forward.prompt is not None
             entry = _Sum(layer, forward.call.grid, self._number, averaged)
             self._sums.append(entry)
@@ -334,13 +476,6 @@ def _combine(function: Callable[..., Tensor], *results: LayerResult) -> LayerRes
             **{name: None if ts[0] is None else function(*ts) for name, ts in columns.items()}  # type: ignore[arg-type]
         )
     return LayerResult(maps, statistics)
-
-
-def _take_rows(result: LayerResult, rows: slice) -> LayerResult:
-    # Cloned, so that the other branch's half is freed.
-    return _combine(
-        lambda tensor: tensor if len(tensor[rows]) == len(tensor) else tensor[rows].clone(), result
-    )
 
 
 def _mean_over_heads(maps: Tensor) -> Tensor:

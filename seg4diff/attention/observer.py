@@ -25,10 +25,12 @@ class PromptCall:
     Attributes:
         conditional: the prompt.
         unconditional: embeddings of the negative prompt where that branch has forwards of its own; else None.
+        steps: number of denoising steps of the call; None where the pipeline does not tell.
     """
 
     conditional: EncodedText
     unconditional: Tensor | None = None
+    steps: int | None = None
 
     @property
     def images(self) -> int:
@@ -65,10 +67,12 @@ class Forward:
     Attributes:
         call: what it was given.
         prompt: what the pipeline call it belongs to encoded; None for a call of the transformer alone.
+        step: number of the denoising step in its pipeline call, from 0; 0 for a call of the transformer alone.
     """
 
     call: TransformerCall
     prompt: PromptCall | None
+    step: int = 0
 
     @property
     def unconditional(self) -> bool:
@@ -146,7 +150,7 @@ def attach(
         stop_early: leave out everything that the last of `layers` does not need for its map.
     """
     state = patch_of(target)
-    attachment = _Attachment(state, request, Observer() if observer is None else observer)
+    attachment = _Attachment(target, state, request, Observer() if observer is None else observer)
     with ExitStack() as stack:
         stack.enter_context(state.asking(layers, request, stop_early=stop_early))
         stack.enter_context(watching_forwards(target, attachment.before, attachment.after))
@@ -158,12 +162,14 @@ def attach(
 class _Attachment:
     """Turns what hooks report into an observer's events."""
 
-    def __init__(self, state: Patch, request: LayerRequest, observer: Observer) -> None:
+    def __init__(self, target: Any, state: Patch, request: LayerRequest, observer: Observer) -> None:
+        self._target = target
         self._state = state
         self._request = request
         self._observer = observer
         self._waiting: list[EncodedText] = []  # encoded since the latest forward or end of a call
         self._prompt: PromptCall | None = None
+        self._step = -1
         self._call: TransformerCall | None = None
         self._forward: Forward | None = None
 
@@ -184,9 +190,15 @@ class _Attachment:
         if torch.compiler.is_compiling():
             return arguments
         if self._waiting:
-            self._prompt = self._begin(call)
+            self._prompt, self._step = self._begin(call), -1
             self._observer.begin_call(self._prompt)
-        self._forward = Forward(call, self._prompt)
+        if self._prompt is None:
+            self._forward = Forward(call, None)
+        else:
+            # Skip-layer guidance and the unconditional branch make further forwards in a step.
+            if not call.skipped_layers and not Forward(call, self._prompt).unconditional:
+                self._step += 1
+            self._forward = Forward(call, self._prompt, max(self._step, 0))
         return self._observer.before_forward(self._forward, arguments)
 
     def after(self, output: Any) -> Any:
@@ -203,11 +215,13 @@ class _Attachment:
     def _begin(self, call: TransformerCall) -> PromptCall:
         """The prompt of the pipeline call whose first forward this is; it is the conditional one."""
         waiting, self._waiting = self._waiting, []
+        steps = getattr(self._target, "num_timesteps", None)  # set before the first forward of a call
         if self._state.backbone.guidance == "one forward" or len(waiting) == 1:
-            return PromptCall(waiting[-1])
+            return PromptCall(waiting[-1], steps=steps)
         if _closest(call.text, waiting[-2].embeddings, waiting[-1].embeddings) == 1:
-            return PromptCall(waiting[-1])  # the others are of a call that failed before its first forward
-        return PromptCall(waiting[-2], waiting[-1].embeddings)
+            # The others are of a call that failed before its first forward.
+            return PromptCall(waiting[-1], steps=steps)
+        return PromptCall(waiting[-2], waiting[-1].embeddings, steps)
 
 
 class SameText(dict[str, str]):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import seg4diff
-from seg4diff.attention.capture import Capture
+from seg4diff.attention.capture import Capture, _Limit
+from seg4diff.attention.requests import LayerRequest
+from seg4diff.backbones import Layout, TransformerCall
 from seg4diff.kernels.testing import assert_accurate, error_ratio
 from seg4diff.kernels.types import MapRequest
 from tests.support import tiny
@@ -172,6 +174,111 @@ def test_pipeline_call_averages_the_conditional_half(pipe: Any) -> None:
     torch.testing.assert_close(other.records[0].maps, unconditional, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@torch.no_grad()
+def test_chosen_steps_are_those_of_all_steps(family: str) -> None:
+    """Flux runs the branches of guidance in forwards of their own."""
+    pipe = tiny.pipeline() if family == "sd3" else tiny.flux_pipeline()
+    call = {**CALL, "num_inference_steps": 4}
+    if family == "flux":
+        call = {**call, "true_cfg_scale": 3.0, "negative_prompt": "tree"}
+
+    def maps(**arguments: Any) -> list[torch.Tensor]:
+        with seg4diff.capture(pipe, [0, 2], branch="both", **arguments) as captured:
+            pipe("a cat on a sofa", generator=seeded(), **call)
+        return [record.maps for record in captured.records]
+
+    each = maps(steps="each")
+    assert len(each) == 8
+    for steps, numbers in (("last", [3]), (1, [1]), ([2, -4, 2], [0, 2]), ([-1], [3])):
+        chosen = maps(steps=steps)
+        expected = [each[2 * number + layer] for number in numbers for layer in (0, 1)]
+        assert len(chosen) == len(expected)
+        for found, exact in zip(chosen, expected, strict=True):
+            assert torch.equal(found, exact)
+    assert not torch.allclose(each[0], each[6], rtol=1e-3)
+
+
+@torch.no_grad()
+def test_steps_that_a_call_does_not_have(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps in (3, -4, [0, 3]):
+        with seg4diff.capture(pipe, steps=steps), pytest.raises(ValueError, match="the steps 0 to 2"):
+            pipe("a cat", **CALL)
+    monkeypatch.setattr(type(pipe), "num_timesteps", property(lambda _: None))
+    with seg4diff.capture(pipe, steps="last"), pytest.raises(ValueError, match="numbers from 0"):
+        pipe("a cat", **CALL)
+    with seg4diff.capture(pipe, 0, steps=[0, 2]) as captured:
+        pipe("a cat", **CALL)
+    assert len(captured.records) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"steps": "each", "maps": MapRequest(heads="each")},
+        {"steps": "last", "maps": MapRequest(columns=("text", slice(3, 10))), "layers": [0, 1]},
+        {"steps": "mean", "statistics": True},
+        {"steps": [0, 1], "branch": "both", "maps": MapRequest(rows=("image", torch.tensor([3, 1])))},
+    ],
+    ids=["heads", "columns", "statistics", "both branches"],
+)
+@torch.no_grad()
+def test_a_capture_that_is_too_large_is_refused_before_it_runs(pipe: Any, arguments: dict[str, Any]) -> None:
+    """The limit is exact: it passes at the size of the records and not one byte below."""
+    with seg4diff.capture(pipe, **arguments) as captured:
+        pipe(["a cat", "a dog"], **CALL)
+    tensors = [record.maps for record in captured.records]
+    for record in captured.records:
+        if record.statistics is not None:
+            tensors += list(vars(record.statistics).values())
+    size = sum(tensor.nbytes for tensor in tensors)
+    with seg4diff.capture(pipe, **arguments, max_bytes=size):
+        pipe(["a cat", "a dog"], **CALL)
+        with pytest.raises(MemoryError, match=r"beside .* recorded before.*heads=\"mean\""):
+            pipe("a cat", **CALL)
+    ran: list[int] = []
+    hook = pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    with (
+        seg4diff.capture(pipe, **arguments, max_bytes=size - 1),
+        pytest.raises(MemoryError, match="above the limit"),
+    ):
+        pipe(["a cat", "a dog"], **CALL)
+    hook.remove()
+    assert not ran
+
+
+def test_the_size_of_everything_at_1024_pixels() -> None:
+    """24 layers and heads, 28 steps, 4096 image and 333 text tokens in float32 are 88 GB."""
+    layout = Layout(False, image_tokens=4096, text_tokens=333, generated=4096)
+    text = torch.empty(2, 333, 1, dtype=torch.bfloat16)
+    call = TransformerCall((64, 64), layout, text, 2, None)
+    limit = _Limit(4 * 2**30, LayerRequest(maps=MapRequest(heads="each")), (24,) * 24)
+    with pytest.raises(MemoryError, match=r"81.9 GiB \(24 layers, 28 steps, 1 rows\)"):
+        limit.add(call, 1, 28)
+    assert 24 * 24 * 28 * 4096 * 333 * 4 == pytest.approx(88e9, rel=0.01)
+
+
+@torch.no_grad()
+def test_bare_forwards_add_up_to_the_limit() -> None:
+    transformer = tiny.transformer()
+    one = 3 * 2 * 24 * 9 * 4
+    with seg4diff.capture(transformer, max_bytes=2 * one):
+        transformer(**tiny.transformer_inputs())
+        transformer(**tiny.transformer_inputs())
+        with pytest.raises(MemoryError):
+            transformer(**tiny.transformer_inputs())
+
+
+@torch.no_grad()
+def test_records_are_kept_on_another_device(pipe: Any) -> None:
+    with seg4diff.capture(pipe, 1, device="meta", branch="both", statistics=True) as captured:
+        pipe("a cat", **CALL)
+    (record,) = captured.records
+    assert record.maps.is_meta
+    assert record.statistics.image_value_norm.is_meta
+    assert record.maps.shape == (2, 16, 154)
+
+
 @torch.no_grad()
 def test_batches_and_calls_are_kept_apart(pipe: Any) -> None:
     with seg4diff.capture(pipe, 1) as captured:
@@ -193,10 +300,11 @@ def test_batches_and_calls_are_kept_apart(pipe: Any) -> None:
 @torch.no_grad()
 def test_skip_layer_guidance_counts_a_step_once(pipe: Any) -> None:
     guided = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
-    with seg4diff.capture(pipe, 2) as captured:
-        pipe("a cat", generator=seeded(), **CALL, **guided)
-    assert len(captured.records[0].timestep) == 3
-    assert captured.records[0].maps.shape[0] == 1
+    for layer in (0, 2):  # before and after the layer that is skipped
+        with seg4diff.capture(pipe, layer) as captured:
+            pipe("a cat", generator=seeded(), **CALL, **guided)
+        assert len(captured.records[0].timestep) == 3
+        assert captured.records[0].maps.shape[0] == 1
 
 
 @torch.no_grad()
@@ -370,7 +478,9 @@ def test_bad_requests(pipe: Any) -> None:
         (ValueError, "is empty", {"layers": []}),
         (TypeError, "integers", {"layers": ["1"]}),
         (ValueError, "nothing to capture", {"maps": None}),
-        (ValueError, "accepted: 'mean', 'each'", {"steps": "all"}),
+        (ValueError, "accepted: 'mean', 'each', 'last', step numbers", {"steps": "all"}),
+        (ValueError, "steps is empty", {"steps": []}),
+        (TypeError, "integers, found 0.5", {"steps": [0.5]}),
         (ValueError, "accepted: 'conditional'", {"branch": "none"}),
     ]
     for error, message, arguments in cases:
@@ -385,4 +495,6 @@ def test_bad_requests(pipe: Any) -> None:
         pipe.transformer(**tiny.transformer_inputs())
     with pytest.raises(RuntimeError, match="capture the pipeline"):
         captured.heatmap("cat")
+    with pytest.raises(ValueError, match="no steps"), seg4diff.capture(pipe.transformer, steps="last"):
+        pass
     assert pipe.transformer.attn_processors == stock
