@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.attention.patch import is_patched as is_patched
     from seg4diff.attention.patch import patch as patch
     from seg4diff.attention.patch import unpatch as unpatch
+    from seg4diff.backbones.text import Special as Special
     from seg4diff.editing.blur import perturb as perturb
     from seg4diff.editing.guidance import guide as guide
     from seg4diff.editing.words import edit as edit
@@ -33,6 +34,7 @@ _PUBLIC = {
     "MapRequest": "seg4diff.kernels.types",
     "Record": "seg4diff.attention.capture",
     "Segmentation": "seg4diff.segmentation.result",
+    "Special": "seg4diff.backbones.text",
     "analyze": "seg4diff.analysis",
     "capture": "seg4diff.attention.capture",
     "demo": "",

@@ -16,7 +16,7 @@ from seg4diff.attention.observer import Branch, Forward, Observer, PromptCall, a
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult
 from seg4diff.backbones import TransformerCall
-from seg4diff.backbones.text import find_words
+from seg4diff.backbones.text import Words, find_words
 from seg4diff.kernels.types import AttentionStatistics, MapRequest, Tokens, wide_dtype
 
 Steps = Literal["mean", "each", "last"]
@@ -61,11 +61,12 @@ class Capture:
         """Oldest first: one per layer and forward, or per layer and call where steps are averaged."""
         return self._recorder.records()
 
-    def columns(self, words: str, *, image: int = 0, encoder: str | None = None) -> list[int]:
+    def columns(self, words: Words, *, image: int = 0, encoder: str | None = None) -> list[int]:
         """Columns of the captured maps that hold a word or phrase of the prompt of the latest call.
 
         Args:
-            words: a word or phrase of the prompt; all its occurrences count, case does not matter.
+            words: a word or phrase of the prompt; all its occurrences count, case does not matter. Or
+                `seg4diff.Special("bos")`, `"eos"` or `"pad"`: begin and end of text, and padding.
             image: number of the image, from 0.
             encoder: count the tokens of this text encoder only, such as `"clip"` or `"t5"`.
 
@@ -101,7 +102,7 @@ class Capture:
 
     def heatmap(
         self,
-        words: str,
+        words: Words,
         *,
         layers: Sequence[int] | int | None = None,
         image: int = 0,
@@ -111,7 +112,7 @@ class Capture:
         """How strongly each place of the image reads a word: mean over steps, layers and the word's tokens.
 
         Args:
-            words: a word or phrase of the prompt; all its occurrences count, case does not matter.
+            words: a word or phrase of the prompt, or special tokens, as in `columns`.
             layers: the layers to average; all that were captured when None.
             image: which image of the batch.
             encoder: count the tokens of this text encoder only.

@@ -8,7 +8,33 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+SpecialToken = Literal["bos", "eos", "pad"]
+
+
+@dataclass(frozen=True)
+class Special:
+    """Text tokens that stand for no word of the prompt; given wherever a word is asked for.
+
+    Attributes:
+        token: `"bos"` and `"eos"` are the begin and end of text that the tokenizer adds, `"pad"` all columns
+            behind them. Not every text encoder has all three.
+
+    Raises:
+        ValueError: an unknown token.
+    """
+
+    token: SpecialToken
+
+    def __post_init__(self) -> None:
+        if self.token not in get_args(SpecialToken):
+            accepted = ", ".join(map(repr, get_args(SpecialToken)))
+            raise ValueError(f"Special({self.token!r}) is unknown; accepted: {accepted}")
+
+
+Words = str | Special
+"""What a map or an edit is asked for: a word or phrase of the prompt, or special tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +88,22 @@ class TextSpan:
         """Text columns of the tokens that cover characters [`start`, `stop`) of `prompt`; may be empty."""
         return _covering(self.offsets(prompt), start, len(prompt) if stop is None else stop)
 
+    def special_columns(self, prompt: str, special: Special) -> list[int]:
+        """Text columns of special tokens; may be empty."""
+        ids = self.tokenizer(prompt, max_length=self.length, truncation=True).input_ids
+        if special.token == "pad":  # by place: some tokenizers pad with the end of text
+            return list(range(self.first + len(ids), self.first + self.length))
+        wanted = getattr(self.tokenizer, f"{special.token}_token_id")
+        return [self.first + column for column, token in enumerate(ids) if token == wanted]
+
 
 def words_of(prompt: str) -> list[str]:
     """The distinct words of a prompt, in order, lower-cased."""
     return list(dict.fromkeys(word.lower() for word in re.findall(r"\w+(?:['\u2019-]\w+)*", prompt)))
 
 
-def find_words(spans: Sequence[TextSpan], texts: Mapping[str, str], phrase: str) -> list[int]:
-    """Text columns of every occurrence of a word or phrase.
+def find_words(spans: Sequence[TextSpan], texts: Mapping[str, str], phrase: Words) -> list[int]:
+    """Text columns of every occurrence of a word or phrase, or of special tokens.
 
     Case does not matter, white space matches any white space, and only whole words count: "cat" is not found
     in "caterpillar".
@@ -77,12 +111,18 @@ def find_words(spans: Sequence[TextSpan], texts: Mapping[str, str], phrase: str)
     Args:
         spans: the text encoders.
         texts: the prompt that each of them was given, by the encoder's name.
-        phrase: a word or several, as they stand in the prompt.
+        phrase: a word or several, as they stand in the prompt, or special tokens.
 
     Raises:
         ValueError: the phrase is blank, not in the prompt (the message lists the words that are), or was cut
-            off with the end of a long prompt.
+            off with the end of a long prompt; or no text encoder has such special tokens here.
     """
+    if isinstance(phrase, Special):
+        special = [c for span in spans for c in span.special_columns(texts[span.encoder], phrase)]
+        if not special:
+            encoders = ", ".join(span.encoder for span in spans)
+            raise ValueError(f"the prompt has no {phrase.token!r} token in the text encoders {encoders}")
+        return special
     if not isinstance(phrase, str) or not phrase.strip():
         raise ValueError(f"{phrase!r} is not a word; known words: {_listed(texts)}")
     pattern = r"\s+".join(re.escape(part) for part in phrase.split())

@@ -365,6 +365,41 @@ def test_heatmap_with_t5_and_with_embeddings() -> None:
         captured.heatmap("cat")
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@torch.no_grad()
+def test_heatmaps_of_special_tokens(family: str) -> None:
+    """Columns counted by hand in the padded token numbers that the text encoders get."""
+    pipe = tiny.pipeline(t5=True) if family == "sd3" else tiny.flux_pipeline()
+    prompt = "a cat, eos"  # also holds a word of that name
+    with seg4diff.capture(pipe, 1) as captured:
+        pipe(prompt, generator=seeded(), **{**CALL, "max_sequence_length": 24})
+    maps = captured.records[0].maps[0]
+    tokenizer, first = (pipe.tokenizer_3, 77) if family == "sd3" else (pipe.tokenizer_2, 0)
+    ids = tokenizer(prompt, padding="max_length", max_length=24).input_ids
+    end = ids.index(tokenizer.eos_token_id)
+    assert ids[end + 1] == ids[-1] == tokenizer.pad_token_id
+    columns = {"eos": [first + end], "pad": list(range(first + end + 1, first + 24))}
+
+    def heat(token: Any, **arguments: Any) -> torch.Tensor:
+        return captured.heatmap(seg4diff.Special(token), resize=False, **arguments).flatten()
+
+    for token, expected in columns.items():
+        assert torch.equal(heat(token, encoder="t5"), maps[:, expected].mean(dim=1))
+    with pytest.raises(ValueError, match="no 'bos' token in the text encoders t5"):
+        heat("bos", encoder="t5")
+    if family == "sd3":
+        ids = pipe.tokenizer(prompt, padding="max_length", max_length=77).input_ids
+        end = ids.index(pipe.tokenizer.eos_token_id)
+        assert set(ids[end:]) == {pipe.tokenizer.eos_token_id}  # CLIP pads with the end of text
+        assert torch.equal(heat("bos"), maps[:, 0])
+        assert torch.equal(heat("eos"), maps[:, [end, *columns["eos"]]].mean(dim=1))
+        assert torch.equal(heat("pad", encoder="clip"), maps[:, end + 1 : 77].mean(dim=1))
+    word = captured.columns("eos")
+    assert not set(word) & set(captured.columns(seg4diff.Special("eos")))
+    with pytest.raises(ValueError, match="'unk'"):
+        seg4diff.Special("unk")  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def test_nested_captures_are_independent() -> None:
     transformer = seg4diff.patch(tiny.transformer())

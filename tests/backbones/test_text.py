@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from seg4diff.backbones.text import TextSpan, find_words, words_of
+from seg4diff.backbones.text import Special, TextSpan, find_words, words_of
 from tests.support import tiny
 
 
@@ -82,3 +82,11 @@ def test_a_long_prompt_is_tokenised_once(clip: TextSpan, monkeypatch: pytest.Mon
     monkeypatch.setattr(TextSpan, "offsets", lambda self, prompt: calls.append(prompt) or real(self, prompt))
     assert len(find_words([clip], {"clip": "cat " * 400}, "cat")) == 75
     assert len(calls) == 1
+
+
+def test_a_prompt_that_is_cut_off_keeps_its_end_and_has_no_padding(clip: TextSpan) -> None:
+    texts = {"clip": "cat " * 80}
+    assert find_words([clip], texts, Special("bos")) == [0]
+    assert find_words([clip], texts, Special("eos")) == [76]
+    with pytest.raises(ValueError, match="no 'pad' token in the text encoders clip"):
+        find_words([clip], texts, Special("pad"))
