@@ -54,7 +54,8 @@ def watching_forwards(target: Any, before: Before, after: After) -> Iterator[Non
 
     handles = [
         module.register_forward_pre_hook(pre_hook, with_kwargs=True),
-        module.register_forward_hook(hook),
+        # Before the hooks of contexts that are open, which see the output that they would have without this.
+        module.register_forward_hook(hook, prepend=True),
     ]
     try:
         yield

@@ -40,6 +40,9 @@ class LayerRequest:
         statistics: whether to return attention mass and value norms.
         edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves
             them.
+        edit_image: the image rows' output, from their output [B, N, H, D], the projections of all image
+            tokens with the text values that image rows read, the log-sum-exp [B, H, N + T] and the scale;
+            None leaves it.
         observe: called with the projections before the attention runs; what it returns is kept as it is. Not
             called where a forward stops early.
     """
@@ -47,6 +50,7 @@ class LayerRequest:
     maps: MapRequest | None = None
     statistics: bool = False
     edit_text_value: Callable[[Tensor], Tensor] | None = None
+    edit_image: Callable[[Tensor, Projections, Tensor, float | None], Tensor] | None = None
     observe: Callable[[Projections], Any] | None = None
 
     @property
@@ -130,6 +134,10 @@ class JointAnswer(Answer):
             statistics=any(request.statistics for request in self.requests),
             text_value_for_image=edited,
         )
+        image, read = attention.image, p if edited is None else replace(p, text_value=edited)
+        for request in self.requests:
+            if request.edit_image is not None:
+                image = request.edit_image(image, read, attention.lse, scale)
         results = []
         for request, seen in zip(self.requests, observed, strict=True):
             maps = None
@@ -139,7 +147,7 @@ class JointAnswer(Answer):
                 maps = _answer(LayerRequest(maps=request.maps), p, layout, scale).maps
             statistics = attention.statistics if request.statistics else None
             results.append(LayerResult(maps, _statistics_of_generated(statistics, layout), seen))
-        return layout.join(attention.image, attention.text), tuple(results)
+        return layout.join(image, attention.text), tuple(results)
 
 
 def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float | None) -> LayerResult:

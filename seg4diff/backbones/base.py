@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,11 +80,13 @@ class EncodedText:
         texts: for every prompt its text by the name of the text encoder; empty where embeddings were given.
         embeddings: what the transformer gets, [rows, T, C]; several images of one prompt follow each other.
         guided: whether the same call also made the embeddings of the unconditional branch.
+        arguments: what `encode_prompt` was given, by name.
     """
 
     texts: tuple[Mapping[str, str], ...]
     embeddings: Tensor
     guided: bool
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,27 @@ class Backbone:
     def read_encoded(self, arguments: Mapping[str, Any], output: tuple[Any, ...]) -> EncodedText:
         """What a call of `encode_prompt` made, from its arguments by name and what it returned."""
         raise NotImplementedError
+
+    def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
+        """The transformer's text arguments of the conditional branch, from what `encode_prompt` returned."""
+        raise NotImplementedError
+
+    def encode_again(
+        self, pipe: Any, encoded: EncodedText, change: Callable[[str], str]
+    ) -> dict[str, Tensor]:
+        """The transformer's text arguments for the prompts of `encoded` with their text changed."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [changed(entry) for entry in value]
+            return change(value) if isinstance(value, str) else value
+
+        given = {
+            name: changed(value) if name.startswith("prompt") else value
+            for name, value in encoded.arguments.items()
+        }
+        # Behind the hooks that open contexts have on it: this is not a prompt of the pipeline's call.
+        return self.text_arguments(inspect.unwrap(pipe.encode_prompt)(**given))
 
     def call_defaults(self, pipe: Any) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it encode text as `encode_text` does."""

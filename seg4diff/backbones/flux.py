@@ -101,7 +101,11 @@ class Flux(Backbone):
             texts=() if arguments.get("prompt_embeds") is not None else tuple({"t5": t} for t in given),
             embeddings=output[0],
             guided=False,
+            arguments=arguments,
         )
+
+    def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": output[0], "pooled_projections": output[1]}
 
     def schedule(self, scheduler_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
         if scheduler_config.get("use_flow_sigmas"):

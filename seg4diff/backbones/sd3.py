@@ -50,7 +50,7 @@ class StableDiffusion3(Backbone):
         return {"hidden_states": latents, "timestep": sigma * self.timestep_unit, **text}
 
     def encode_text(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-        embeddings, _, pooled, _ = pipe.encode_prompt(
+        encoded = pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
             prompt_3=None,
@@ -58,7 +58,10 @@ class StableDiffusion3(Backbone):
             max_sequence_length=self._t5_tokens(pipe),
         )
         dtype = pipe.transformer.dtype
-        return {"encoder_hidden_states": embeddings.to(dtype), "pooled_projections": pooled.to(dtype)}
+        return {name: value.to(dtype) for name, value in self.text_arguments(encoded).items()}
+
+    def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": output[0], "pooled_projections": output[2]}
 
     def prompt_arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoded = pipe.encode_prompt(
@@ -86,6 +89,7 @@ class StableDiffusion3(Backbone):
             texts=tuple({"clip": c, "t5": t} for c, t in zip(clip, t5, strict=False)),
             embeddings=output[0],
             guided=bool(arguments.get("do_classifier_free_guidance")) and output[1] is not None,
+            arguments=arguments,
         )
 
     def call_defaults(self, pipe: Any) -> dict[str, Any]:

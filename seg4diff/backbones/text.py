@@ -102,6 +102,14 @@ def words_of(prompt: str) -> list[str]:
     return list(dict.fromkeys(word.lower() for word in re.findall(r"\w+(?:['\u2019-]\w+)*", prompt)))
 
 
+def occurrences(prompt: str, phrase: str) -> list[tuple[int, int]]:
+    """Characters [start, stop) of every occurrence of a word or phrase that is not blank, as whole words."""
+    pattern = r"\s+".join(re.escape(part) for part in phrase.split())
+    before = r"(?<!\w)" if re.match(r"\w", phrase.strip()) else ""
+    after = r"(?!\w)" if re.search(r"\w$", phrase.strip()) else ""
+    return [match.span() for match in re.finditer(before + pattern + after, prompt, flags=re.IGNORECASE)]
+
+
 def find_words(spans: Sequence[TextSpan], texts: Mapping[str, str], phrase: Words) -> list[int]:
     """Text columns of every occurrence of a word or phrase, or of special tokens.
 
@@ -125,18 +133,15 @@ def find_words(spans: Sequence[TextSpan], texts: Mapping[str, str], phrase: Word
         return special
     if not isinstance(phrase, str) or not phrase.strip():
         raise ValueError(f"{phrase!r} is not a word; known words: {_listed(texts)}")
-    pattern = r"\s+".join(re.escape(part) for part in phrase.split())
-    before = r"(?<!\w)" if re.match(r"\w", phrase.strip()) else ""
-    after = r"(?!\w)" if re.search(r"\w$", phrase.strip()) else ""
     columns: set[int] = set()
     found = False
     for span in spans:
         prompt = texts[span.encoder]
-        matches = list(re.finditer(before + pattern + after, prompt, flags=re.IGNORECASE))
-        found = found or bool(matches)
-        offsets = span.offsets(prompt) if matches else []
-        for match in matches:
-            columns.update(_covering(offsets, *match.span()))
+        places = occurrences(prompt, phrase)
+        found = found or bool(places)
+        offsets = span.offsets(prompt) if places else []
+        for place in places:
+            columns.update(_covering(offsets, *place))
     if not found:
         raise ValueError(f"{phrase!r} is not in the prompt; known words: {_listed(texts)}")
     if not columns:
