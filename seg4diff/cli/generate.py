@@ -30,6 +30,7 @@ class Generate(ModelOptions):
         seg4diff generate "a cat on a sofa" --perturb 9
         seg4diff generate "a cat on a sofa" --guide 3 --guidance-scale 5
         seg4diff generate "a cat and a dog" --swap cat=dog
+        seg4diff generate "a dog on a sofa" --replace cat=dog
         seg4diff generate "a cat on a sofa" --drop cat --weight sofa=1.5
     """
 
@@ -76,7 +77,11 @@ class Generate(ModelOptions):
     drop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORD [WORD ...]", help_behavior_hint="")] = ()
     """Words that image tokens do not read."""
     swap: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORD=WORD [...]", help_behavior_hint="")] = ()
-    """Words that are read in each other's place."""
+    """Pairs of words of the prompt that exchange their places."""
+    replace: Annotated[tuple[str, ...], tyro.conf.arg(metavar="OLD=NEW [...]", help_behavior_hint="")] = ()
+    """Draw words of the prompt (NEW) in the layout that it has with other words (OLD)."""
+    replace_until: float = 0.8
+    """With --replace: share of the steps, from the first, in which the layout is kept."""
     weight: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORD=FACTOR [...]", help_behavior_hint="")] = ()
     """Words that are read more or less strongly."""
 
@@ -91,9 +96,7 @@ class Generate(ModelOptions):
         at_least_one(self, "images", "steps")
         if self.words and not self.save_maps:
             raise ValueError("--words chooses among heat maps; add --save-maps")
-        swap = dict(_pair(text, "--swap cat=dog") for text in self.swap)
-        pairs = [_pair(text, "--weight cat=1.5") for text in self.weight]
-        weights = {word: _number(factor, f"--weight {word}={factor}") for word, factor in pairs}
+        edits = self._edits()
         self.check(self.out)
 
         from seg4diff.editing.blur import Blur
@@ -103,7 +106,22 @@ class Generate(ModelOptions):
         first = _first_free_number(self.out)
         for position in range(len(self.prompts) * self.images):
             prompt = self.prompts[position // self.images]
-            _draw(pipe, self, prompt, self.seed + position, first + position, blur, swap, weights)
+            _draw(pipe, self, prompt, self.seed + position, first + position, blur, edits)
+
+    def _edits(self) -> dict[str, Any]:
+        """Arguments of `seg4diff.edit`; empty where no word is edited.
+
+        Raises:
+            ValueError: an option is not a pair, or its factor not a number.
+        """
+        pairs = [_pair(text, "--weight cat=1.5") for text in self.weight]
+        edits: dict[str, Any] = {
+            "drop": self.drop,
+            "swap": dict(_pair(text, "--swap cat=dog") for text in self.swap),
+            "weights": {word: _number(factor, f"--weight {word}={factor}") for word, factor in pairs},
+            "replace": dict(_pair(text, "--replace cat=dog") for text in self.replace),
+        }
+        return {**edits, "replace_until": self.replace_until} if any(edits.values()) else {}
 
 
 def _first_free_number(out: Path) -> int:
@@ -119,8 +137,7 @@ def _draw(
     seed: int,
     number: int,
     blur: Any,
-    swap: dict[str, str],
-    weights: dict[str, float],
+    edits: dict[str, Any],
 ) -> None:
     """Draw one image and write it, and the sheet of its heat maps."""
     import torch
@@ -151,8 +168,8 @@ def _draw(
                     padding=blur.padding,
                 )
             )
-        if options.drop or swap or weights:
-            stack.enter_context(seg4diff.edit(pipe, drop=options.drop, swap=swap, weights=weights))
+        if edits:
+            stack.enter_context(seg4diff.edit(pipe, **edits))
         captured = None
         if options.save_maps:
             layers = options.map_layers or state.backbone.expert_layers(state.transformer)

@@ -53,6 +53,11 @@ def test_draws_what_the_library_draws(stand_in: Any, tmp_path: Path) -> None:
         expected = np.asarray(pipe(prompt, **call, generator=seeded()).images[0])
     assert np.array_equal(edited, expected)
     assert not np.array_equal(edited, plain)
+    replaced = drawn(tmp_path, "--seed 3 --replace dog=cat --replace-until 0.5")
+    with seg4diff.edit(pipe, replace={"dog": "cat"}, replace_until=0.5):
+        expected = np.asarray(pipe(prompt, **call, generator=seeded()).images[0])
+    assert np.array_equal(replaced, expected)
+    assert not np.array_equal(replaced, plain)
 
 
 def test_saves_maps_of_words_and_continues_numbers(
