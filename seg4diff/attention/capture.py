@@ -210,8 +210,8 @@ def capture(
     kept = _kept_steps(steps, pipe is None)
     chosen = state.layers(layers)
     request = LayerRequest(maps=maps, statistics=statistics)
-    heads = tuple(int(state.backbone.attention(state.transformer, layer).heads) for layer in chosen)
-    limit = _Limit(max_bytes, request, heads)
+    attentions: list[Any] = [state.backbone.attention(state.transformer, layer) for layer in chosen]
+    limit = _Limit(max_bytes, request, tuple(attention.heads for attention in attentions))
     recorder = _Recorder(request, kept, branch, None if device is None else torch.device(device), limit)
     given = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
     with attach(target, chosen, request, recorder, stop_early=stop_early):
@@ -253,8 +253,8 @@ def _numbered(kept: tuple[int, ...], steps: int | None) -> frozenset[int]:
     if steps is None:
         if min(kept) < 0:
             raise ValueError(
-                f"steps={list(kept)} counts from the end, but this pipeline does not tell its number of steps "
-                "(it has no num_timesteps); give numbers from 0"
+                f"steps={list(kept)} counts from the end, but this pipeline does not tell its number of "
+                "steps (it has no num_timesteps); give numbers from 0"
             )
         return frozenset(kept)
     for number in kept:
@@ -297,8 +297,8 @@ class _Limit:
         if self.counted + size > self.max_bytes:
             held = f" beside {_gib(self.counted)} recorded before" if self.counted else ""
             raise MemoryError(
-                f"this capture would hold {_gib(size)} ({len(self.heads)} layers, {steps} steps, {rows} rows)"
-                f"{held}, above the limit of {_gib(self.max_bytes)}; choose fewer layers, "
+                f"this capture would hold {_gib(size)} ({len(self.heads)} layers, {steps} steps, "
+                f"{rows} rows){held}, above the limit of {_gib(self.max_bytes)}; choose fewer layers, "
                 'MapRequest(heads="mean"), fewer columns or steps="last", or raise max_bytes= '
                 '(with device="cpu" if the GPU is too small)'
             )

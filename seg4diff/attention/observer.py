@@ -67,7 +67,7 @@ class Forward:
     Attributes:
         call: what it was given.
         prompt: what the pipeline call it belongs to encoded; None for a call of the transformer alone.
-        step: number of the denoising step in its pipeline call, from 0; 0 for a call of the transformer alone.
+        step: number of the denoising step in its pipeline call, from 0; 0 where there is none.
     """
 
     call: TransformerCall

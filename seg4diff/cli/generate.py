@@ -80,7 +80,7 @@ class Generate(ModelOptions):
     """Pairs of words of the prompt that exchange their places."""
     replace: Annotated[tuple[str, ...], tyro.conf.arg(metavar="OLD=NEW [...]", help_behavior_hint="")] = ()
     """Draw words of the prompt (NEW) in the layout that it has with other words (OLD)."""
-    replace_until: float = 0.8
+    replace_until: float = 0.5
     """With --replace: share of the steps, from the first, in which the layout is kept."""
     weight: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORD=FACTOR [...]", help_behavior_hint="")] = ()
     """Words that are read more or less strongly."""

@@ -1,9 +1,9 @@
 """A word in another's place: its tokens get the attention that the other's get in the other's prompt.
 
-After Prompt-to-Prompt (Hertz et al., arXiv 2208.01626), for joint attention. Further rows of the batch run the
-prompt with the old word on the same latents, and in image rows of the drawn prompt the probabilities of the new
-word's tokens become those that the further rows give to the old word's tokens. All other probabilities stay, so
-that a row sums to one but for the difference of the two words' mass.
+After Prompt-to-Prompt (Hertz et al., arXiv 2208.01626), for joint attention. Further rows of the batch run
+the prompt with the old word on the same latents, and in image rows of the drawn prompt the probabilities of
+the new word's tokens become those that the further rows give to the old word's tokens. All other
+probabilities stay, so that a row sums to one but for the difference of the two words' mass.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class Replacement(Observer):
         until: share of the denoising steps, from the first, in which probabilities are moved.
     """
 
-    def __init__(
-        self, pipe: Any, backbone: Backbone, words: Sequence[tuple[str, str]], until: float
-    ) -> None:
+    def __init__(self, pipe: Any, backbone: Backbone, words: Sequence[tuple[str, str]], until: float) -> None:
         self._pipe = pipe
         self._backbone = backbone
         self._words = words
@@ -53,8 +51,8 @@ class Replacement(Observer):
     def begin_call(self, prompt: PromptCall) -> None:
         if prompt.steps is None and self._until < 1:
             raise ValueError(
-                f"replace_until={self._until} is a share of the steps, but this pipeline does not tell their number "
-                "(it has no num_timesteps); use replace_until=1"
+                f"replace_until={self._until} is a share of the steps, but this pipeline does not tell their "
+                "number (it has no num_timesteps); use replace_until=1"
             )
         self._steps = math.ceil(self._until * (prompt.steps or 1))
         if prompt.steps is None:
@@ -65,8 +63,8 @@ class Replacement(Observer):
         place = {column: position for position, column in enumerate(columns)}
         self._columns = torch.tensor(columns)
         self._moved = torch.zeros(prompt.images, len(columns), len(columns))
-        for moved, found in zip(self._moved, pairs, strict=True):
-            for old, new in found:
+        for moved, of_image in zip(self._moved, pairs, strict=True):
+            for old, new in of_image:
                 for position, column in enumerate(new):
                     if len(old) == len(new):
                         moved[place[old[position]], place[column]] = 1
@@ -82,8 +80,8 @@ class Replacement(Observer):
         Raises:
             ValueError: a new word is not in the prompt.
         """
-        for _, new in self._words:
-            find_words(spans, texts, new)
+        for _, word in self._words:
+            find_words(spans, texts, word)
         pairs = []
         for span in spans:
             text = texts[span.encoder]

@@ -81,7 +81,13 @@ class WordEdits:
         for word, weight in self.weights:
             matrix[columns_of(word)] *= weight
         for pair in self.swap:
-            one, other = (columns_of(word) for word in pair)
+            try:
+                one, other = (columns_of(word) for word in pair)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} (swap exchanges two words of the prompt; replace puts a word in another's "
+                    "place)"
+                ) from None
             for span in spans:
                 last = span.first + span.length
                 here, there = ([c for c in cs if span.first <= c < last] for cs in (one, other))
@@ -109,7 +115,7 @@ def edit(
     swap: Mapping[str, str] | Mapping[Words, Words] | None = None,
     weights: Mapping[str, float] | Mapping[Words, float] | None = None,
     replace: Mapping[str, str] | None = None,
-    replace_until: float = 0.8,
+    replace_until: float = 0.5,
     prompt: str | Sequence[str] | None = None,
 ) -> Iterator[None]:
     """Drop, swap, re-weight or replace words of the prompt in what image tokens read, while a pipeline runs.

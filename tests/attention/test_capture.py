@@ -255,7 +255,7 @@ def test_the_size_of_everything_at_1024_pixels() -> None:
     limit = _Limit(4 * 2**30, LayerRequest(maps=MapRequest(heads="each")), (24,) * 24)
     with pytest.raises(MemoryError, match=r"81.9 GiB \(24 layers, 28 steps, 1 rows\)"):
         limit.add(call, 1, 28)
-    assert 24 * 24 * 28 * 4096 * 333 * 4 == pytest.approx(88e9, rel=0.01)
+    assert round(81.9 * 2**30 / 1e9) == 88
 
 
 @torch.no_grad()

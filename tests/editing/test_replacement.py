@@ -66,7 +66,9 @@ def brute(
         layer, done[1] = done[1], done[1] + 1
         matrix = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
         if layer in layers:
-            image, words = (slice(text, None), slice(0, text)) if text_first else (slice(0, 16), slice(16, None))
+            image, words = (
+                (slice(text, None), slice(0, text)) if text_first else (slice(0, 16), slice(16, None))
+            )
             block = matrix[:, :, image, words].clone()
             change(block[-2:-1], block[-1:].clone())
             matrix = matrix.clone()
@@ -162,7 +164,12 @@ def test_replacement_where_branches_have_forwards_of_their_own(guided: bool) -> 
     source, length = PROMPT.replace("dog", "cat"), 24
     new = columns(pipe.tokenizer_2, PROMPT, "dog")
     old = columns(pipe.tokenizer_2, source, "cat")
-    call = {"prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent", "max_sequence_length": length}
+    call = {
+        "prompt": PROMPT,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "max_sequence_length": length,
+    }
     if guided:
         call |= {"true_cfg_scale": 3.0, "negative_prompt": "tree"}
     with edit(pipe, [0, 3], replace={"cat": "dog"}, replace_until=0.5):
@@ -170,7 +177,9 @@ def test_replacement_where_branches_have_forwards_of_their_own(guided: bool) -> 
     with brute(pipe, encoded(pipe, source, PROMPT, length), True, [0, 3], 1, moved(old, new)) as rows:
         expected = pipe(**call, generator=seeded()).images
     assert rows == ([2, 1, 1, 1] if guided else [2, 1])
-    assert (output - expected).abs().max() < 1e-6 * (expected - pipe(**call, generator=seeded()).images).abs().max()
+    assert (output - expected).abs().max() < 1e-6 * (
+        expected - pipe(**call, generator=seeded()).images
+    ).abs().max()
 
 
 @torch.no_grad()
@@ -228,8 +237,9 @@ def test_words_change_places_by_occurrence() -> None:
 @torch.no_grad()
 def test_bad_replacements_are_named(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     call = {**CALL, "prompt": PROMPT}
-    with pytest.raises(ValueError, match="replace_until=0 must be"), edit(
-        pipe, replace={"cat": "dog"}, replace_until=0
+    with (
+        pytest.raises(ValueError, match="replace_until=0 must be"),
+        edit(pipe, replace={"cat": "dog"}, replace_until=0),
     ):
         pass
     with edit(pipe, replace={"dog": "cat"}), pytest.raises(ValueError, match="'cat' is not in the prompt"):

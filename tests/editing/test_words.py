@@ -40,6 +40,10 @@ def conditional_half(change: Callable[[Tensor], None]) -> Callable[[Tensor], Ten
     return apply
 
 
+def drop_padding(p: Tensor) -> None:
+    p[..., COLUMNS["pad"]] = 0
+
+
 def drop_cat(p: Tensor) -> None:
     p[..., COLUMNS["cat"]] = 0
 
@@ -64,6 +68,7 @@ def swap_cat_and_on(p: Tensor) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _words(pipe: Any) -> None:
     COLUMNS.update({word: columns(pipe, word) for word in ("a", "red", "cat", "dog", "on", "sofa")})
+    COLUMNS["pad"] = list(range(len(pipe.tokenizer(CALL["prompt"]).input_ids), 77))
 
 
 def test_columns_are_as_counted() -> None:
@@ -76,11 +81,12 @@ def test_columns_are_as_counted() -> None:
     ("arguments", "change"),
     [
         ({"drop": "cat"}, drop_cat),
+        ({"drop": seg4diff.Special("pad")}, drop_padding),
         ({"weights": {"red": 2.5}}, double_red),
         ({"swap": {"cat": "dog"}}, swap_cat_and_dog),
         ({"swap": {"cat": "on"}}, swap_cat_and_on),
     ],
-    ids=["drop", "weight", "swap", "swap-unequal"],
+    ids=["drop", "drop-padding", "weight", "swap", "swap-unequal"],
 )
 @torch.no_grad()
 def test_edits_equal_brute_force(
@@ -196,7 +202,7 @@ def test_bad_edits_are_named(
     ("arguments", "message"),
     [
         ({"drop": "zebra"}, "'zebra' is not in the prompt; known words: a, red, cat, dog, on, sofa"),
-        ({"swap": {"cat": "zebra"}}, "'zebra' is not in the prompt"),
+        ({"swap": {"cat": "zebra"}}, "'zebra' is not in the prompt.*replace puts a word in another's place"),
         ({"drop": "cat", "weights": {"cat": 2.0}}, "'cat' and 'cat' share a token"),
         ({"drop": " "}, "' ' is not a word"),
     ],
