@@ -145,7 +145,7 @@ def show(
         segment(pipe, drawn[0].image, CLASSES[:2], progress=False)  # the first call is slower
         started = time.perf_counter()
         present = run("names present", occurring)
-        milliseconds = (time.perf_counter() - started) / scenes * 1000
+        milliseconds = 1e3 * (time.perf_counter() - started) / scenes
         everything = run("all names", [CLASSES] * scenes)
         layers = [run(f"layer {layer}", occurring, layers=[layer]) for layer in range(blocks)]
 
