@@ -50,7 +50,7 @@ _PUBLIC = {
     "segment_unsupervised": "seg4diff.segmentation.regions",
     "unpatch": "seg4diff.attention.patch",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from seg4diff.backbones import Backbone, families
+from seg4diff.backbones import Backbone, Pipeline, families
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,7 +41,7 @@ def load_pipeline(
     *,
     t5: bool = False,
     offload: bool = False,
-) -> DiffusionPipeline:
+) -> Pipeline:
     """A diffusers pipeline, ready to be patched.
 
     Args:

@@ -20,6 +20,7 @@ from seg4diff.analysis.report import AnalysisReport, Measures
 from seg4diff.attention.observer import Forward, Observer, PromptCall, SameText, attach
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult, Projections
+from seg4diff.backbones import Pipeline
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import AttentionStatistics
 from seg4diff.segmentation.inputs import check_levels, model_inputs, views_of
@@ -30,7 +31,7 @@ PROJECTIONS = ("query", "key", "value")
 
 
 def analyze(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: str | Sequence[str] | None = None,
     *,
     images: ImageInput | Sequence[ImageInput] | None = None,
@@ -124,7 +125,7 @@ def analyze(
 
 
 def _measure_prompts(
-    pipe: Any,
+    pipe: Pipeline,
     measurement: _Measurement,
     texts: list[str],
     *,
@@ -155,7 +156,7 @@ def _measure_prompts(
 
 
 def _measure_images(
-    pipe: Any,
+    pipe: Pipeline,
     measurement: _Measurement,
     images: ImageInput | Sequence[ImageInput],
     texts: list[str] | None,
@@ -199,7 +200,7 @@ class _Measurement(Observer):
     """Sums over images; knows which forwards count, and at which noise level they are."""
 
     def __init__(
-        self, state: Patch, pipe: Any, layers: tuple[int, ...], levels: int, projections: bool
+        self, state: Patch, pipe: Pipeline, layers: tuple[int, ...], levels: int, projections: bool
     ) -> None:
         self._backbone = state.backbone
         self._pipe = pipe
@@ -350,7 +351,7 @@ class _Measurement(Observer):
 
 
 @contextmanager
-def _without_bar(pipe: Any) -> Iterator[None]:
+def _without_bar(pipe: Pipeline) -> Iterator[None]:
     """No progress bar of single steps, while one of images is shown."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from seg4diff.analysis import plots
 from seg4diff.analysis.analyze import analyze
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.files import write_atomically
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
@@ -107,7 +108,7 @@ class Ranking:
 
 
 def rank_layers(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: str | Sequence[str] | None = None,
     *,
     images: ImageInput | Sequence[ImageInput] | None = None,
@@ -169,7 +170,7 @@ def rank_layers(
 
 @torch.no_grad()
 def _measure(
-    pipe: Any,
+    pipe: Pipeline,
     images: ImageInput | Sequence[ImageInput],
     labels: Sequence[Tensor | np.ndarray],
     classes: Sequence[Sequence[str]],

@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from seg4diff.attention.observer import Branch, Forward, Observer, PromptCall, attach
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult
-from seg4diff.backbones import TransformerCall
+from seg4diff.backbones import Pipeline, TransformerCall
 from seg4diff.backbones.text import Words, find_words
 from seg4diff.kernels.types import AttentionStatistics, MapRequest, Tokens, wide_dtype
 
@@ -157,7 +157,7 @@ class Capture:
 
 @contextmanager
 def capture(
-    target: Any,
+    target: Pipeline | nn.Module,
     layers: Sequence[int] | int | None = None,
     *,
     maps: MapRequest | None = MapRequest(),
@@ -206,7 +206,7 @@ def capture(
     if branch not in get_args(Branch):
         raise ValueError(f"branch={branch!r} is unknown; accepted: {', '.join(map(repr, get_args(Branch)))}")
     state = patch_of(target)
-    pipe = target if hasattr(target, "transformer") else None
+    pipe = None if isinstance(target, nn.Module) else target
     kept = _kept_steps(steps, pipe is None)
     chosen = state.layers(layers)
     request = LayerRequest(maps=maps, statistics=statistics)

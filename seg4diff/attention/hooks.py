@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from seg4diff.backbones import Pipeline
+
 Before = Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]
 After = Callable[[Any], Any]
 
 
 @contextmanager
-def watching_forwards(target: Any, before: Before, after: After) -> Iterator[None]:
+def watching_forwards(target: Pipeline | nn.Module, before: Before, after: After) -> Iterator[None]:
     """Call `before` with the arguments of every forward of a transformer, and `after` with its output.
 
     `before` returns the arguments to use, all by name; `after` returns the output to use, or None to keep it.
@@ -27,7 +29,7 @@ def watching_forwards(target: Any, before: Before, after: After) -> Iterator[Non
         before: called before a forward.
         after: called after a forward.
     """
-    module = getattr(target, "transformer", target)
+    module: Any = getattr(target, "transformer", target)
     compiled = getattr(module, "_compiled_call_impl", None)
     if compiled is not None:  # compiled in place: hooks would run inside of the graph
 
@@ -66,7 +68,7 @@ def watching_forwards(target: Any, before: Before, after: After) -> Iterator[Non
 
 @contextmanager
 def watching_pipeline(
-    pipe: Any,
+    pipe: Pipeline,
     encoded: Callable[[Mapping[str, Any], tuple[Any, ...]], object],
     end: Callable[[], object],
 ) -> Iterator[None]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seg4diff.attention.observer import Forward, Observer, attach
 from seg4diff.attention.patch import patch_of
@@ -17,7 +17,7 @@ from seg4diff.kernels.types import MapRequest
 
 
 def maps_of(
-    transformer: Any, layers: Sequence[int], request: MapRequest, arguments: Mapping[str, Any]
+    transformer: nn.Module, layers: Sequence[int], request: MapRequest, arguments: Mapping[str, Any]
 ) -> Tensor:
     """Image-to-text maps of one forward, which runs no further than the maps need.
 
@@ -35,7 +35,7 @@ def maps_of(
 
 
 def forward_with_maps(
-    transformer: Any,
+    transformer: nn.Module,
     layers: Sequence[int],
     request: MapRequest,
     arguments: Mapping[str, Any],

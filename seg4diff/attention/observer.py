@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seg4diff.attention.hooks import watching_forwards, watching_pipeline
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult
-from seg4diff.backbones import EncodedText, TransformerCall
+from seg4diff.backbones import EncodedText, Pipeline, TransformerCall
 
 Branch = Literal["conditional", "unconditional", "both"]
 
@@ -133,7 +133,7 @@ class Observer:
 
 @contextmanager
 def attach(
-    target: Any,
+    target: Pipeline | nn.Module,
     layers: tuple[int, ...],
     request: LayerRequest,
     observer: Observer | None = None,
@@ -154,7 +154,7 @@ def attach(
     with ExitStack() as stack:
         stack.enter_context(state.asking(layers, request, stop_early=stop_early))
         stack.enter_context(watching_forwards(target, attachment.before, attachment.after))
-        if hasattr(target, "transformer"):
+        if not isinstance(target, nn.Module):
             stack.enter_context(watching_pipeline(target, attachment.encoded, attachment.end))
         yield state
 

@@ -28,11 +28,11 @@ from seg4diff.attention.interception import (
 from seg4diff.attention.mode import Mode
 from seg4diff.attention.requests import JointAnswer, LayerRequest, LayerResult, Place
 from seg4diff.attention.stand_ins import SkippedBlock, skipped_modules
-from seg4diff.backbones import Backbone, Layout, TransformerCall, find_backbone, transformer_of
+from seg4diff.backbones import Backbone, Layout, Pipeline, TransformerCall, find_backbone, transformer_of
 
 logger = logging.getLogger(__name__)
 
-Target = TypeVar("Target")
+Target = TypeVar("Target", bound=Pipeline | nn.Module)
 
 
 def patch(pipe: Target) -> Target:
@@ -71,12 +71,12 @@ def unpatch(pipe: Target) -> Target:
     return pipe
 
 
-def is_patched(pipe: Any) -> bool:
+def is_patched(pipe: Pipeline | nn.Module) -> bool:
     """Whether `patch` is in force for this pipeline or transformer."""
     return transformer_of(pipe) in _PATCHES
 
 
-def patch_of(pipe: Any) -> Patch:
+def patch_of(pipe: Pipeline | nn.Module) -> Patch:
     """The patch of a pipeline or transformer, made if there is none.
 
     Raises:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
 
 from torch import nn
 
-from seg4diff.backbones.base import Backbone, BlockList, EncodedText, Layout, TransformerCall
+from seg4diff.backbones.base import Backbone, BlockList, EncodedText, Layout, Pipeline, TransformerCall
 
 __all__ = [
     "Backbone",
     "BlockList",
     "EncodedText",
     "Layout",
+    "Pipeline",
     "TransformerCall",
     "families",
     "find_backbone",
@@ -33,7 +33,7 @@ def families() -> tuple[Backbone, ...]:
     return tuple(module.BACKBONE for module in modules if hasattr(module, "BACKBONE"))
 
 
-def transformer_of(target: Any) -> nn.Module:
+def transformer_of(target: Pipeline | nn.Module) -> nn.Module:
     """The transformer of a pipeline, or `target` itself; wrappers of `torch.compile` are opened.
 
     Raises:
@@ -51,7 +51,7 @@ def transformer_of(target: Any) -> nn.Module:
     return transformer
 
 
-def find_backbone(target: Any) -> Backbone:
+def find_backbone(target: Pipeline | nn.Module) -> Backbone:
     """The model family of a pipeline or transformer.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -17,6 +17,21 @@ EXPERTS_KEY = "_seg4diff_expert_layers"
 """Entry of a transformer's configuration that lists its expert layers, where a model brings them along."""
 
 Guidance = Literal["one forward", "separate forwards"]
+
+
+class Pipeline(Protocol):
+    """What the library asks of a pipeline's type, which diffusers' text-to-image pipelines have.
+
+    Its models and settings (`vae`, `scheduler`, ...) are attributes that diffusers makes while loading, which
+    type checkers do not know; `__getattr__` stands for them, here as there.
+    """
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __getattr__(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -226,7 +241,7 @@ class Backbone:
 
     # Text
 
-    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode_text(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The transformer's text arguments for `prompts`, first axis len(prompts)."""
         raise NotImplementedError
 
@@ -238,11 +253,11 @@ class Backbone:
             "pooled_projections": torch.zeros(batch, config.pooled_projection_dim),
         }
 
-    def prompt_arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Arguments of the pipeline's call that stand for `prompts`, so that it needs no text encoder."""
         raise NotImplementedError
 
-    def text_spans(self, pipe: Any, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
+    def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         """The text encoders whose tokens make up the text stream, in the order of the stream.
 
         Args:
@@ -251,7 +266,7 @@ class Backbone:
         """
         raise NotImplementedError
 
-    def name_span(self, pipe: Any) -> TextSpan:
+    def name_span(self, pipe: Pipeline) -> TextSpan:
         """The text encoder in whose tokens segmentation looks for names."""
         return self.text_spans(pipe)[0]
 
@@ -264,7 +279,7 @@ class Backbone:
         raise NotImplementedError
 
     def encode_again(
-        self, pipe: Any, encoded: EncodedText, change: Callable[[str], str]
+        self, pipe: Pipeline, encoded: EncodedText, change: Callable[[str], str]
     ) -> dict[str, Tensor]:
         """The transformer's text arguments for the prompts of `encoded` with their text changed."""
 
@@ -280,19 +295,19 @@ class Backbone:
         # Behind the hooks that open contexts have on it: this is not a prompt of the pipeline's call.
         return self.text_arguments(inspect.unwrap(pipe.encode_prompt)(**given))
 
-    def call_defaults(self, pipe: Any) -> dict[str, Any]:
+    def call_defaults(self, pipe: Pipeline) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it encode text as `encode_text` does."""
         return {}
 
     # Images and noise
 
-    def latents(self, pipe: Any, pixels: Tensor) -> Tensor:
+    def latents(self, pipe: Pipeline, pixels: Tensor) -> Tensor:
         """Clean latents (posterior mean, scaled) [B, C, h, w] of images [B, 3, height, width] in [-1, 1]."""
         vae = pipe.vae
         posterior = vae.encode(pixels.to(device=pipe._execution_device, dtype=vae.dtype)).latent_dist
         return (posterior.mode() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    def sigma(self, pipe: Any, latents: Tensor, steps: int, index: int) -> Tensor:
+    def sigma(self, pipe: Pipeline, latents: Tensor, steps: int, index: int) -> Tensor:
         """Noise level in [0, 1], [1], at position `index` of the pipeline's own schedule of `steps` steps.
 
         Raises:
@@ -315,15 +330,15 @@ class Backbone:
         """Arguments of `set_timesteps` as the pipeline gives them."""
         return {"num_inference_steps": steps}
 
-    def pixel_multiple(self, pipe: Any) -> int:
+    def pixel_multiple(self, pipe: Pipeline) -> int:
         """Pixels that a token covers along each axis; image sizes are multiples of it."""
         return int(pipe.vae_scale_factor * self.patch)
 
-    def native_size(self, pipe: Any) -> int:
+    def native_size(self, pipe: Pipeline) -> int:
         """Side in pixels of the square image the model was made for."""
         return int(pipe.default_sample_size * pipe.vae_scale_factor)
 
-    def largest_size(self, pipe: Any) -> int:
+    def largest_size(self, pipe: Pipeline) -> int:
         """Largest side in pixels that the model takes."""
         return 2 * self.native_size(pipe)
 

@@ -19,6 +19,7 @@ from seg4diff.backbones.base import (
     BlockList,
     EncodedText,
     Layout,
+    Pipeline,
     TransformerCall,
     as_texts,
     pack,
@@ -73,7 +74,7 @@ class Flux(Backbone):
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         return unpack(output, latents)
 
-    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode_text(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         given = self.prompt_arguments(pipe, prompts)
         dtype = pipe.transformer.dtype
         return {
@@ -85,13 +86,13 @@ class Flux(Backbone):
         config: Any = transformer.config
         return int(config.out_channels or config.in_channels) // self.patch**2
 
-    def prompt_arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         embeddings, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=_T5_TOKENS
         )
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
-    def text_spans(self, pipe: Any, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
+    def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         length = _T5_TOKENS if text_tokens is None else text_tokens
         return (TextSpan("t5", pipe.tokenizer_2, 0, length, special=1),)
 

@@ -16,6 +16,7 @@ from seg4diff.backbones.base import (
     BlockList,
     EncodedText,
     Layout,
+    Pipeline,
     TransformerCall,
     as_texts,
 )
@@ -49,7 +50,7 @@ class StableDiffusion3(Backbone):
     ) -> dict[str, Any]:
         return {"hidden_states": latents, "timestep": sigma * self.timestep_unit, **text}
 
-    def encode_text(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode_text(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoded = pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
@@ -63,7 +64,7 @@ class StableDiffusion3(Backbone):
     def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": output[0], "pooled_projections": output[2]}
 
-    def prompt_arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoded = pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
@@ -74,7 +75,7 @@ class StableDiffusion3(Backbone):
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds")
         return dict(zip((*names, "negative_pooled_prompt_embeds"), encoded, strict=True))
 
-    def text_spans(self, pipe: Any, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
+    def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         clip = pipe.tokenizer_max_length
         total = clip + self._t5_tokens(pipe) if text_tokens is None else text_tokens
         spans = [TextSpan("clip", pipe.tokenizer, 0, clip, special=2)]
@@ -92,13 +93,13 @@ class StableDiffusion3(Backbone):
             arguments=arguments,
         )
 
-    def call_defaults(self, pipe: Any) -> dict[str, Any]:
+    def call_defaults(self, pipe: Pipeline) -> dict[str, Any]:
         return {"max_sequence_length": self._t5_tokens(pipe)}
 
-    def largest_size(self, pipe: Any) -> int:
+    def largest_size(self, pipe: Pipeline) -> int:
         return int(pipe.transformer.config.pos_embed_max_size * self.pixel_multiple(pipe))
 
-    def _t5_tokens(self, pipe: Any) -> int:
+    def _t5_tokens(self, pipe: Pipeline) -> int:
         # Without T5 its slot is filled with zeros: 77 of them, as the public code of the paper has it.
         return _CLIP_TOKENS if pipe.text_encoder_3 is None else _T5_TOKENS
 

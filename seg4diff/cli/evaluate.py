@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from seg4diff.backbones import Pipeline
 from seg4diff.cli.options import (
     DataOptions,
     Layers,
@@ -128,7 +129,7 @@ class Evaluate(DataOptions, ModelOptions):
         if failures:
             raise RuntimeError(failed(failures, sum(report.total for report in reports)))
 
-    def _one(self, pipe: Any, dataset: Dataset, settings: Settings, about: dict[str, Any]) -> Report:
+    def _one(self, pipe: Pipeline, dataset: Dataset, settings: Settings, about: dict[str, Any]) -> Report:
         from seg4diff.evaluation.report import write_contact_sheet, write_report
         from seg4diff.evaluation.runner import evaluate, make_evaluator, process_state
 

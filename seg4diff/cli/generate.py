@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from seg4diff.backbones import Pipeline
 from seg4diff.cli.options import Layers, ModelOptions, at_least_one
 from seg4diff.files import save_image, write_atomically
 
@@ -131,7 +132,7 @@ def _first_free_number(out: Path) -> int:
 
 
 def _draw(
-    pipe: Any,
+    pipe: Pipeline,
     options: Generate,
     prompt: str,
     seed: int,

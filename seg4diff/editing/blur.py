@@ -11,14 +11,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seg4diff.attention.observer import attach
 from seg4diff.attention.patch import patch_of
 from seg4diff.attention.requests import LayerRequest
+from seg4diff.backbones import Pipeline
 from seg4diff.kernels.types import MapRequest, wide_dtype
 
 Padding = Literal["symmetric", "reflect"]
@@ -103,7 +104,7 @@ def edited_text_value(matrix: Tensor, text_value: Tensor) -> Tensor:
 
 @contextmanager
 def perturb(
-    target: Any,
+    target: Pipeline | nn.Module,
     layers: Sequence[int] | int | None,
     *,
     sigma: float = 9.0,

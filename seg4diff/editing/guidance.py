@@ -12,12 +12,12 @@ from torch import Tensor
 from seg4diff.attention.observer import Forward, Observer, PromptCall, attach
 from seg4diff.attention.patch import patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult
-from seg4diff.backbones import Backbone
+from seg4diff.backbones import Backbone, Pipeline
 from seg4diff.editing.blur import Blur
 
 
 def guide(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Sequence[str] | None = None,
     *,
     scale: float = 3.0,

@@ -17,7 +17,7 @@ from torch import Tensor
 from seg4diff.attention.observer import Forward, Observer, PromptCall, attach
 from seg4diff.attention.patch import patch_of
 from seg4diff.attention.requests import LayerRequest
-from seg4diff.backbones import Backbone
+from seg4diff.backbones import Backbone, Pipeline
 from seg4diff.backbones.text import Special, TextSpan, Words, find_words
 from seg4diff.editing.blur import edited_text_value
 from seg4diff.editing.replacement import Replacement
@@ -108,7 +108,7 @@ def _read_instead(matrix: Tensor, columns: list[int], others: list[int]) -> None
 
 @contextmanager
 def edit(
-    pipe: Any,
+    pipe: Pipeline,
     layers: Sequence[int] | int | None = None,
     *,
     drop: Words | Sequence[Words] = (),
@@ -180,7 +180,7 @@ class _Editor(Observer):
     """Knows the matrix of every image of the pipeline call that runs."""
 
     def __init__(
-        self, pipe: Any, backbone: Backbone, edits: WordEdits, prompt: tuple[str, ...] | None
+        self, pipe: Pipeline, backbone: Backbone, edits: WordEdits, prompt: tuple[str, ...] | None
     ) -> None:
         self._pipe = pipe
         self._backbone = backbone

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from seg4diff.backbones import Pipeline
 from seg4diff.evaluation.published import CLIP_SCORE
 from seg4diff.files import no_space, write_atomically
 from seg4diff.images import as_rgb
@@ -120,7 +121,7 @@ def check_names(prompts: Sequence[str], settings: GenerationSettings) -> None:
 
 
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     folder: Path,
     settings: GenerationSettings,

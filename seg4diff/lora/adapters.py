@@ -60,7 +60,7 @@ def adapted_modules(
 
 
 def add_adapters(
-    transformer: Any,
+    transformer: nn.Module,
     lora: LoraSettings,
     *,
     seed: int = 0,
@@ -93,7 +93,8 @@ def add_adapters(
         target_modules=names,
     )
     with torch.random.fork_rng(devices=[]):
-        transformer.add_adapter(config, adapter_name=adapter)
+        model: Any = transformer  # of diffusers
+        model.add_adapter(config, adapter_name=adapter)
     # Drawn again: what peft draws depends on its version and on the dtype of the frozen weights.
     generator = torch.Generator().manual_seed(seed)
     trained = []

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from seg4diff.backbones import find_backbone, transformer_of
+from seg4diff.backbones import Pipeline, find_backbone, transformer_of
 from seg4diff.files import write_atomically
 from seg4diff.loading import is_out_of_memory, out_of_memory_remedy
 from seg4diff.lora.adapters import ADAPTER
@@ -40,7 +40,7 @@ _LAYOUTS = {
 }
 _LISTED = 12
 
-Pipeline = TypeVar("Pipeline")
+Loaded = TypeVar("Loaded", bound=Pipeline)
 
 
 def save_lora(
@@ -98,7 +98,7 @@ def save_lora(
     return write_atomically(file, write)
 
 
-def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | None = None) -> Pipeline:
+def load_lora(pipe: Loaded, path: str | os.PathLike[str], *, adapter: str | None = None) -> Loaded:
     """Load an adapter into a pipeline, if every key of the file fits its transformer or text encoders.
 
     Args:
@@ -123,13 +123,12 @@ def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | No
     layout, parts = _parse(state, file)
     _check(parts, pipe, file)
     arguments: dict[str, Any] = {} if adapter is None else {"adapter_name": adapter}
-    target: Any = pipe
     # It warns that a transformer's adapter has nothing for the text encoders.
     log = logging.getLogger("diffusers.loaders.lora_base")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        _hand_over(target, layout, file, parts, arguments)
+        _hand_over(pipe, layout, file, parts, arguments)
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(out_of_memory_remedy(f"loading {str(file)!r}")) from error
@@ -144,7 +143,11 @@ def load_lora(pipe: Pipeline, path: str | os.PathLike[str], *, adapter: str | No
 
 
 def _hand_over(
-    pipe: Any, layout: str, file: Path, parts: Mapping[str, Mapping[str, Tensor]], arguments: dict[str, Any]
+    pipe: Pipeline,
+    layout: str,
+    file: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    arguments: dict[str, Any],
 ) -> None:
     """Let diffusers load what was found to fit."""
     if layout == "diffusers" and file.suffix == ".safetensors":  # with the alpha that its header may hold
@@ -221,7 +224,7 @@ def _parse(state: Mapping[str, Tensor], file: Path) -> tuple[str, dict[str, dict
     return layout, parts
 
 
-def _check(parts: Mapping[str, Mapping[str, Tensor]], pipe: Any, file: Path) -> None:
+def _check(parts: Mapping[str, Mapping[str, Tensor]], pipe: Pipeline, file: Path) -> None:
     modules = _modules(pipe)
     problems = []
     for name, both in parts.items():
@@ -248,7 +251,7 @@ def _check(parts: Mapping[str, Mapping[str, Tensor]], pipe: Any, file: Path) -> 
         )
 
 
-def _modules(pipe: Any) -> dict[str, nn.Module]:
+def _modules(pipe: Pipeline) -> dict[str, nn.Module]:
     """Modules by their path within the pipeline."""
     modules = {f"transformer.{name}": module for name, module in transformer_of(pipe).named_modules()}
     for component in (name for name in pipe.components if name.startswith("text_encoder")):

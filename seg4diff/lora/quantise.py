@@ -10,7 +10,7 @@ from torch import nn
 from seg4diff.backbones import find_backbone
 
 
-def quantise_nf4(transformer: Any, device: torch.device) -> None:
+def quantise_nf4(transformer: nn.Module, device: torch.device) -> None:
     """Replace every linear layer of the transformer's blocks by one with NF4 weights, in place.
 
     Embeddings, norms and the last projection stay as they are; arithmetic is in the dtype of the transformer.

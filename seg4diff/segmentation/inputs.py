@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from seg4diff.attention.patch import patch_of
-from seg4diff.backbones import Backbone
+from seg4diff.backbones import Backbone, Pipeline
 from seg4diff.backbones.base import PURE_NOISE
 from seg4diff.segmentation.presets import Fit
 
@@ -60,7 +60,7 @@ def fit_image(image: Image.Image, fit: Fit, *, native: int, multiple: int, large
     return View(image, pixels.resize((native, native), Image.Resampling.BILINEAR))
 
 
-def views_of(pipe: Any, images: Sequence[Image.Image], fit: Fit) -> list[View]:
+def views_of(pipe: Pipeline, images: Sequence[Image.Image], fit: Fit) -> list[View]:
     """Fit RGB images to the pipeline's model, see `fit_image`."""
     backbone = patch_of(pipe).backbone
     sizes = {
@@ -103,7 +103,7 @@ def check_levels(noise_levels: Sequence[int], steps: int) -> None:
 
 @torch.no_grad()
 def model_inputs(
-    pipe: Any,
+    pipe: Pipeline,
     views: Sequence[View],
     prompts: Sequence[Sequence[str]],
     *,
@@ -170,7 +170,7 @@ def model_inputs(
 
 def _encode(
     backbone: Backbone,
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[Sequence[str]],
     batch_size: int,
     known: Mapping[str, dict[str, Tensor]],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seg4diff.attention.maps import maps_of
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.inputs import View, model_inputs
 
@@ -37,7 +38,7 @@ class ImageMaps:
 
 @torch.no_grad()
 def run_maps(
-    pipe: Any,
+    pipe: Pipeline,
     views: Sequence[View],
     prompts: Sequence[Sequence[str]],
     *,
@@ -110,7 +111,7 @@ def run_maps(
         pipe.maybe_free_model_hooks()
 
 
-def progress_bar(pipe: Any, total: int, progress: bool | None) -> Any:
+def progress_bar(pipe: Pipeline, total: int, progress: bool | None) -> Any:
     """The pipeline's own progress bar, or a silent one: for a single item when `progress` is None."""
     if progress or (progress is None and total > 1):
         return pipe.progress_bar(total=total)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.grouping import winning_regions
@@ -29,8 +30,8 @@ _MOST_MAPS = 8192  # the distances of all pairs take half a GiB
 
 
 @overload
-def segment_unsupervised(
-    pipe: Any,
+def segment_unsupervised(  # type: ignore[overload-overlap]  # a str is a sequence of str, and one image
+    pipe: Pipeline,
     image: Image.Image | str | os.PathLike[str],
     *,
     preset: PresetName = ...,
@@ -43,7 +44,7 @@ def segment_unsupervised(
 ) -> Segmentation: ...
 @overload
 def segment_unsupervised(
-    pipe: Any,
+    pipe: Pipeline,
     image: Sequence[ImageInput],
     *,
     preset: PresetName = ...,
@@ -56,7 +57,7 @@ def segment_unsupervised(
 ) -> list[Segmentation]: ...
 @overload
 def segment_unsupervised(
-    pipe: Any,
+    pipe: Pipeline,
     image: np.ndarray | torch.Tensor,
     *,
     preset: PresetName = ...,
@@ -68,7 +69,7 @@ def segment_unsupervised(
     progress: bool | None = ...,
 ) -> Segmentation | list[Segmentation]: ...  # the array may have a batch axis
 def segment_unsupervised(
-    pipe: Any,
+    pipe: Pipeline,
     image: ImageInput | Sequence[ImageInput],
     *,
     preset: PresetName = "default",

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.inputs import View, views_of
@@ -22,8 +23,8 @@ from seg4diff.segmentation.scores import resize_scores, scores_of_names
 
 
 @overload
-def segment(
-    pipe: Any,
+def segment(  # type: ignore[overload-overlap]  # a str is a sequence of str, and one image
+    pipe: Pipeline,
     image: Image.Image | str | os.PathLike[str],
     classes: Sequence[str],
     *,
@@ -36,7 +37,7 @@ def segment(
 ) -> Segmentation: ...
 @overload
 def segment(
-    pipe: Any,
+    pipe: Pipeline,
     image: Sequence[ImageInput],
     classes: Sequence[str] | Sequence[Sequence[str]],
     *,
@@ -49,7 +50,7 @@ def segment(
 ) -> list[Segmentation]: ...
 @overload
 def segment(
-    pipe: Any,
+    pipe: Pipeline,
     image: np.ndarray | torch.Tensor,
     classes: Sequence[str] | Sequence[Sequence[str]],
     *,
@@ -61,7 +62,7 @@ def segment(
     progress: bool | None = ...,
 ) -> Segmentation | list[Segmentation]: ...  # the array may have a batch axis
 def segment(
-    pipe: Any,
+    pipe: Pipeline,
     image: ImageInput | Sequence[ImageInput],
     classes: Sequence[str] | Sequence[Sequence[str]],
     *,

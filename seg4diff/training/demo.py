@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from seg4diff.backbones import find_backbone
+from seg4diff.backbones import Pipeline, find_backbone
 from seg4diff.demo.scenes import CLASSES, HELD_OUT, Scene, scene
 from seg4diff.lora.files import load_lora
 from seg4diff.training.objective.losses import flow_matching_loss
@@ -124,7 +124,7 @@ def show(
     return report
 
 
-def layer_to_tune(pipe: Any) -> int:
+def layer_to_tune(pipe: Pipeline) -> int:
     """The best layer after the expert ones, or else before them, by zero-shot mIoU on training scenes."""
     experts = find_backbone(pipe).expert_layers(pipe.transformer)
     others = [n for n in range(len(pipe.transformer.transformer_blocks)) if n not in experts]
@@ -134,7 +134,7 @@ def layer_to_tune(pipe: Any) -> int:
     return max(scores, key=lambda layer: scores[layer])
 
 
-def measure(pipe: Any, drawn: Sequence[Scene], layer: int, expert: int) -> Measurement:
+def measure(pipe: Pipeline, drawn: Sequence[Scene], layer: int, expert: int) -> Measurement:
     """Zero-shot mIoU of two layers, unsupervised mIoU of the tuned one, and flow-matching loss."""
     return Measurement(
         zero_shot=zero_shot(pipe, drawn, sorted({layer, expert})),
@@ -143,7 +143,7 @@ def measure(pipe: Any, drawn: Sequence[Scene], layer: int, expert: int) -> Measu
     )
 
 
-def zero_shot(pipe: Any, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[int, float]:
+def zero_shot(pipe: Pipeline, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[int, float]:
     """Zero-shot mIoU of each layer, the names present given; pixels are counted over all scenes."""
     from seg4diff.metrics import confusion_matrix, counts_of
     from seg4diff.segmentation.zero_shot import segment
@@ -171,7 +171,7 @@ def zero_shot(pipe: Any, drawn: Sequence[Scene], layers: Sequence[int]) -> dict[
     return scores
 
 
-def unsupervised(pipe: Any, drawn: Sequence[Scene], layer: int) -> float:
+def unsupervised(pipe: Pipeline, drawn: Sequence[Scene], layer: int) -> float:
     """mIoU of nameless regions, matched one to one with the classes of each scene."""
     from seg4diff.metrics import Counts, matched_counts
     from seg4diff.segmentation.regions import segment_unsupervised
@@ -191,7 +191,7 @@ def unsupervised(pipe: Any, drawn: Sequence[Scene], layer: int) -> float:
 
 
 @torch.no_grad()
-def flow(pipe: Any, drawn: Sequence[Scene]) -> float:
+def flow(pipe: Pipeline, drawn: Sequence[Scene]) -> float:
     """Flow-matching loss, mean over scenes and noise levels; noise depends on the scene's position alone."""
     import numpy as np
 

@@ -329,7 +329,7 @@ def _family(config: Mapping[str, Any]) -> Backbone:
 
 
 def _batch(
-    settings: TrainSettings, transformer: Any, text_tokens: int, pixels_per_latent: int, masks: int
+    settings: TrainSettings, transformer: nn.Module, text_tokens: int, pixels_per_latent: int, masks: int
 ) -> Batch:
     """A batch of the run's shape, without data."""
     rows, side = settings.batch, settings.data.resolution // pixels_per_latent
@@ -369,7 +369,7 @@ def _made_fake(transformer: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in trained if weight is not None]
 
 
-def _nf4_savings(transformer: Any, dtype: torch.dtype) -> int:
+def _nf4_savings(transformer: nn.Module, dtype: torch.dtype) -> int:
     """Bytes that NF4 weights save: 4 bits a weight, 8 bits a scale of 64 (Dettmers 2023)."""
     linear = {
         id(layer.weight): layer.weight.numel()

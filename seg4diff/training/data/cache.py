@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from seg4diff.backbones import find_backbone
+from seg4diff.backbones import Pipeline, find_backbone
 from seg4diff.backbones.text import find_words
 from seg4diff.data.settings import DataSettings
 from seg4diff.data.training_sets import Example, Source, UnusableExampleError
@@ -202,7 +202,7 @@ def _text(path: Path, row: int, description: Description, number: int) -> Encode
 
 
 def encode(
-    pipe: Any, source: Source, data: DataSettings, folder: Path, *, progress: bool = True
+    pipe: Pipeline, source: Source, data: DataSettings, folder: Path, *, progress: bool = True
 ) -> Encodings:
     """Open the cache in ``folder``, after building whatever of it is missing, stale or cut off.
 
@@ -267,7 +267,7 @@ def encode(
     return encodings
 
 
-def cache_identity(pipe: Any, source: Source, data: DataSettings) -> str:
+def cache_identity(pipe: Pipeline, source: Source, data: DataSettings) -> str:
     """Hash of everything that decides what a cache holds."""
     what = {
         "format": _FORMAT,
@@ -280,7 +280,7 @@ def cache_identity(pipe: Any, source: Source, data: DataSettings) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def encoders_identity(pipe: Any) -> str:
+def encoders_identity(pipe: Pipeline) -> str:
     """Hash of the VAE and the text encoders: classes, and names, shapes, dtypes, a sample of weights."""
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
@@ -302,7 +302,7 @@ def encoders_identity(pipe: Any) -> str:
 class _Encoder:
     """VAE and text encoders of a pipeline, one example at a time."""
 
-    def __init__(self, pipe: Any, data: DataSettings) -> None:
+    def __init__(self, pipe: Pipeline, data: DataSettings) -> None:
         self._pipe = pipe
         self._data = data
         self._backbone = find_backbone(pipe)
