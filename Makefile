@@ -66,7 +66,7 @@ train-demo: .venv/.installed  ## train the bundled model again
 clean:  ## remove the environments and what the targets wrote
 	rm -rf .venv .venv-oldest demo-output build dist *.egg-info
 
-# A stamp is written last: an interrupted installation is taken up again. torch and triton come first, by exact
+# A stamp is written last: an interrupted installation is taken up again. torch comes first, by exact
 # version, so that nothing else chooses them.
 .venv/%: CONSTRAINTS := .ci/constraints.txt
 .venv-oldest/%: CONSTRAINTS := .ci/constraints-oldest.txt
@@ -79,7 +79,7 @@ INSTALL = $(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 	    "seg4diff needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; use make PYTHON=/path/to/it")'
 	@echo "Installing into $(@D)"
 	@$(PYTHON) -m venv $(@D)
-	@$(INSTALL) torch triton setuptools wheel
+	@$(INSTALL) torch setuptools wheel
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 

@@ -172,6 +172,26 @@ def test_import_is_light():
     run(sys.executable, "-c", code, cwd=ROOT)
 
 
+def test_without_triton_all_but_its_backend_runs():
+    code = (
+        "import sys, seg4diff\n"
+        "sys.modules['triton'] = None  # importing it raises ImportError, as where it is not installed\n"
+        "from seg4diff.demo import HELD_OUT, scene\n"
+        "from seg4diff.kernels.api import backend\n"
+        "pipe, item = seg4diff.load_pipeline('demo', 'cpu'), scene(HELD_OUT)\n"
+        "result = seg4diff.segment(pipe, item.image, item.classes)\n"
+        "assert (result.labels.numpy() == item.labels).mean() > 0.8\n"
+        "with backend('triton'):\n"
+        "    try:\n"
+        "        seg4diff.segment(pipe, item.image, item.classes)\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    message = run(sys.executable, "-c", code, cwd=ROOT)
+    assert "None in sys.modules; builds of torch for CUDA or ROCm install Triton" in message
+    assert 'backend("aten") can' in message
+
+
 def test_version_is_that_of_the_installed_package():
     from importlib.metadata import version
 
