@@ -9,13 +9,18 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff import demo as demo
     from seg4diff.analysis import analyze as analyze
     from seg4diff.analysis import rank_layers as rank_layers
+    from seg4diff.analysis.rank_layers import Ranking as Ranking
+    from seg4diff.analysis.report import AnalysisReport as AnalysisReport
+    from seg4diff.analysis.report import Measures as Measures
     from seg4diff.attention.capture import Capture as Capture
     from seg4diff.attention.capture import Record as Record
     from seg4diff.attention.capture import capture as capture
     from seg4diff.attention.patch import is_patched as is_patched
     from seg4diff.attention.patch import patch as patch
     from seg4diff.attention.patch import unpatch as unpatch
+    from seg4diff.backbones import Pipeline as Pipeline
     from seg4diff.backbones.text import Special as Special
+    from seg4diff.editing.blur import Blur as Blur
     from seg4diff.editing.blur import perturb as perturb
     from seg4diff.editing.guidance import guide as guide
     from seg4diff.editing.words import edit as edit
@@ -30,8 +35,13 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
 
 # name -> module that defines it; loaded on first use, so that `import seg4diff` stays light
 _PUBLIC = {
+    "AnalysisReport": "seg4diff.analysis.report",
+    "Blur": "seg4diff.editing.blur",
     "Capture": "seg4diff.attention.capture",
     "MapRequest": "seg4diff.kernels.types",
+    "Measures": "seg4diff.analysis.report",
+    "Pipeline": "seg4diff.backbones",
+    "Ranking": "seg4diff.analysis.rank_layers",
     "Record": "seg4diff.attention.capture",
     "Segmentation": "seg4diff.segmentation.result",
     "Special": "seg4diff.backbones.text",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seg4diff.attention.observer import Forward, Observer, PromptCall
 from seg4diff.attention.requests import LayerResult, Projections
-from seg4diff.backbones import Backbone
+from seg4diff.backbones import Backbone, Pipeline
 from seg4diff.backbones.text import TextSpan, find_words, occurrences
 from seg4diff.kernels.api import attention_maps
 from seg4diff.kernels.types import MapRequest, wide_dtype

@@ -44,10 +44,12 @@ records: list[seg4diff.Record] = list(captured.records)
 
 with seg4diff.perturb(pipe, layers=[9]), seg4diff.edit(pipe, drop="sofa", weights={"cat": 1.5}):
     pipe("a cat on a sofa")
-seg4diff.guide(pipe, "a cat on a sofa", scale=3.0, layers=[9])
+seg4diff.guide(pipe, "a cat on a sofa", scale=3.0, layers=[9], blur=seg4diff.Blur(sigma=3.0))
 
-report = seg4diff.analyze(pipe, ["a cat on a sofa"], steps=4)
+report: seg4diff.AnalysisReport = seg4diff.analyze(pipe, ["a cat on a sofa"], steps=4)
 mass: torch.Tensor = report.by_layer.image_to_text
-layers: tuple[int, ...] = seg4diff.rank_layers(pipe, ["a cat"]).order
+ranking: seg4diff.Ranking = seg4diff.rank_layers(pipe, ["a cat"])
+layers: tuple[int, ...] = ranking.order
 seg4diff.load_lora(pipe, "adapters.safetensors")
-demo = seg4diff.load_pipeline("demo")
+demo: seg4diff.Pipeline = seg4diff.load_pipeline("demo")
+drawn_image = demo("an apple").images[0]
