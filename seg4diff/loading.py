@@ -47,7 +47,7 @@ def load_pipeline(
     Args:
         model: ``"demo"`` for the bundled model, a local folder in diffusers' format, or the name of a
             repository on the Hugging Face hub.
-        device: where to put it; the GPU if there is one by default, else the CPU.
+        device: where to put it; by default the GPU if there is one (CUDA, ROCm or MPS), else the CPU.
         dtype: a precision, or its name in ``DTYPES``; bfloat16 on a GPU and float32 elsewhere by default.
         t5: load T5 where the model works without it, as Stable Diffusion 3 does. Segmentation does not use
             it there, as in the paper; it is the largest part of that model.
@@ -98,9 +98,23 @@ def out_of_memory_remedy(action: str) -> str:
     return f"out of memory while {action}; {_SMALLER}"
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one: CUDA (which is ROCm's name too), else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU and float32 on a CPU, and on MPS before macOS 14, which lacks bfloat16."""
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -121,7 +135,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _precision(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return default_dtype(device)
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
         raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)}")

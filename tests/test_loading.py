@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 
@@ -148,6 +149,29 @@ def test_devices(saved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="the last of 2 CUDA devices is cuda:1"):
         load_pipeline(saved, "cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "macos", "device", "dtype"),
+    [
+        (True, True, 14, "cuda", torch.bfloat16),
+        (False, True, 14, "mps", torch.bfloat16),
+        (False, True, 13, "mps", torch.float32),
+        (False, False, 0, "cpu", torch.float32),
+    ],
+)
+def test_device_and_precision_by_default(cuda, mps, macos, device, dtype, saved, monkeypatch):
+    moves = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= major)
+    monkeypatch.setattr(
+        diffusers.StableDiffusion3Pipeline, "to", lambda self, place: moves.append(place.type) or self
+    )
+    pipe = load_pipeline(saved)
+    assert moves == ([device] if device != "cpu" else [])
+    assert pipe.transformer.dtype == dtype
 
 
 def test_unknown_precision(saved):

@@ -34,7 +34,7 @@ class Caption(DebugOptions):
     max_tokens: int = 70
     """Longest caption; CLIP reads 75 tokens."""
     device: Device = None
-    """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
+    """cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one."""
 
     def run(self) -> None:
         """Write the captions.

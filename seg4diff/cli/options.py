@@ -44,7 +44,7 @@ class ModelOptions(DebugOptions):
     lora: OptionalPath = None
     """A LoRA: a file or folder in diffusers' format, or a .pth file of Seg4Diff's authors."""
     device: Device = None
-    """cpu, cuda, cuda:1, ...; by default the GPU if there is one."""
+    """cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),

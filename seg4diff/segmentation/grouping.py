@@ -47,7 +47,7 @@ def group_attention(
             f"attention has shape {list(attention.shape)}; [image tokens, text tokens] expected, with "
             f"{height} x {width} = {height * width} image tokens"
         )
-    exact = attention.detach().to(device="cpu", dtype=torch.float64)
+    exact = attention.detach().cpu().double()  # in this order: MPS has no float64
     if not bool(exact.isfinite().all()):
         raise ValueError(f"attention holds {int((~exact.isfinite()).sum())} values that are NaN or infinite")
     low, high = exact.aminmax(dim=1, keepdim=True)
