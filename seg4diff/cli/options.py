@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -14,6 +14,7 @@ from seg4diff.data.names import DatasetName
 from seg4diff.files import check_folder
 
 if TYPE_CHECKING:
+    from seg4diff.backbones import Pipeline
     from seg4diff.data.registry import Dataset
 
 # The forms of options whose absence has a meaning; without the hint, the help would show `(default: None)`.
@@ -69,7 +70,7 @@ class ModelOptions(DebugOptions):
         places = [Path(self.model), *([] if self.lora is None else [self.lora])]
         return [file for place in places for file in (place, *place.glob("*"), *place.glob("*/*"))]
 
-    def load(self, *, lora: bool = True) -> Any:
+    def load(self, *, lora: bool = True) -> Pipeline:
         """The pipeline, with its LoRA unless `lora` is false.
 
         Each of several processes of `accelerate launch` gets a GPU of its own.

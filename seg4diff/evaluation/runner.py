@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.data.prefetch import Failure, Loaded, load, load_ahead
 from seg4diff.data.registry import Dataset
 from seg4diff.evaluation.protocols import (
@@ -182,7 +183,7 @@ class Evaluator:
         text: embeddings of prompts met lately.
     """
 
-    pipe: Any
+    pipe: Pipeline
     settings: Settings
     preset: Preset
     protocols: Mapping[str, Protocol]
@@ -246,7 +247,7 @@ class Evaluator:
             self.text.move_to_end(text)
 
 
-def make_evaluator(pipe: Any, dataset: Dataset, settings: Settings) -> Evaluator:
+def make_evaluator(pipe: Pipeline, dataset: Dataset, settings: Settings) -> Evaluator:
     """Check all that can be checked before the first picture.
 
     Raises:
@@ -276,7 +277,7 @@ def make_evaluator(pipe: Any, dataset: Dataset, settings: Settings) -> Evaluator
 
 
 def evaluate(
-    pipe: Any,
+    pipe: Pipeline,
     dataset: Dataset,
     out: Path,
     settings: Settings | None = None,
@@ -376,7 +377,7 @@ def evaluate(
     )
 
 
-def process_state(pipe: Any) -> Any:
+def process_state(pipe: Pipeline) -> Any:
     """This process among those of ``accelerate launch``; alone without it."""
     from accelerate import PartialState
 
@@ -552,7 +553,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def versions_of(pipe: Any) -> dict[str, str]:
+def versions_of(pipe: Pipeline) -> dict[str, str]:
     """Versions of what the figures were made with, and the device of ``pipe``."""
     packages = ("seg4diff", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow")
     found = {}

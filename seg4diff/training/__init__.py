@@ -34,7 +34,7 @@ _PUBLIC = {
     "read_settings": "settings",
     "train": "trainer",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

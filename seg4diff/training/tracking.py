@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seg4diff.backbones import find_backbone
+from seg4diff.backbones import Pipeline, find_backbone
 from seg4diff.training.data.cache import Encodings
 from seg4diff.training.data.samples import HeldOutSamples
 from seg4diff.training.objective.magnet import Magnet, resize
@@ -60,7 +60,7 @@ class SamplePrompts:
     """Prompts to draw during training; encoded once, so that only the VAE stays, on the CPU."""
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[str], *, steps: int = 28, guidance_scale: float = 5.0
+        self, pipe: Pipeline, prompts: Sequence[str], *, steps: int = 28, guidance_scale: float = 5.0
     ) -> None:
         self._prompts = tuple(prompts)
         self._steps, self._scale = steps, guidance_scale

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from seg4diff.backbones import transformer_of
+from seg4diff.backbones import Pipeline, transformer_of
 from seg4diff.data.training_sets import Source, open_source
 from seg4diff.lora.adapters import add_adapters
 from seg4diff.training.data.cache import Encodings, encode
@@ -38,7 +38,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def train(
     settings: TrainSettings,
     *,
-    pipe: Any = None,
+    pipe: Pipeline | None = None,
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
@@ -152,7 +152,7 @@ def _accelerator(settings: TrainSettings) -> Any:
     )
 
 
-def _load(settings: TrainSettings, device: torch.device) -> Any:
+def _load(settings: TrainSettings, device: torch.device) -> Pipeline:
     """The pipeline on the CPU, its transformer in the run's precision."""
     from seg4diff.loading import load_pipeline
 
@@ -163,7 +163,7 @@ def _load(settings: TrainSettings, device: torch.device) -> Any:
 
 
 def _encode(
-    pipe: Any, source: Source, settings: TrainSettings, accelerator: Any, progress: bool
+    pipe: Pipeline, source: Source, settings: TrainSettings, accelerator: Any, progress: bool
 ) -> Encodings:
     """The cache, built by the first process of each machine if it has to be."""
     folder = Path(settings.data.cache) if settings.data.cache else Path(settings.out) / "cache"
@@ -172,7 +172,7 @@ def _encode(
 
 
 @contextmanager
-def _encoders_on(pipe: Any, device: torch.device) -> Iterator[None]:
+def _encoders_on(pipe: Pipeline, device: torch.device) -> Iterator[None]:
     """VAE and text encoders run on ``device``, one at a time, and leave it afterwards."""
     if device.type != "cuda":
         yield
@@ -306,10 +306,11 @@ def _evaluate(
         return
     accelerator = run.accelerator
     with run.averaged():
-        sums = torch.zeros(len(Losses._fields), dtype=torch.float64, device=accelerator.device)
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+        sums = torch.zeros(len(Losses._fields), dtype=exact, device=accelerator.device)
         for number in range(accelerator.process_index, len(samples), accelerator.num_processes):
             losses = run.magnet(samples[number].to(accelerator.device))
-            sums += torch.stack(list(losses)).double()
+            sums += torch.stack(list(losses)).to(exact)
         means = accelerator.reduce(sums, reduction="sum") / len(samples)
         values = dict(zip(Losses._fields, means.tolist(), strict=True))
         run.progress.held_out = values
