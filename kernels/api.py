@@ -509,7 +509,9 @@ def _triton_refusal(inputs: Inputs, maps: MapRequest | None, statistics: bool) -
     try:
         from .triton import backend as triton
     except ImportError as error:
-        return f"{error}; builds of torch for CUDA or ROCm install Triton, elsewhere `pip install triton` does"
+        return (
+            f"{error}; builds of torch for CUDA or ROCm install Triton, elsewhere `pip install triton` does"
+        )
     refusal = triton.refusal(inputs.query) or triton.call_refusal(inputs)
     if refusal is None and maps is not None and maps.kind == "probability":
         through_lse = maps.columns[0] == "image"

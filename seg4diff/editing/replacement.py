@@ -36,7 +36,9 @@ class Replacement(Observer):
         until: share of the denoising steps, from the first, in which probabilities are moved.
     """
 
-    def __init__(self, pipe: Pipeline, backbone: Backbone, words: Sequence[tuple[str, str]], until: float) -> None:
+    def __init__(
+        self, pipe: Pipeline, backbone: Backbone, words: Sequence[tuple[str, str]], until: float
+    ) -> None:
         self._pipe = pipe
         self._backbone = backbone
         self._words = words
