@@ -6,13 +6,15 @@ the attention in which image tokens read text tokens, and for statistics of the 
 Neither needs the (N + T) x (N + T) matrix: with the log-sum-exp of every row, any entry is ``exp(score -
 lse)``.
 
-Three backends compute the same function:
+Backends compute the same function:
 
 * ``"reference"``: the specification. Materialises the matrix; any device and dtype; slow and large.
 * ``"aten"``: PyTorch's flash attention and log-sum-exp, then a pass over the text columns; any device.
 * ``"triton"``: our own kernels; NVIDIA and AMD GPUs (and Triton's interpreter).
+* kernels of others for output and log-sum-exp, with our own map pass: see ``providers.py``.
 
-Triton runs on a GPU that it supports and ATen elsewhere; :func:`backend` chooses another.
+Triton runs on a GPU that it supports, unless another was measured to be faster there, and ATen elsewhere;
+:func:`backend` chooses another.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-from . import reference
+from . import fallback, measured, providers, reference
 from .aten import affinity
 from .aten import backend as aten
 from .operators import Attend
@@ -41,8 +43,6 @@ from .types import (
     wide_dtype,
 )
 
-_chosen: Backend = "auto"  # torch.compile guards on it: a graph is traced again under another choice
-
 log = logging.getLogger(__name__)
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -52,27 +52,30 @@ LARGEST_BIAS = 88
 
 
 @contextmanager
-def backend(name: Backend) -> Iterator[None]:
+def backend(name: str) -> Iterator[None]:
     """Let one backend compute every joint attention inside the context; contexts nest.
+
+    A backend that is forced is not replaced if its kernels cannot be built: the error is raised.
 
     The choice is the process's, not a thread's: contexts that several threads hold at once overwrite each
     other. It is made when an attention runs forward, and its gradient stays with it; a block under gradient
     checkpointing runs forward again in the backward, which then belongs inside the context too.
 
     Args:
-        name: ``"reference"``, ``"aten"`` or ``"triton"``; ``"auto"`` chooses by the device again.
+        name: ``"reference"``, ``"aten"``, ``"triton"`` or a kernel of others, see
+            :data:`seg4diff.kernels.providers.PROVIDERS`; ``"auto"`` chooses by device and table again.
 
     Raises:
         ValueError: no backend of that name. A backend that cannot take the tensors of a call raises there.
     """
-    global _chosen
-    if name not in get_args(Backend):
-        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(get_args(Backend))}")
-    before, _chosen = _chosen, name
+    accepted = (*get_args(Backend), *providers.PROVIDERS)
+    if name not in accepted:
+        raise ValueError(f"backend={name!r} is unknown; accepted: {', '.join(accepted)}")
+    before, fallback.chosen = fallback.chosen, name
     try:
         yield
     finally:
-        _chosen = before
+        fallback.chosen = before
 
 
 def joint_attention(
@@ -218,7 +221,7 @@ def propagate(
         raise ValueError(
             f"hops={hops} needs as many keys as queries, got {key.shape[1]} and {query.shape[1]}; use hops=1"
         )
-    run = reference.propagate if _chosen == "reference" else affinity.propagate
+    run = reference.propagate if fallback.chosen == "reference" else affinity.propagate
     maps = maps.to(wide)
     for _ in range(hops):
         maps = run(
@@ -245,7 +248,7 @@ def key_average(query: Tensor, key: Tensor, *, scale: float | None = None) -> tu
         TypeError, ValueError: an argument does not fit; the message names it, its value and what does.
     """
     _check_tensors(_tensors_of({"query": query, "key": key}, set()), one_stream=False)
-    run = reference.key_average if _chosen == "reference" else affinity.key_average
+    run = reference.key_average if fallback.chosen == "reference" else affinity.key_average
     with torch.no_grad():
         average, lse = run(query, key, _factor(scale, query))
     return average, lse
@@ -347,8 +350,9 @@ def _attend(
         text_bias=text_bias,
     )
     factor = _factor(scale, query)
-    name: Backend = _chosen if lse is None or _chosen == "reference" else "aten"  # no attention is computed
-    return _attend_of(name, inputs, maps, statistics)(inputs, factor, maps, statistics, lse)
+    # With a log-sum-exp, no attention is computed.
+    name = fallback.chosen if lse is None or fallback.chosen == "reference" else "aten"
+    return _attend_of(name, inputs)(inputs, factor, maps, statistics, lse)
 
 
 def _tensors_of(given: dict[str, Tensor | None], optional: set[str]) -> dict[str, Tensor]:
@@ -478,24 +482,48 @@ def _factor(scale: float | None, query: Tensor) -> float:
     return float(scale)
 
 
-def _attend_of(name: Backend, inputs: Inputs, maps: MapRequest | None, statistics: bool) -> Attend:
+def provider_identity(device: torch.device | str) -> str | None:
+    """Who computes attention on a device where it is not the usual choice, for the settings of a resumed run.
+
+    Providers differ in the last digits. A fall-back after a failed compilation is not part of it.
+    """
+    return measured.summary(torch.device(device)) if fallback.chosen == "auto" else fallback.chosen
+
+
+def _attend_of(name: str, inputs: Inputs) -> Attend:
     """The function of the backend ``name`` for a call."""
     if name == "auto":
-        name = "aten"
-        if inputs.query.device.type == "cuda":
-            refusal = _triton_refusal(inputs, maps, statistics)
-            if refusal is None:
-                name = "triton"
-            elif not torch.compiler.is_compiling():
-                _log_refusal(refusal)
-    if name == "triton":
-        refusal = _triton_refusal(inputs, maps, statistics)
+        name = _automatic(inputs)
+    elif name == "triton" or name in providers.PROVIDERS:
+        refusal = _triton_refusal(inputs) if name == "triton" else providers.refusal(name, inputs)
         if refusal is not None:
-            raise ValueError(f'backend("triton") cannot run this: {refusal}; backend("aten") can')
+            raise ValueError(f'backend("{name}") cannot run this: {refusal}; backend("aten") can')
+    if name == "triton":
         from .triton import backend as triton
 
         return triton.attend
+    if name in providers.ATTEND:
+        return providers.ATTEND[name]
     return aten.attend if name == "aten" else reference.attend
+
+
+def _automatic(inputs: Inputs) -> str:
+    """The provider measured fastest, else Triton on a GPU that it supports, else ATen."""
+    query = inputs.query
+    if inputs.text_value is not None:
+        tokens = query.shape[1] + inputs.text_key.shape[1]
+        training = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in inputs.tensors()
+        )
+        name = measured.fastest(query.device, query.shape[-1], tokens, training)
+        if name in providers.PROVIDERS and providers.refusal(name, inputs) is None:
+            return name
+    if query.device.type != "cuda":
+        return "aten"
+    refusal = _triton_refusal(inputs)
+    if refusal is not None and not torch.compiler.is_compiling():
+        _log_refusal(refusal)
+    return "triton" if refusal is None else "aten"
 
 
 @cache
@@ -504,23 +532,10 @@ def _log_refusal(refusal: str) -> None:
     log.debug("ATen computes what Triton cannot: %s", refusal)
 
 
-def _triton_refusal(inputs: Inputs, maps: MapRequest | None, statistics: bool) -> str | None:
+def _triton_refusal(inputs: Inputs) -> str | None:
     """Why the Triton backend cannot take a call, or None if it can."""
     try:
         from .triton import backend as triton
     except ImportError as error:
-        return (
-            f"{error}; builds of torch for CUDA or ROCm install Triton, elsewhere `pip install triton` does"
-        )
-    refusal = triton.refusal(inputs.query) or triton.call_refusal(inputs)
-    if refusal is None and maps is not None and maps.kind == "probability":
-        through_lse = maps.columns[0] == "image"
-        through_lse |= maps.rows[0] == "text" and (inputs.text_value is not None or statistics)
-        differentiable = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in inputs.tensors()
-        )
-        if through_lse and differentiable:
-            return (
-                f"gradients of a map of rows={maps.rows[0]!r}, columns={maps.columns[0]!r} are not supported"
-            )
-    return refusal
+        return f"{error}; torch for CUDA or ROCm installs Triton, elsewhere `pip install triton` does"
+    return triton.refusal(inputs.query) or triton.call_refusal(inputs)

@@ -7,4 +7,6 @@ from ..reference import value_norm
 from .backward import backward
 from .forward import attention_mass, forward
 
+__all__ = ["attend", "attention_mass", "backward", "forward", "value_norm"]
+
 attend = register("aten", forward, backward, attention_mass, value_norm)

@@ -15,7 +15,7 @@ from ..operators import empty_gradients
 from ..types import STREAMS, Inputs, Request, wide_dtype
 from .blocks import block_rows, dense_channels, products, softmax, text_mask
 
-_FREE_CHANNELS = 4  # of their own for what the map adds, see `_image_gradients`
+_FREE_CHANNELS = 4  # of their own for what the map adds, see `with_row_sum`
 
 
 def backward(
@@ -155,6 +155,24 @@ def _text_gradients(
     return d_rows, d_text_key, d_text_value, row_sum
 
 
+def with_row_sum(
+    d_out: Tensor, rows: Tensor, key: Tensor, value: Tensor, out: Tensor, row_sum: Tensor, *, channels: int
+) -> tuple[Tensor, ...]:
+    """The five tensors [B, tokens, H, D] with further channels, by which <dO, O> gains ``row_sum`` [B, H, M].
+
+    dO fills at least four ``channels`` with ones and O with that sum. Queries, keys and values are zero
+    there, so that nothing else changes.
+    """
+    width = rows.shape[-1]
+    rows, key, value, out = (F.pad(tensor, (0, channels)) for tensor in (rows, key, value, out))
+    d_out = F.pad(d_out, (0, channels), value=1.0)
+    rest = row_sum.transpose(1, 2)  # [B, M, H]
+    for channel in range(width, width + channels):  # half precision holds it in three numbers
+        out[..., channel] = rest
+        rest = rest - out[..., channel]
+    return d_out, rows, key, value, out
+
+
 def _image_gradients(
     rows: Tensor,
     key: Tensor,
@@ -169,20 +187,16 @@ def _image_gradients(
 
     It takes output and log-sum-exp as they are given, those of all keys, and so its probabilities are the
     right ones. What it subtracts from the gradient of each row's probabilities, <dO, O>, lacks
-    ``row_sum`` [B, H, M]: channels that dO fills with ones and O with that sum bring it in. Queries, keys and
-    values are zero there, so that nothing else changes.
+    ``row_sum`` [B, H, M], which :func:`with_row_sum` brings in.
     """
     with_values = value is not None and d_out is not None
     width = rows.shape[-1]
     if value is None or d_out is None:
         value, d_out, out = torch.zeros_like(key), torch.zeros_like(rows), torch.zeros_like(rows)
     if row_sum is not None:
-        rows, key, value, out = (F.pad(tensor, (0, _FREE_CHANNELS)) for tensor in (rows, key, value, out))
-        d_out = F.pad(d_out, (0, _FREE_CHANNELS), value=1.0)
-        rest = row_sum.transpose(1, 2)  # [B, M, H]
-        for channel in range(width, width + _FREE_CHANNELS):  # half precision holds it in three numbers
-            out[..., channel] = rest
-            rest = rest - out[..., channel]
+        d_out, rows, key, value, out = with_row_sum(
+            d_out, rows, key, value, out, row_sum, channels=_FREE_CHANNELS
+        )
     tensors = (d_out, rows, key, value, out)
     d_o, q, k, v, o = (dense_channels(tensor).transpose(1, 2) for tensor in tensors)
     differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..aten import backend as aten
+from ..fallback import falling_back
 from ..operators import empty_outputs, register
 from ..types import Inputs, Request
 from .backward import backward
@@ -13,6 +15,11 @@ from .launch import readable_inputs
 from .maps import text_log_sum_exp, write_maps
 from .statistics import attention_mass, value_norm
 from .tuning import interpreting, target_of
+
+__all__ = [
+    *("attend", "attention_mass", "backward", "call_refusal", "forward", "map_gradient", "refusal"),
+    *("value_norm", "write_normalised_maps"),
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -66,4 +73,10 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     return image, text, lse, maps
 
 
-attend = register("triton", forward, backward, attention_mass, value_norm)
+attend = register(
+    "triton",
+    falling_back("triton", "forward", forward, aten.forward),
+    falling_back("triton", "backward", backward, aten.backward),
+    falling_back("triton", "attention_mass", attention_mass, aten.attention_mass),
+    falling_back("triton", "value_norm", value_norm, aten.value_norm),
+)

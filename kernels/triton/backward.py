@@ -645,6 +645,28 @@ def backward(
     )
 
 
+def map_gradient(
+    d_maps: Tensor, inputs: Inputs, lse: Tensor, request: Request
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image queries and text keys by what a ``"probability"`` map adds to dS on its own columns,
+    dM * P~; and the row sum of that, float32 [B, H, N], for whoever computes the other gradients.
+
+    ``lse``: over all keys, [B, H, at least N], whoever computed it.
+    """
+    text_key = inputs.text_key
+    # Nothing reads the image keys: the text keys stand in for them.
+    alone = Inputs(inputs.query, text_key, None, None, text_key, None, None, inputs.text_bias)
+    problem = _problem(None, None, d_maps, readable_inputs(alone), lse, request)
+    _fill_row_sums(problem, alone.query, alone.query)
+    row_sum = problem.delta[:, :, : inputs.query.shape[1]]
+    # With zeros for the row sum of a softmax over the text alone, the term of its map is dM * P~.
+    problem = replace(problem, kind="text_probability", map_sum=torch.zeros_like(row_sum))
+    gradients = empty_gradients(alone)
+    _fill_query_gradients(problem, gradients)
+    _fill_key_gradients(problem, gradients)
+    return gradients[0], gradients[4], row_sum
+
+
 def _problem(
     d_image: Tensor | None,
     d_text: Tensor | None,

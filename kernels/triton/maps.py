@@ -17,7 +17,7 @@ from torch import Tensor
 from ..types import Inputs, Request
 from . import tuning
 from .forward import attention
-from .launch import Launch, strided, strided_bias, strided_by_head
+from .launch import Launch, readable_inputs, strided, strided_bias, strided_by_head
 from .primitives import LOG2_E, at, inner_products, load_bias, load_tile
 
 
@@ -143,3 +143,10 @@ def write_maps(maps: Tensor, inputs: Inputs, softmax: tuple[Tensor, Tensor] | No
     }
     tiles = triton.cdiv(tokens, config.rows) * triton.cdiv(request.stop - request.start, config.columns)
     Launch(map_kernel, batch * tiles, arguments, config).start()
+
+
+def write_normalised_maps(maps: Tensor, inputs: Inputs, lse: Tensor, request: Request) -> None:
+    """:func:`write_maps` of ``"probability"``, from a natural log-sum-exp over all keys [B, H, N or more]."""
+    exact = lse.double() * math.log2(math.e)
+    peak = exact.round()
+    write_maps(maps, readable_inputs(inputs), (peak.float(), (peak - exact).exp2().float()), request)

@@ -247,52 +247,20 @@ def test_triton_refuses_a_cpu_and_names_what_can(inputs: dict[str, Tensor]) -> N
             assert joint_attention(**wide).image.shape == wide["query"].shape
 
 
-@pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
-    """Why Triton refuses a call, on a machine where it takes any tensors."""
-    module = pytest.importorskip("seg4diff.kernels.triton.backend", reason="needs Triton")
-    monkeypatch.setattr(module, "refusal", lambda query: None)
-
-    def refusal(
-        inputs: dict[str, Any], maps: MapRequest | None = None, statistics: bool = False
-    ) -> str | None:
-        given = {"text_value_for_image": None, **inputs}
-        return api._triton_refusal(Inputs(**given), maps, statistics)
-
-    return refusal
-
-
-def test_what_triton_refuses(triton: Callable[..., str | None], inputs: dict[str, Tensor]) -> None:
-    assert triton(inputs) is None
-    assert (
-        triton(inputs, MapRequest(rows=("image", torch.tensor([1])), columns=("text", torch.tensor([2]))))
-        is None
-    )
-    through_lse = MapRequest(rows=("text", slice(None)), columns=("image", slice(None)))
-    assert triton(inputs, through_lse) is None
-    learned = {**inputs, "query": inputs["query"].clone().requires_grad_()}
-    refusal = "gradients of a map of rows='text', columns='image' are not supported"
-    assert triton(learned, through_lse) == refusal
-    assert triton(learned, MapRequest("logit", columns=("image", slice(None)))) is None
-    assert triton(learned, MapRequest(rows=("text", slice(None)))) is not None
-    maps_alone = {**learned, "value": None, "text_value": None, "text_value_for_image": None}
-    assert triton(maps_alone, MapRequest(rows=("text", slice(None)))) is None
-    with torch.no_grad():
-        assert triton(learned, through_lse) is None
-
-
 def test_auto_says_once_why_triton_does_not_run(
     inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class OnGPU:
         device = torch.device("cuda")
+        shape = inputs["query"].shape
+        requires_grad = False
 
     given = Inputs(**inputs)
     object.__setattr__(given, "query", OnGPU())
     monkeypatch.setattr(api, "_triton_refusal", lambda *call: "a reason of this test")
     with caplog.at_level("DEBUG", logger="seg4diff.kernels.api"):
         for _ in range(2):
-            assert api._attend_of("auto", given, None, False) is api.aten.attend
+            assert api._attend_of("auto", given) is api.aten.attend
     assert caplog.messages == ["ATen computes what Triton cannot: a reason of this test"]
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from triton.runtime.errors import OutOfResources
 
+from seg4diff.kernels import api, fallback, providers
 from seg4diff.kernels.api import attention_maps, backend, joint_attention
 from seg4diff.kernels.testing import (
     assert_accurate,
@@ -21,12 +23,14 @@ from seg4diff.kernels.testing import (
     pytorch_maps,
 )
 from seg4diff.kernels.triton import backend as triton_backend
-from seg4diff.kernels.triton import forward, maps, tuning
+from seg4diff.kernels.triton import forward, launch, maps, tuning
 from seg4diff.kernels.types import STREAMS, AttentionMaps, JointAttention, MapRequest
 from tests.support.addresses import watched
 from tests.support.interpreter import repair_arithmetic
+from tests.support.provider import OWN
 
 repair_arithmetic()
+providers.add(OWN)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -588,6 +592,84 @@ def test_gradient_of_the_log_sum_exp(values: bool) -> None:
             assert not one.any()
         else:
             assert_accurate(one, true, usual, name=name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [("text", "text"), ("text", "image"), ("image", "image")], ids=str
+)
+def test_gradients_of_maps_of_other_relations(rows: Any, columns: Any) -> None:
+    """They reach the softmax by the gradient of the log-sum-exp."""
+    case = Case(33, 17, 2, 16, "bf16")
+    request = MapRequest(rows=(rows, slice(1, 9)), columns=(columns, slice(2, 12)))
+    generator = torch.Generator().manual_seed(4)
+    given = {
+        "image": torch.randn(1, 33, 2, 16, generator=generator),
+        "text": torch.randn(1, 17, 2, 16, generator=generator),
+        "maps": 100 * torch.randn(1, 8, 10, generator=generator),
+    }
+    judge_gradients(case, given, case.inputs(), maps=request)
+    judge_gradients(case, {"maps": given["maps"]}, case.inputs(), maps=request)
+
+
+PROVIDED = [
+    Case(70, 33, 2, 16, "fp32", "probability", "mean", text=(3, 30), batch=2),
+    Case(33, 17, 2, 40, "bf16", "probability", "each", edited=True),
+    Case(33, 65, 2, 32, "fp32", "text_probability", "mean"),
+    Case(33, 17, 2, 16, "fp16", "logit", "each", text=(0, 8)),
+]
+
+
+@pytest.mark.parametrize("case", sample(PROVIDED, every=2), ids=str)
+def test_the_map_of_a_provider(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our map pass, its gradient and row sum, around the attention of another kernel."""
+    launched: list[str] = []
+    start = launch.Launch.start
+
+    def noted(self: launch.Launch) -> None:
+        launched.append(self.kernel.__name__)
+        start(self)
+
+    monkeypatch.setattr(launch.Launch, "start", noted)
+    inputs, options = case.inputs(), {"maps": case.maps, "scale": case.scale}
+    with backend("own"):
+        actual = joint_attention(**inputs, **options, statistics=True)
+        exact, baseline = exact_attention(**inputs, **options), pytorch_attention(**inputs, **options)
+        judge(case, actual, exact, baseline)
+        assert "map_kernel" in launched
+        assert "mass_kernel" in launched
+        for names in ("both", "map"):
+            launched.clear()
+            judge_gradients(case, upstream(case, UPSTREAM[names]), inputs, **options)
+            assert {"query_gradient_kernel", "key_gradient_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_kernel_that_cannot_be_built_is_replaced(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of both directions, one launch fails; the answers are those of ATen, and nothing is tried again."""
+    failing = {"forward": "attention_kernel", "backward": "key_gradient_kernel"}[part]
+    failed: list[str] = []
+    start = launch.Launch.start
+
+    def out_of_resources(self: launch.Launch) -> None:
+        if self.kernel.__name__ == failing:
+            failed.append(failing)
+            raise OutOfResources(232448, 101376, "shared memory")
+        start(self)
+
+    monkeypatch.setattr(launch.Launch, "start", out_of_resources)
+    monkeypatch.setattr(fallback, "FAILED", {})
+    case = Case(33, 17, 2, 16, "fp32")
+    with backend("auto"):
+        monkeypatch.setattr(api, "_automatic", lambda inputs: "triton")
+        for _ in range(2):
+            judge_gradients(case, upstream(case, UPSTREAM["both"]), case.inputs(), maps=case.maps)
+    assert failed == [failing]
+    assert len(caplog.messages) == 1
+    assert f"triton {part} could not be built" in caplog.text
+    with pytest.raises(OutOfResources):
+        judge_gradients(case, upstream(case, UPSTREAM["both"]), case.inputs(), maps=case.maps)
 
 
 def test_compiles_as_one_graph() -> None:
