@@ -494,10 +494,8 @@ def _attend_of(name: str, inputs: Inputs) -> Attend:
     """The function of the backend ``name`` for a call."""
     if name == "auto":
         name = _automatic(inputs)
-    elif name == "triton" or name in providers.PROVIDERS:
-        refusal = _triton_refusal(inputs) if name == "triton" else providers.refusal(name, inputs)
-        if refusal is not None:
-            raise ValueError(f'backend("{name}") cannot run this: {refusal}; backend("aten") can')
+    elif (reason := refusal(name, inputs)) is not None:
+        raise ValueError(f'backend("{name}") cannot run this: {reason}; backend("aten") can')
     if name == "triton":
         from .triton import backend as triton
 
@@ -516,24 +514,28 @@ def _automatic(inputs: Inputs) -> str:
             t is not None and t.requires_grad for t in inputs.tensors()
         )
         name = measured.fastest(query.device, query.shape[-1], tokens, training)
-        if name in providers.PROVIDERS and providers.refusal(name, inputs) is None:
+        if name == "aten" or (name in providers.PROVIDERS and refusal(name, inputs) is None):
             return name
     if query.device.type != "cuda":
         return "aten"
-    refusal = _triton_refusal(inputs)
-    if refusal is not None and not torch.compiler.is_compiling():
-        _log_refusal(refusal)
-    return "triton" if refusal is None else "aten"
+    reason = refusal("triton", inputs)
+    if reason is not None and not torch.compiler.is_compiling():
+        _log_refusal(reason)
+    return "triton" if reason is None else "aten"
 
 
 @cache
-def _log_refusal(refusal: str) -> None:
+def _log_refusal(reason: str) -> None:
     """Once for each reason."""
-    log.debug("ATen computes what Triton cannot: %s", refusal)
+    log.debug("ATen computes what Triton cannot: %s", reason)
 
 
-def _triton_refusal(inputs: Inputs) -> str | None:
-    """Why the Triton backend cannot take a call, or None if it can."""
+def refusal(name: str, inputs: Inputs) -> str | None:
+    """Why the backend ``name`` cannot take a call, or None if it can."""
+    if name in providers.PROVIDERS:
+        return providers.refusal(name, inputs)
+    if name != "triton":
+        return None
     try:
         from .triton import backend as triton
     except ImportError as error:

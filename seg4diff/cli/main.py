@@ -18,6 +18,7 @@ from seg4diff.cli.demo import Demo
 from seg4diff.cli.estimate import Estimate
 from seg4diff.cli.evaluate import Evaluate
 from seg4diff.cli.generate import Generate
+from seg4diff.cli.kernels import Kernels
 from seg4diff.cli.prepare import Prepare
 from seg4diff.cli.rank_layers import RankLayers
 from seg4diff.cli.regions import Regions
@@ -40,6 +41,7 @@ Verb: TypeAlias = (
     | Train
     | Estimate
     | Demo
+    | Kernels
 )
 
 

@@ -49,6 +49,7 @@ from seg4diff.evaluation.results import (
     remove_results,
 )
 from seg4diff.files import check_outputs, checked_name, no_space, write_atomically
+from seg4diff.kernels.api import provider_identity
 from seg4diff.kernels.types import MapRequest
 from seg4diff.metrics import (
     IGNORED,
@@ -506,6 +507,7 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
         "classes": dataset.classes,
         "prompts": dataset.prompts,
         "dtype": str(evaluator.pipe.transformer.dtype).removeprefix("torch."),
+        "attention": provider_identity(evaluator.pipe._execution_device),
         **about,
     }
     identity: dict[str, Any] = json.loads(json.dumps(entries))

@@ -29,6 +29,7 @@ class Checkpoint:
         optimizer: the optimizer's ``state_dict``.
         progress: numbers of the run so far: best score, steps skipped, ...
         settings: the run's settings.
+        attention: who computes attention, see `seg4diff.kernels.api.provider_identity`.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     progress: dict[str, Any]
     settings: dict[str, Any]
+    attention: str | None = None
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seg4diff.files import write_atomically
+from seg4diff.kernels.api import provider_identity
 from seg4diff.lora.files import FILE_NAME, save_lora
 from seg4diff.training.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from seg4diff.training.objective.magnet import Magnet
@@ -105,6 +106,9 @@ class Run:
         if checkpoint is None:
             return 0
         changed = build_settings(checkpoint.settings).changed_in(self.settings)
+        attention = provider_identity(self.accelerator.device)
+        if checkpoint.attention != attention:
+            changed["attention kernels"] = checkpoint.attention, attention
         if changed:
             listed = ", ".join(f"{name}: {then!r}, now {now!r}" for name, (then, now) in changed.items())
             raise ValueError(
@@ -161,6 +165,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             progress=dataclasses.asdict(self.progress),
             settings=dataclasses.asdict(self.settings),
+            attention=provider_identity(self.accelerator.device),
         )
         folder = self._out / "checkpoints"
         self._try_saving(lambda: write_checkpoint(folder, checkpoint, keep=self.settings.keep))

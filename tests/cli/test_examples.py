@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from seg4diff.cli.main import Verb, main, parse
 from seg4diff.cli.train import Train
+from seg4diff.kernels import tune
+from seg4diff.kernels.measured import Row
 from seg4diff.training import demo, memory, trainer
 from tests.support import miniature, tiny
 
@@ -61,7 +64,7 @@ def configuration() -> str:
 def test_every_verb_has_an_example() -> None:
     assert {shlex.split(line)[1] for line in examples()} == {
         "segment", "regions", "generate", "analyze", "rank-layers", "evaluate", "clip-score", "prepare",
-        "caption", "train", "estimate", "demo",
+        "caption", "train", "estimate", "demo", "kernels",
     }  # fmt: skip
 
 
@@ -91,6 +94,11 @@ def test_an_example_runs(
     if verb == "estimate":
         monkeypatch.setattr(memory, "estimate_variants", lambda settings: {"": Sized()})
         monkeypatch.setattr(memory, "report", lambda found: "")
+    if verb == "kernels":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(surroundings))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(tune, "tune", measurement)
     if "--lora" in words:
         where = words.index("--lora")
         del words[where : where + 2]  # its own test has a LoRA
@@ -100,6 +108,11 @@ def test_an_example_runs(
     if "--data-root" in words:
         smaller.append("--partial")
     assert main([verb, *words, *smaller]) == 0, capsys.readouterr().err
+
+
+def measurement(image_tokens: int, text_tokens: int, heads: int, head_dim: int, **options: Any) -> Row:
+    evidence = {"milliseconds": {"triton": [1.0, 4.0]}, "rejected": {"cudnn": "device cpu"}}
+    return Row("sm_90", head_dim, image_tokens + text_tokens, "triton", "triton", evidence)
 
 
 class Sized:

@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 VERBS = (
     "segment", "regions", "generate", "analyze", "rank-layers", "evaluate", "clip-score", "prepare",
-    "caption", "train", "estimate", "demo",
+    "caption", "train", "estimate", "demo", "kernels",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from seg4diff.evaluation import runner
 from seg4diff.evaluation.protocols import PROTOCOLS
 from seg4diff.evaluation.results import Tally, add_up, read_results
 from seg4diff.evaluation.runner import Report, Settings, evaluate
+from seg4diff.kernels.api import backend
 from tests.support import miniature
 from tests.support.painted import CLASSES, LABELS, PerfectMaps
 from tests.support.paths import ROOT
@@ -233,6 +234,8 @@ def test_results_of_other_settings_are_not_mixed(pipe: Any, tmp_path: Path) -> N
         ValueError, match=r"other settings: model was 'one', is 'two'; seed was 1, is 2\. .*overwrite"
     ):
         run(pipe, dataset, tmp_path, Settings(seed=2), about={"model": "two"})
+    with backend("aten"), pytest.raises(ValueError, match="attention was None, is 'aten'"):
+        run(pipe, dataset, tmp_path, Settings(seed=1), about={"model": "one"})
     with pytest.raises(ValueError, match="pictures was 2, is 1"):
         run(pipe, limit_samples(dataset, limit=1), tmp_path, Settings(seed=1), about={"model": "one"})
     other = run(pipe, dataset, tmp_path, Settings(seed=2), about={"model": "one"}, overwrite=True)

@@ -257,7 +257,7 @@ def test_auto_says_once_why_triton_does_not_run(
 
     given = Inputs(**inputs)
     object.__setattr__(given, "query", OnGPU())
-    monkeypatch.setattr(api, "_triton_refusal", lambda *call: "a reason of this test")
+    monkeypatch.setattr(api, "refusal", lambda *call: "a reason of this test")
     with caplog.at_level("DEBUG", logger="seg4diff.kernels.api"):
         for _ in range(2):
             assert api._attend_of("auto", given) is api.aten.attend

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from seg4diff.kernels import fallback, measured, providers
+from seg4diff.kernels import api, fallback, measured, providers
 from seg4diff.kernels.api import attention_maps, backend, joint_attention, provider_identity
 from seg4diff.kernels.aten import backend as aten
 from seg4diff.kernels.measured import Row, as_text, ranges_of, read_rows, with_rows
@@ -197,8 +197,13 @@ def test_the_table_chooses_under_auto(on_hopper: None, monkeypatch: pytest.Monke
         joint_attention(**inputs)
     joint_attention(**inputs, text_bias=torch.zeros(1, 20))  # refused, so the usual choice
     assert CALLS == ["forward"] * 2
-    monkeypatch.setattr(measured, "TABLE", ranges_of([row(90, "flash-attn-2")]))
-    joint_attention(**inputs)  # measured, but not installed
+    expected = joint_attention(**inputs).image
+    for name in ("flash-attn-2", "aten", "triton", "a later version's"):
+        monkeypatch.setattr(measured, "TABLE", ranges_of([row(90, name)]))
+        with monkeypatch.context() as patch:
+            patch.setattr(api.reference, "attend", None)
+            torch.testing.assert_close(joint_attention(**inputs).image, expected, msg=name)
+    assert CALLS == ["forward"] * 3
 
 
 def test_the_identity_of_a_run_names_what_the_table_changes(

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from seg4diff.kernels.api import backend
 from seg4diff.training import TrainResult, train
 from seg4diff.training.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from seg4diff.training.optimizers import learning_rate
@@ -172,6 +173,9 @@ def test_a_finished_run_trains_no_further(cache: Path, whole: Path) -> None:
 def test_other_settings_are_not_resumed(cache: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(mask.weight: 1.0, now 2.0\)"):
         train(runs.settings(whole, cache, mask={"weight": 2.0}), pipe=runs.pipeline(), progress=False)
+    other = r"other settings \(attention kernels: None, now 'aten'\)"
+    with backend("aten"), pytest.raises(ValueError, match=other):
+        train(runs.settings(whole, cache), pipe=runs.pipeline(), progress=False)
     with pytest.raises(ValueError, match="holds a run already"):
         train(runs.settings(whole, cache, resume="never"), pipe=runs.pipeline(), progress=False)
     file = tmp_path / "file"
