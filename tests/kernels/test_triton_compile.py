@@ -52,6 +52,7 @@ def test_no_spills_and_within_shared_memory(
         "attention", "log_sum_exp", "map", "map_each", "mass", "value_norm", "delta",
         "query_gradient", "query_gradient_each", "query_gradient_alone",
         "key_gradient", "key_gradient_each", "key_gradient_alone",
+        "delta_of_map", "query_gradient_of_map", "key_gradient_of_map",
     }  # fmt: skip
     for name, launch in chosen.items():
         usages[name] = compile_launch(launch, target)

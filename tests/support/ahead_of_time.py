@@ -184,7 +184,8 @@ def launches(
     target: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Launch]:
     """What the host code would launch, by kernel: for the mean map of probabilities, and as other kernels
-    `..._each` for text probabilities of each head and `..._alone` for gradients without a map.
+    `..._each` for text probabilities of each head, `..._alone` for gradients without a map, `..._of_map` for
+    those of a map alone.
 
     Lengths are no multiple of any tile, and text values are edited: what needs most registers.
     """
@@ -213,11 +214,20 @@ def launches(
             statistics.value_norm(streams["value"])
         return made
 
+    def run_around_another() -> list[Launch]:
+        """The map's gradient alone, the rest of the attention's is another kernel's."""
+        request = Request(0.125, "probability", "mean", 0, text_tokens)
+        lse, d_maps = torch.empty(1, heads, tokens + text_tokens), torch.empty(1, tokens, text_tokens)
+        with recorded(monkeypatch) as made:
+            backend.map_gradient(d_maps, inputs, lse, request)
+        return made
+
     chosen: dict[str, Launch] = {}
     for suffix, made, kernels in (
         ("", run("probability", "mean"), ("",)),
         ("_each", run("text_probability", "each"), ("map", "query_gradient", "key_gradient")),
         ("_alone", run("probability", "mean", False), ("query_gradient", "key_gradient")),
+        ("_of_map", run_around_another(), ("delta", "query_gradient", "key_gradient")),
     ):
         for launch in made:
             name = launch.kernel.__name__.removesuffix("_kernel")
