@@ -9,17 +9,17 @@ from ..aten import backend as aten
 from ..fallback import falling_back
 from ..operators import empty_outputs, register
 from ..types import Inputs, Request
-from .backward import backward
+from .backward import backward, map_gradient
 from .forward import attention
 from .launch import readable_inputs
-from .maps import text_log_sum_exp, write_maps
+from .maps import text_log_sum_exp, write_maps, write_normalised_maps
 from .statistics import attention_mass, value_norm
 from .tuning import interpreting, target_of
 
 __all__ = [
-    *("attend", "attention_mass", "backward", "call_refusal", "forward", "map_gradient", "refusal"),
-    *("value_norm", "write_normalised_maps"),
-]
+    "attend", "attention_mass", "backward", "call_refusal", "forward", "map_gradient", "refusal",
+    "value_norm", "write_normalised_maps",
+]  # fmt: skip
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
