@@ -6,7 +6,8 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -40,9 +41,8 @@ def as_rgb(image: ImageInput) -> Image.Image:
             has another shape, is empty, or holds NaN, infinity or values out of range.
         TypeError: the argument is none of the above, or an array has another dtype.
     """
-    if isinstance(image, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", image):
-        raise ValueError(f"image {image!r} is a URL, and URLs are not fetched; download it first")
     if isinstance(image, (str, os.PathLike)):
+        _refuse_url(image)
         return _flatten(_open(Path(image)), f"image {os.fspath(image)!r}")
     if isinstance(image, Image.Image):
         name = f"PIL image of mode {image.mode!r} and size {image.width} x {image.height}"
@@ -107,14 +107,35 @@ def as_list(images: ImageInput | Sequence[ImageInput]) -> tuple[list[Image.Image
     return converted, False
 
 
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Check that a file is an image, from its header, without decoding it.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`as_rgb`; damage behind the header is not found.
+    """
+    _refuse_url(path)
+    with _named_errors(Path(path)), Image.open(path):
+        pass
+
+
+def _refuse_url(path: str | os.PathLike[str]) -> None:
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", str(path)):
+        raise ValueError(f"image {path!r} is a URL, and URLs are not fetched; download it first")
+
+
 def _open(path: Path) -> Image.Image:
     """The file's image, decoded and upright."""
-    try:
-        with Image.open(path) as file:
-            file.load()
-            upright = ImageOps.exif_transpose(file)
+    with _named_errors(path), Image.open(path) as file:
+        file.load()
         # exif_transpose returns a copy also where nothing was to be turned, so the file may be closed.
-        return upright
+        return ImageOps.exif_transpose(file)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system and of Pillow with the file's name and what to do."""
+    try:
+        yield
     except FileNotFoundError:
         raise FileNotFoundError(f"image {str(path)!r} does not exist; check the path") from None
     except IsADirectoryError:

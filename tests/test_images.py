@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seg4diff.images import as_list, as_rgb
+from seg4diff.images import as_list, as_rgb, check_header
 
 # 2 rows of 3 pixels: red, green, blue / black, white, grey
 PIXELS = np.array(
@@ -233,3 +233,17 @@ def test_errors_in_lists_say_which(tmp_path):
         as_list(torch.full((2, 3, 4, 4), float("nan")))
     with pytest.raises(TypeError, match=r"images\[0\]"):
         as_list([[PIXELS]])
+
+
+def test_a_header_is_checked_without_decoding(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(PIXELS).save(path)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    check_header(path)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png' is not an image that Pillow can read"):
+        check_header(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        check_header(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="URLs are not fetched"):
+        check_header("https://a.org/b.jpg")

@@ -42,14 +42,14 @@ class ImageOptions(ModelOptions):
     """Seed of the noise; the same seed gives the same result."""
 
     def checked_images(self) -> list[str]:
-        """The images to work on, each once and found readable before a model is loaded.
+        """The images to work on, each once and found to be images before a model is loaded.
 
         Raises:
-            ValueError, FileNotFoundError: there is none, one is missing or damaged, the batch size is wrong,
-                or an output would replace an input.
+            ValueError, FileNotFoundError: there is none, one is missing or is not an image, the batch size is
+                wrong, or an output would replace an input.
             OSError: nothing can be written to the folder.
         """
-        from seg4diff.images import as_rgb
+        from seg4diff.images import check_header
 
         if not self.images:
             raise ValueError("no image given; name at least one, before options that take several words")
@@ -57,17 +57,19 @@ class ImageOptions(ModelOptions):
         self.check(self.out)
         paths = list(dict.fromkeys(self.images))
         for path in paths:
-            as_rgb(path)
+            check_header(path)
         outputs = [file for several in self._outputs(paths) for file in several.values()]
         check_outputs(outputs, [*paths, *self.files()])
         return paths
 
     def _outputs(self, paths: Sequence[str]) -> list[dict[str, Path]]:
         """For each image the files that are written: its overlay, and one in each format."""
+        ordered = sorted(paths)  # so that the names do not depend on the order of the arguments
+        stems = dict(zip(ordered, distinct_stems(ordered, ("", _OVERLAY)), strict=True))
         return [
-            {"overlay": self.out / f"{stem}{_OVERLAY}.png"}
-            | {suffix: self.out / f"{stem}.{suffix}" for suffix in self.formats}
-            for stem in distinct_stems(paths, ("", _OVERLAY))
+            {"overlay": self.out / f"{stems[path]}{_OVERLAY}.png"}
+            | {suffix: self.out / f"{stems[path]}.{suffix}" for suffix in self.formats}
+            for path in paths
         ]
 
     def write(

@@ -65,16 +65,16 @@ def test_segment_writes_labels_and_overlay(
     assert "image.png: cat 50%, red sofa 50%" in capsys.readouterr().out
 
 
-def test_pictures_of_one_name_do_not_overwrite_each_other(tmp_path: Path, calls: list[int]) -> None:
+def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path, calls: list[int]) -> None:
     paths = []
     for folder, suffix, width in (("a", "png", 10), ("b", "png", 20), ("b", "bmp", 30)):
         paths.append(tmp_path / folder / f"x.{suffix}")
         paths[-1].parent.mkdir(exist_ok=True)
         Image.new("RGB", (width, 5)).save(paths[-1])
-    words = ["segment", *map(str, paths), str(paths[0]), "--classes", "a", "b", "--batch-size", "2"]
+    words = ["segment", *map(str, reversed(paths)), str(paths[0]), "--classes", "a", "b", "--batch-size", "2"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     sizes = {name: size_of(tmp_path / "out" / f"{name}.png")[0] for name in ("x", "x-2", "x-3")}
-    assert sizes == {"x": 10, "x-2": 20, "x-3": 30}
+    assert sizes == {"x": 10, "x-2": 30, "x-3": 20}  # in the order of the paths, however they are given
     assert len(os.listdir(tmp_path / "out")) == 6
     assert calls == [2, 1]
 
@@ -85,7 +85,7 @@ def test_an_overlay_and_labels_of_one_name(tmp_path: Path, calls: list[int]) -> 
     words = [str(tmp_path / f"{name}.png") for name in ("a", "a-overlay", "A")]
     assert main(["segment", *words, "--classes", "a", "b", "--out", str(tmp_path / "out")]) == 0
     assert sorted(os.listdir(tmp_path / "out")) == [
-        "A-2-overlay.png", "A-2.png", "a-overlay-2-overlay.png", "a-overlay-2.png", "a-overlay.png", "a.png",
+        "A-overlay.png", "A.png", "a-2-overlay.png", "a-2.png", "a-overlay-2-overlay.png", "a-overlay-2.png",
     ]  # fmt: skip
     with Image.open(tmp_path / "out" / "a-overlay-2.png") as labels:
         assert labels.width == 20
