@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from seg4diff.analysis.pca import principal_components
@@ -145,13 +146,15 @@ def _measure_prompts(
             batch = texts[first : first + batch_size]
             generators = [torch.Generator().manual_seed(seed + first + row) for row in range(len(batch))]
             with _without_bar(pipe):
-                pipe(
+                made = pipe(
                     batch,
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
                     generator=generators,
                     **{"output_type": "latent", **call},
                 )
+            if call.get("output_type") == "pil":
+                measurement.generated += made.images
             bar.update(len(batch))
 
 
@@ -216,6 +219,7 @@ class _Measurement(Observer):
         self._keeps_projections = projections
         self._projections: dict[tuple[int, int], dict[str, Tensor]] = {}  # by level and layer
         self._grid = (0, 0)
+        self.generated: list[Image.Image] = []
         # While drawing: which step of a call is at which level, and how far the call is.
         self.steps: dict[int, int] = {}
         self._step = -1
@@ -347,6 +351,7 @@ class _Measurement(Observer):
             projections=components,
             grid=self._grid,
             metadata=metadata,
+            generated=tuple(self.generated),
         )
 
 

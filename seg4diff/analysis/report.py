@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -79,6 +80,8 @@ class AnalysisReport:
             image's tokens, float32 [levels, layers, N, 3]; empty if not asked for.
         grid: height and width of its image tokens, N = height * width.
         metadata: how the report was made.
+        generated: the images that the pipeline made from the prompts, where the call asks for them with
+            `output_type="pil"`; else, and in a report read from files, empty.
     """
 
     layers: tuple[int, ...]
@@ -91,6 +94,7 @@ class AnalysisReport:
     projections: Mapping[str, Tensor]
     grid: tuple[int, int]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    generated: tuple[Image.Image, ...] = ()
 
     def projection(self, name: str, layer: int, noise_level: int | None = None) -> Tensor:
         """Principal components of one layer as an image.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from seg4diff.cli.options import Layers, ModelOptions, at_least_one
-from seg4diff.files import check_outputs
+from seg4diff.files import check_outputs, save_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,8 +23,8 @@ NoiseLevels = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
 class Analyze(ModelOptions):
     """Measure what each layer's attention does, while drawing prompts as in the paper, or on images.
 
-    Prints tables and writes OUT/report.json with their numbers, report.safetensors, which Python reads, and,
-    where matplotlib is installed, figures:
+    Prints tables and writes OUT/report.json with their numbers, report.safetensors, which Python reads, the
+    images drawn, and, where matplotlib is installed, figures:
 
         seg4diff analyze --prompts "a cat on a sofa" "two zebras"
         seg4diff analyze --images kitchen.jpg --prompts "a kitchen with a sink"
@@ -95,8 +95,12 @@ class Analyze(ModelOptions):
             seed=self.seed,
             batch_size=self.batch_size,
             progress=True,
+            **({} if images else {"output_type": "pil"}),
         )
         report.save(self.out / "report")
+        drawn = {f"image-{number:03d}.png": image for number, image in enumerate(report.generated)}
+        for name, image in drawn.items():
+            save_image(image, self.out / name)
         print_tables([report.table(level) for level in report.noise_levels])
 
         def figures() -> dict[str, Figure]:
@@ -108,7 +112,7 @@ class Analyze(ModelOptions):
                     drawn[f"projections-{level}"] = report.plot_projections(level)
             return drawn
 
-        finish(self.out, ["report.json", "report.safetensors"], figures)
+        finish(self.out, ["report.json", "report.safetensors", *drawn], figures)
 
     def _prompts(self) -> list[str]:
         prompts = list(self.prompts)

@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import seg4diff
 from seg4diff.analysis import AnalysisReport
@@ -28,7 +30,15 @@ def test_analyze_prompts_prints_and_writes(
     figures = [
         f"{name}-{level}.png" for name in ("attention-mass", "projections", "value-norms") for level in (1, 2)
     ]
-    assert written == sorted([*figures, "report.json", "report.safetensors"])
+    assert written == sorted(
+        [*figures, "image-000.png", "image-001.png", "report.json", "report.safetensors"]
+    )
+    generator = [torch.Generator().manual_seed(row) for row in range(2)]
+    alone = stand_in(
+        "a dog", num_inference_steps=2, guidance_scale=7.5, generator=generator[1:], max_sequence_length=77
+    )
+    with Image.open(tmp_path / "out" / "image-001.png") as saved:
+        assert np.abs(np.asarray(saved, int) - np.asarray(alone.images[0], int)).max() <= 1
     report = AnalysisReport.load(tmp_path / "out" / "report")
     assert report.metadata["prompts"] == ["a cat", "a dog"]
     assert report.by_head is not None
