@@ -22,7 +22,8 @@ class Demo(DebugOptions):
     train: bool = False
     """Tune the model with MAGNET, minutes on a CPU, and print its numbers before and after."""
     scenes: OptionalNumber = None
-    """How many of the scenes that training never saw: by default 24, and 64 with --train."""
+    """How many of the scenes that training never saw: by default 24, each also in bad light, and 64 with
+    --train."""
     out: Path = Path("demo-output")
     """Folder for what is written."""
     device: Device = None

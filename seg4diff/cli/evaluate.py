@@ -41,7 +41,8 @@ class Evaluate(DataOptions, ModelOptions):
 
     dataset: Annotated[tuple[DatasetName, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
     """voc20, voc21, pc59, pc60, coco-object, coco-object-bg, coco-stuff27, coco-stuff171, ade150,
-    cityscapes19, imagenet-seg; folder: one of your own; scenes: those of the bundled model."""
+    cityscapes19, imagenet-seg; folder: one of your own; scenes: those of the bundled model, and scenes-hard
+    the same in bad light."""
     protocol: Annotated[
         tuple[Literal["oracle", "full", "unsupervised"], ...],
         tyro.conf.arg(metavar="{oracle,full,unsupervised} [...]"),

@@ -16,4 +16,5 @@ DatasetName = Literal[
     "imagenet-seg",
     "folder",
     "scenes",
+    "scenes-hard",
 ]

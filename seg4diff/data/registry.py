@@ -96,7 +96,8 @@ def open_dataset(name: str, root: Path | None = None, *, partial: bool = False) 
     Args:
         name: one of ``DATASETS``.
         root: the data root, which holds ``VOCdevkit``, ``coco``, ``ADEChallengeData2016`` and ``cityscapes``;
-            for ``"folder"`` the folder itself; not needed for ``"scenes"``.
+            for ``"folder"`` the folder itself; not needed for ``"scenes"`` and
+            ``"scenes-hard"``.
         partial: accept fewer pictures than the data set has.
 
     Raises:
@@ -105,12 +106,14 @@ def open_dataset(name: str, root: Path | None = None, *, partial: bool = False) 
     """
     if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; known: {', '.join(DATASETS)}")
-    if name == "scenes":
+    if name in ("scenes", "scenes-hard"):
         from seg4diff.data.scenes import read_scenes
         from seg4diff.demo.scenes import CLASSES
 
-        samples, source = read_scenes()
-        return Dataset(name, "demo scenes", CLASSES, _own(CLASSES), None, samples, source)
+        hard = name == "scenes-hard"
+        samples, source = read_scenes("hard" if hard else "clean")
+        title = "hard demo scenes" if hard else "demo scenes"
+        return Dataset(name, title, CLASSES, _own(CLASSES), None, samples, source)
     if root is None:
         raise ValueError(f"data set {name!r} needs a data root: the folder that holds the downloads")
     root = Path(root)

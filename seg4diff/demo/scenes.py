@@ -2,7 +2,8 @@
 
 A scene is 128 x 128 pixels: a ground of one or two stuff classes (grass, water, ...) and one to four things
 (apple, zebra, ...) that do not overlap. Every outline is a signed distance field in pixels, positive inside:
-the image takes its soft edge (`_blend`), the labels its sign. `scene(seed)` depends on the seed alone.
+the image takes its soft edge (`_blend`), the labels its sign. `scene(seed)` depends on the seed alone, and so
+does its hard version, `scene(seed, "hard")`: the same labels, and an image that is difficult to read.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-__all__ = ["CLASSES", "HELD_OUT", "SIZE", "STUFF", "THINGS", "Scene", "describe", "scene"]
+__all__ = ["CLASSES", "HELD_OUT", "SIZE", "STUFF", "THINGS", "Conditions", "Scene", "describe", "scene"]
+
+Conditions = Literal["clean", "hard"]
+"""How a scene is seen: as it is drawn, or in other hues and light, with shadows, texture, blur and noise."""
 
 SIZE = 128
 """Width and height of a scene in pixels."""
@@ -328,11 +333,53 @@ def describe(names: Sequence[str], rng: np.random.Generator) -> str:
     return str(rng.choice(forms)).format(listed, ground)
 
 
-def scene(seed: int) -> Scene:
-    """The scene of a seed: any non-negative integer; those from `HELD_OUT` up are never trained on.
+def _turned_hue(colour: Array, degrees: float) -> Array:
+    """Colours [h, w, 3] rotated about the grey axis of RGB: brightness and saturation stay."""
+    angle = np.deg2rad(degrees)
+    axis = np.full(3, 1 / np.sqrt(3))
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    turn = np.cos(angle) * np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * np.outer(axis, axis)
+    return colour @ turn.T.astype(np.float32)
 
-    Raises TypeError for anything but an integer (a bool included) and ValueError for a negative one.
+
+def _across(x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """Pixels from the centre along a random direction."""
+    direction = rng.uniform(0.0, 2.0 * np.pi)
+    return np.cos(direction) * (x - SIZE / 2) + np.sin(direction) * (y - SIZE / 2)
+
+
+def _disturbed(colour: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """A `colour` [h, w, 3] in 0..255 as a bad camera sees it in bad light.
+
+    In this order: hue turned by up to 14 degrees either way; light that changes along a line; two straight
+    shadows, whose edges bound no object; a fine texture; blur of sigma 1 pixel; noise of sigma 13.
     """
+    colour = _turned_hue(colour, rng.uniform(-14.0, 14.0))
+    light = 1.0 + rng.uniform(0.05, 0.2) * _across(x, y, rng) / (SIZE / 2)
+    for _ in range(2):
+        half_width, offset = rng.uniform(10.0, 22.0), rng.uniform(-0.35, 0.35) * SIZE
+        inside = np.clip(half_width - np.abs(_across(x, y, rng) - offset) + 0.5, 0.0, 1.0)
+        light = light * (1.0 - rng.uniform(0.12, 0.25) * inside)
+    texture = gaussian_filter(rng.standard_normal((SIZE, SIZE)), 1.5)
+    light = light * (1.0 + 0.03 * texture / texture.std())
+    blurred = gaussian_filter(colour * light[..., None], (1.0, 1.0, 0.0))
+    return blurred + rng.normal(0.0, 13.0, blurred.shape)
+
+
+def scene(seed: int, conditions: Conditions = "clean") -> Scene:
+    """The scene of a seed.
+
+    Args:
+        seed: any non-negative integer; those from `HELD_OUT` up are never trained on.
+        conditions: `"hard"`: the same scene with another image, whose hues are turned by up to 14 degrees,
+            in uneven light, with two straight shadows, texture, blur and noise. Never trained on.
+
+    Raises:
+        TypeError: the seed is not an integer (a bool included).
+        ValueError: the seed is negative, or the conditions are unknown.
+    """
+    if conditions not in get_args(Conditions):
+        raise ValueError(f"conditions={conditions!r} are unknown; accepted: 'clean', 'hard'")
     if isinstance(seed, (bool, np.bool_)):
         raise TypeError(f"seed must be an integer, not a bool: {seed!r}")
     try:
@@ -362,6 +409,9 @@ def scene(seed: int) -> Scene:
         pixels[window] = _blend(pixels[window], colour * rng.uniform(0.92, 1.05), distance)
         index[window][distance > 0] = CLASSES.index(name)
 
+    if conditions == "hard":  # by a generator of its own, so that the caption stays as it is
+        own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+        pixels = _disturbed(pixels, x, y, own)
     present, labels = np.unique(index, return_inverse=True)
     return Scene(
         image=Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)),

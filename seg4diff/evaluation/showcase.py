@@ -55,6 +55,8 @@ class Report:
         expert_layers: the layers that :func:`seg4diff.segment` reads by default.
         present: the names present in each scene are given (the oracle protocol of the paper).
         everything: all names that a scene can hold are given, for every scene.
+        hard_present: as ``present``, on the hard versions of the scenes.
+        hard_everything: as ``everything``, on the hard versions of the scenes.
         shuffled: as ``present``, then the names of each scene change places.
         constant: every pixel gets the most frequent of all classes.
         random: every pixel gets one of the names present, drawn at random.
@@ -67,6 +69,8 @@ class Report:
     expert_layers: tuple[int, ...]
     present: Score
     everything: Score
+    hard_present: Score
+    hard_everything: Score
     shuffled: Score
     constant: Score
     random: Score
@@ -120,6 +124,7 @@ def show(
         raise ValueError(f"scenes={scenes} must be at least 1")
     out, console = Path(out), console or Console()
     drawn = [scene(HELD_OUT + number) for number in range(scenes)]
+    hard = [scene(HELD_OUT + number, "hard") for number in range(scenes)]
 
     from seg4diff.loading import load_pipeline
     from seg4diff.segmentation.zero_shot import segment
@@ -128,14 +133,16 @@ def show(
     blocks = len(pipe.transformer.transformer_blocks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=scenes * (blocks + 2))
+        task = progress.add_task("", total=scenes * (blocks + 4))
 
-        def run(description: str, names: Sequence[Sequence[str]], **options: Any) -> list[Segmentation]:
+        def run(
+            description: str, names: Sequence[Sequence[str]], of: Sequence[Scene] = drawn, **options: Any
+        ) -> list[Segmentation]:
             progress.update(task, description=description)
             results: list[Segmentation] = []
             for first in range(0, scenes, _BATCH):
                 chunk = slice(first, first + _BATCH)
-                images = [item.image for item in drawn[chunk]]
+                images = [item.image for item in of[chunk]]
                 found = segment(pipe, images, names[chunk], batch_size=_BATCH, progress=False, **options)
                 results += found
                 progress.advance(task, len(images))
@@ -147,6 +154,8 @@ def show(
         present = run("names present", occurring)
         milliseconds = 1e3 * (time.perf_counter() - started) / scenes
         everything = run("all names", [CLASSES] * scenes)
+        hard_present = run("hard scenes, names present", occurring, hard)
+        hard_everything = run("hard scenes, all names", [CLASSES] * scenes, hard)
         layers = [run(f"layer {layer}", occurring, layers=[layer]) for layer in range(blocks)]
 
     rng = np.random.default_rng(_SEED)
@@ -156,6 +165,8 @@ def show(
         expert_layers=tuple(present[0].metadata["layers"]),
         present=compare(truth, map(labels_of, present)),
         everything=compare(truth, map(labels_of, everything)),
+        hard_present=compare(truth, map(labels_of, hard_present)),
+        hard_everything=compare(truth, map(labels_of, hard_everything)),
         shuffled=compare(truth, [_renamed(result, rng) for result in present]),
         constant=compare(truth, _constant(truth)),
         random=compare(truth, [_random(item, rng) for item in drawn]),
@@ -225,7 +236,9 @@ def _table(report: Report) -> Table:
         table.add_row(title, f"{100 * result.miou:.1f}", f"{100 * result.accuracy:.1f}", style=style)
 
     add("segment, names present", report.present, "bold")
+    add("segment, names present, hard scenes", report.hard_present)
     add("segment, all names", report.everything, "bold")
+    add("segment, all names, hard scenes", report.hard_everything)
     add("names present, shuffled", report.shuffled)
     add("chance: most frequent class", report.constant)
     add("chance: random name present", report.random)

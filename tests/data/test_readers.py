@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,12 +219,13 @@ def test_folder_with_background(tmp_path: Path) -> None:
     assert open_dataset("folder", tmp_path).background == 1
 
 
-def test_scenes_are_the_held_out_ones() -> None:
+@pytest.mark.parametrize(("name", "conditions"), [("scenes", "clean"), ("scenes-hard", "hard")])
+def test_scenes_are_the_held_out_ones(name: str, conditions: Any) -> None:
     from seg4diff.demo.scenes import CLASSES, HELD_OUT, scene
 
-    dataset = open_dataset("scenes")
+    dataset = open_dataset(name)
     assert dataset.classes == CLASSES
-    drawn = scene(HELD_OUT + 3)
+    drawn = scene(HELD_OUT + 3, conditions)
     labels = dataset.samples[3].read_labels()
     assert {CLASSES[value] for value in np.unique(labels)} == set(drawn.classes)
     row, column = 100, 20

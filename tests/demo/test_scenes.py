@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from seg4diff.demo.scenes import CLASSES, HELD_OUT, SIZE, Scene, scene
+from seg4diff.demo.scenes import CLASSES, HELD_OUT, SIZE, Conditions, Scene, scene
+
+
+def _pixels(seed: int, conditions: Conditions = "clean") -> np.ndarray:
+    return np.asarray(scene(seed, conditions).image, np.float64)
 
 
 def _digest(drawn: Scene) -> str:
@@ -29,15 +33,49 @@ def test_every_pixel_is_labelled(seed: int) -> None:
     assert all(name in drawn.caption for name in drawn.classes)
 
 
-def test_same_seed_same_scene_in_another_process() -> None:
+@pytest.mark.parametrize("conditions", ["clean", "hard"])
+def test_same_seed_same_scene_in_another_process(conditions: Conditions) -> None:
     code = (
-        "from hashlib import sha256; from seg4diff.demo.scenes import scene; d = scene(7);"
+        "import sys; from hashlib import sha256; from seg4diff.demo.scenes import scene;"
+        "d = scene(7, sys.argv[1]);"
         "text = repr((d.classes, d.caption)).encode();"
         "print(sha256(d.image.tobytes() + d.labels.tobytes() + text).hexdigest())"
     )
-    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert other.stdout.strip() == _digest(scene(7))
-    assert _digest(scene(7)) != _digest(scene(8))
+    command = [sys.executable, "-c", code, conditions]
+    other = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert other.stdout.strip() == _digest(scene(7, conditions))
+    assert _digest(scene(7, conditions)) != _digest(scene(8, conditions))
+
+
+def test_hard_conditions_change_pixels_and_nothing_else() -> None:
+    for seed in range(HELD_OUT, HELD_OUT + 4):
+        clean, hard = scene(seed), scene(seed, "hard")
+        assert np.array_equal(hard.labels, clean.labels)
+        assert (hard.classes, hard.caption) == (clean.classes, clean.caption)
+        changed = np.abs(_pixels(seed, "hard") - _pixels(seed)).max(axis=2)
+        assert (changed > 3).mean() > 0.9  # everywhere
+        assert np.median(changed) < 80  # and it is still that scene
+
+
+def test_hard_images_are_noisy_blurred_and_shadowed() -> None:
+    """What is left after fitting a clean, flat area: noise of sigma 13, and steps where no label changes."""
+    flat = scene(1)  # snow: hardly any pattern of its own
+    assert flat.classes[-1] == "snow"
+    hard = _pixels(1, "hard")
+    same = np.ones((SIZE, SIZE), bool)
+    same &= flat.labels == flat.classes.index("snow")
+    inside = same[1:-1, 1:-1] & same[:-2, 1:-1] & same[2:, 1:-1] & same[1:-1, :-2] & same[1:-1, 2:]
+    # second differences along both axes: of white noise of sigma s, their deviation is sqrt(20) s
+    curved = 4 * hard[1:-1, 1:-1] - hard[:-2, 1:-1] - hard[2:, 1:-1] - hard[1:-1, :-2] - hard[1:-1, 2:]
+    noise = curved[inside].std() / np.sqrt(20)
+    assert 11 < noise < 15
+    brightness = hard.mean(axis=2)[same]
+    assert np.percentile(brightness, 95) / np.percentile(brightness, 5) > 1.25
+
+
+def test_unknown_conditions_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'foggy'.*'clean', 'hard'"):
+        scene(1, "foggy")  # type: ignore[arg-type]
 
 
 def test_numpy_integers_are_seeds() -> None:

@@ -32,7 +32,8 @@ def test_compare_is_intersection_over_union_over_all_scenes():
 
 @pytest.fixture
 def model(monkeypatch):
-    """Stands in for the model: right at layer 1, all of one class at layer 0; by default layer 1."""
+    """Stands in for the model: right at layer 1, all of one class at layer 0 and on hard scenes; by default
+    layer 1."""
     pipe = SimpleNamespace(transformer=SimpleNamespace(transformer_blocks=[None] * 2), device="cpu")
     truths = {}
     for number in range(10):
@@ -44,7 +45,7 @@ def model(monkeypatch):
         results = []
         for image, own in zip([images], [names], strict=True) if single else zip(images, names, strict=True):
             labels = np.zeros((image.height, image.width), np.int64)
-            if layers is None or layers == [1]:
+            if (layers is None or layers == [1]) and image.tobytes() in truths:
                 for index, name in enumerate(own):
                     labels[truths[image.tobytes()] == CLASSES.index(name)] = index
             scores = torch.from_numpy(labels)[None].eq(torch.arange(len(own))[:, None, None]).float()
@@ -61,6 +62,8 @@ def test_show(model, tmp_path):
     text = io.StringIO()
     report = showcase.show(10, tmp_path / "out", console=Console(file=text, width=120))
     assert report.present == report.everything == report.layers[1] == showcase.Score(1.0, 1.0)
+    assert report.layers[0] == report.hard_present
+    assert report.hard_everything.accuracy < report.hard_present.accuracy  # apple, which is in no other scene
     assert report.layers[0].miou < 0.5
     assert 0 < report.layers[0].accuracy < 0.5
     assert report.expert_layers == (1,)
