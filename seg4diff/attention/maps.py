@@ -34,6 +34,30 @@ def maps_of(
     return torch.stack(forward_with_maps(transformer, layers, request, arguments, stop_early=True)[0])
 
 
+def maps_and_outputs(
+    transformer: Any,
+    layers: Sequence[int],
+    request: MapRequest,
+    arguments: Mapping[str, Any],
+    output_layers: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Maps as of `maps_of`, and attention outputs of the image tokens, of one forward that stops early.
+
+    Args:
+        transformer, layers, request, arguments: as in `maps_of`.
+        output_layers: the layers whose outputs to return, ascending; they may lie behind `layers`.
+
+    Returns:
+        The maps, and [L', B, N, H D] in the model's dtype: what the heads of each of `output_layers` read,
+        concatenated, before the output projection.
+    """
+    keeper = _Keeper()
+    chosen = patch_of(transformer).layers(output_layers)
+    with attach(transformer, chosen, LayerRequest(output=True), keeper, stop_early=True):
+        maps = maps_of(transformer, layers, request, arguments)
+    return maps, torch.stack([keeper.results[layer].output for layer in chosen])  # type: ignore[misc]
+
+
 def forward_with_maps(
     transformer: nn.Module,
     layers: Sequence[int],

@@ -147,7 +147,7 @@ def attach(
         layers: ascending numbers of layers.
         request: what to ask of each.
         observer: what to tell.
-        stop_early: leave out everything that the last of `layers` does not need for its map.
+        stop_early: leave out everything that the last of `layers` does not need for its answer.
     """
     state = patch_of(target)
     attachment = _Attachment(target, state, request, Observer() if observer is None else observer)

@@ -188,7 +188,7 @@ class Patch:
     ) -> Iterator[None]:
         """Ask `request` of `layers` for the length of the context.
 
-        With `stop_early` the last of them computes its map and nothing else, and later ones nothing at all.
+        With `stop_early` the last of them computes what is asked and nothing else, and later ones nothing.
         """
         self.check_supported()
         entry = _OpenRequest(layers, request, stop_early)
@@ -265,12 +265,15 @@ class Patch:
                 key = (requests, layer == stop, type(stock), held)
                 if key not in shared:
                     shared[key] = self._interceptor(type(stock)).intercepted(
-                        stock, JointAnswer(requests, self._place, maps_only=layer == stop)
+                        stock, JointAnswer(requests, self._place, last=layer == stop)
                     )
                 left_out: tuple[str, ...] = ()
                 if layer == stop:
-                    with_text_rows = any(request.needs_text_rows for request in requests)
-                    left_out = entry.unneeded + (() if with_text_rows else entry.text_queries)
+                    left_out = entry.unneeded
+                    if not any(request.output for request in requests):
+                        left_out += entry.values
+                    if not any(request.needs_text_rows for request in requests):
+                        left_out += entry.text_queries
                 stand_ins = tuple(skipped_modules(block, left_out))
                 mode = Mode(self._place, attention, stock, shared[key], requests, stand_ins)
             else:

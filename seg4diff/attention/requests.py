@@ -11,7 +11,7 @@ from torch import Tensor
 from seg4diff.attention.interception import Answer
 from seg4diff.backbones import Layout
 from seg4diff.kernels.api import attention_maps, joint_attention
-from seg4diff.kernels.types import AttentionStatistics, MapRequest, Tokens
+from seg4diff.kernels.types import AttentionStatistics, JointAttention, MapRequest, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class LayerRequest:
     Attributes:
         maps: the I2T map to return, if any.
         statistics: whether to return attention mass and value norms.
+        output: whether to return the attention output of the image tokens.
         edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves
             them.
         edit_image: the image rows' output, from their output [B, N, H, D], the projections of all image
@@ -49,6 +50,7 @@ class LayerRequest:
 
     maps: MapRequest | None = None
     statistics: bool = False
+    output: bool = False
     edit_text_value: Callable[[Tensor], Tensor] | None = None
     edit_image: Callable[[Tensor, Projections, Tensor, float | None], Tensor] | None = None
     observe: Callable[[Projections], Any] | None = None
@@ -61,11 +63,19 @@ class LayerRequest:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What one layer returned to one `LayerRequest`, for all rows of the batch."""
+    """What one layer returned to one `LayerRequest`, for all rows of the batch.
+
+    Attributes:
+        maps, statistics: as asked.
+        observed: what `LayerRequest.observe` returned.
+        output: attention output of the tokens of the generated image, heads concatenated, before the output
+            projection: [B, N, H D], dtype of the model.
+    """
 
     maps: Tensor | None
     statistics: AttentionStatistics | None
     observed: Any = None
+    output: Tensor | None = None
 
 
 class Place:
@@ -78,14 +88,14 @@ class JointAnswer(Answer):
     """Joint attention that also answers requests.
 
     One object serves all layers with the same requests: `torch.compile` of single blocks then needs no graph
-    per layer. With `maps_only`, for the last layer of a forward that stops early, no output is computed: what
-    the block gets back has the right shape, and nothing reads it.
+    per layer. For the `last` layer of a forward that stops early, only what the requests need is computed:
+    what the block gets back has the right shape, and nothing reads it.
     """
 
-    def __init__(self, requests: tuple[LayerRequest, ...], place: Place, *, maps_only: bool = False) -> None:
+    def __init__(self, requests: tuple[LayerRequest, ...], place: Place, *, last: bool = False) -> None:
         self.requests = requests
         self.place = place
-        self.maps_only = maps_only
+        self.last = last
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
@@ -102,13 +112,14 @@ class JointAnswer(Answer):
         image_key, text_key = layout.split(key.to(value.dtype))
         image_value, text_value = layout.split(value)
         projections = Projections(image_query, image_key, image_value, text_query, text_key, text_value)
-        if self.maps_only:
+        if self.last and not any(request.output for request in self.requests):
             return query, tuple(_answer(request, projections, layout, scale) for request in self.requests)
-        return self._attend(projections, layout, scale)
+        attention, results = self._attend(projections, layout, scale)
+        return query if self.last else layout.join(attention.image, attention.text), results
 
     def _attend(
         self, all_tokens: Projections, layout: Layout, scale: float | None
-    ) -> tuple[Tensor, tuple[LayerResult, ...]]:
+    ) -> tuple[JointAttention, tuple[LayerResult, ...]]:
         edited = None
         for request in self.requests:
             if request.edit_text_value is not None:
@@ -120,13 +131,16 @@ class JointAnswer(Answer):
             key=p.key[:, : layout.generated],
             value=p.value[:, : layout.generated],
         )
-        observed = [None if r.observe is None else r.observe(generated) for r in self.requests]
+        observed = [
+            None if r.observe is None or self.last else r.observe(generated) for r in self.requests
+        ]
+        text_rows = not self.last or any(request.needs_text_rows for request in self.requests)
         first = next((request for request in self.requests if request.maps is not None), LayerRequest())
         attention = joint_attention(
             p.query,
             p.key,
             p.value,
-            p.text_query,
+            p.text_query if text_rows else None,
             p.text_key,
             p.text_value,
             scale=scale,
@@ -146,7 +160,8 @@ class JointAnswer(Answer):
             elif request.maps is not None:
                 maps = _answer(LayerRequest(maps=request.maps), p, layout, scale).maps
             statistics = attention.statistics if request.statistics else None
-            results.append(LayerResult(maps, _statistics_of_generated(statistics, layout), seen))
+            output = image[:, : layout.generated].flatten(2) if request.output else None
+            results.append(LayerResult(maps, _statistics_of_generated(statistics, layout), seen, output))
         return layout.join(image, attention.text), tuple(results)
 
 

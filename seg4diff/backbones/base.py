@@ -111,8 +111,9 @@ class BlockList:
     Attributes:
         name: of the `ModuleList` in the transformer.
         returns: the arguments of a block's forward that it returns changed, in its order.
-        unneeded: submodules, by dotted name, whose output the block's own image-to-text map does not depend
-            on. Those that a block does not have are ignored.
+        unneeded: submodules, by dotted name, whose output neither the block's own image-to-text map nor the
+            attention output of its image tokens depends on. Those that a block does not have are ignored.
+        values: those that the attention output needs and the map does not.
         text_queries: those that only the text rows need, which statistics count.
         attention: name of the joint attention in a block.
     """
@@ -120,6 +121,7 @@ class BlockList:
     name: str
     returns: tuple[str, ...]
     unneeded: tuple[str, ...]
+    values: tuple[str, ...] = ("attn.to_v", "attn.add_v_proj")
     text_queries: tuple[str, ...] = ("attn.add_q_proj",)
     attention: str = "attn"
 

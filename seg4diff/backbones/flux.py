@@ -150,14 +150,12 @@ def generated_grid(ids: Tensor) -> tuple[int, int]:
 _DOUBLE = BlockList(
     "transformer_blocks",
     returns=("encoder_hidden_states", "hidden_states"),
-    unneeded=(
-        "ff", "ff_context", "attn.to_v", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out",
-    ),
-)  # fmt: skip
+    unneeded=("ff", "ff_context", "attn.to_out.0", "attn.to_add_out"),
+)
 _SINGLE = BlockList(
     "single_transformer_blocks",
     returns=("encoder_hidden_states", "hidden_states"),
-    unneeded=("proj_mlp", "act_mlp", "proj_out", "attn.to_v"),
+    unneeded=("proj_mlp", "act_mlp", "proj_out"),
 )
 
 _FLUX_DEV = {

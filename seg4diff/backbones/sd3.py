@@ -127,10 +127,7 @@ BACKBONE = StableDiffusion3(
         BlockList(
             "transformer_blocks",
             returns=("encoder_hidden_states", "hidden_states"),
-            unneeded=(
-                "attn2", "ff", "ff_context",
-                "attn.to_v", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out",
-            ),
+            unneeded=("attn2", "ff", "ff_context", "attn.to_out.0", "attn.to_add_out"),
         ),
     ),
     guidance="one forward",

@@ -38,7 +38,7 @@ def adapted_modules(
     for index, entry in enumerate(backbone.block_lists(transformer)):
         attention = blocks[index].get_submodule(entry.attention)
         # In a forward that stops at a layer, what its map does not depend on gets no gradient there.
-        unneeded = {name.removeprefix(f"{entry.attention}.") for name in entry.unneeded}
+        unneeded = {name.removeprefix(f"{entry.attention}.") for name in entry.unneeded + entry.values}
         inside = {name for name, module in attention.named_modules() if isinstance(module, nn.Linear)}
         unknown -= inside
         if lora.blocks and index not in lora.blocks:

@@ -109,7 +109,7 @@ def model_inputs(
     *,
     steps: int,
     noise_levels: Sequence[int],
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = 1,
     known_text: Mapping[str, dict[str, Tensor]] | None = None,
@@ -125,8 +125,8 @@ def model_inputs(
         prompts: for each image its prompts, at least one.
         steps: length of the noise schedule.
         noise_levels: steps that are left of the schedule, 1 to `steps`.
-        seed: every image's noise is drawn from a generator of this seed (0 when None), so that a result does
-            not depend on the rest of the list.
+        seed: every image's noise is drawn from a generator of this seed (0 when None), or of its own where
+            each image has one, so that a result does not depend on the rest of the list.
         generator: draws the noise of one image after the other instead.
         batch_size: images of equal size, and (image, prompt) pairs, that run together.
         known_text: prompts that need no encoding: for each the result of `Backbone.encode_text`, without the
@@ -141,11 +141,12 @@ def model_inputs(
         raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
     if seed is not None and generator is not None:
         raise ValueError("seed and generator are both given; give one")
+    seeds = list(seed) if isinstance(seed, Sequence) else [0 if seed is None else seed] * len(views)
     text = _encode(backbone, pipe, prompts, batch_size, {} if known_text is None else known_text)
     for batch in _batches(views, batch_size):
         pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
         latents = backbone.latents(pipe, pixels).float()
-        noise = _noise(latents, seed, generator)
+        noise = _noise(latents, [seeds[i] for i in batch], generator)
         pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
         for level in noise_levels:
             sigma = backbone.sigma(pipe, latents, steps, -level)
@@ -204,7 +205,7 @@ def _as_tensor(pixels: Image.Image) -> Tensor:
     return rearrange(data, "h w c -> c h w").float() / 127.5 - 1.0
 
 
-def _noise(latents: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:
+def _noise(latents: Tensor, seeds: Sequence[int], generator: torch.Generator | None) -> Tensor:
     """Float32 noise, drawn on the CPU unless `generator` is on another device: the same on every device."""
 
     def draw(source: torch.Generator) -> Tensor:
@@ -213,5 +214,6 @@ def _noise(latents: Tensor, seed: int | None, generator: torch.Generator | None)
     if generator is not None:
         rows = [draw(generator) for _ in latents]
     else:
-        rows = [draw(torch.Generator().manual_seed(0 if seed is None else seed))] * len(latents)
+        by_seed = {seed: draw(torch.Generator().manual_seed(seed)) for seed in dict.fromkeys(seeds)}
+        rows = [by_seed[seed] for seed in seeds]
     return torch.stack(rows).to(latents.device)

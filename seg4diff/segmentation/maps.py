@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seg4diff.attention.maps import maps_of
+from seg4diff.attention.maps import maps_and_outputs, maps_of
 from seg4diff.attention.patch import patch_of
 from seg4diff.backbones import Pipeline
 from seg4diff.kernels.types import MapRequest
@@ -27,6 +27,8 @@ class ImageMaps:
         grid: height and width of the image tokens, N = height * width.
         noise_level: steps that are left of the noise schedule.
         timestep: the model's timestep at that level.
+        outputs: for each of its prompts [L', N, H D], dtype of the model, the attention outputs of the layers
+            that were asked for them; None where none was.
     """
 
     index: int
@@ -34,6 +36,7 @@ class ImageMaps:
     grid: tuple[int, int]
     noise_level: int
     timestep: float
+    outputs: tuple[Tensor, ...] | None = None
 
 
 @torch.no_grad()
@@ -44,9 +47,10 @@ def run_maps(
     *,
     layers: Sequence[int] | int | None = None,
     maps: MapRequest,
+    output_layers: Sequence[int] = (),
     noise_levels: Sequence[int] | None = None,
     steps: int | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = 1,
     progress: bool | None = None,
@@ -54,7 +58,7 @@ def run_maps(
 ) -> Iterator[ImageMaps]:
     """Attention maps of every image under each of its prompts, once per noise level, in any order.
 
-    The model runs up to the last of `layers` and no further.
+    The model runs up to the last of `layers` and `output_layers` and no further.
 
     Args:
         pipe: a pipeline.
@@ -62,6 +66,7 @@ def run_maps(
         prompts: for each image its prompts, at least one.
         layers: layers to read; the model's expert layers when None.
         maps: which columns, scores and heads.
+        output_layers: layers whose attention outputs to return too, ascending.
         noise_levels: steps that are left of the schedule of `steps` steps; that of the model family when
             None.
         steps: length of the noise schedule; that of the model family when None.
@@ -77,7 +82,7 @@ def run_maps(
     own_steps, own_level = state.backbone.noise
     steps = own_steps if steps is None else steps
     noise_levels = (own_level,) if noise_levels is None else noise_levels
-    found: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    found: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
     try:
         with progress_bar(pipe, len(views) * len(noise_levels), progress) as bar:
             for inputs in model_inputs(
@@ -91,15 +96,27 @@ def run_maps(
                 batch_size=batch_size,
                 known_text=known_text,
             ):
-                layer_maps = maps_of(pipe.transformer, chosen, maps, inputs.arguments)  # [L, rows, ...]
+                outputs = None
+                if output_layers:
+                    layer_maps, outputs = maps_and_outputs(
+                        pipe.transformer, chosen, maps, inputs.arguments, output_layers
+                    )
+                else:
+                    layer_maps = maps_of(pipe.transformer, chosen, maps, inputs.arguments)  # [L, rows, ...]
                 height, width = state.backbone.read_call(state.transformer, inputs.arguments).grid
                 for row, index in enumerate(inputs.images):
                     key = (inputs.noise_level, index)
-                    found[key].append(layer_maps[:, row])
+                    found[key].append((layer_maps[:, row], None if outputs is None else outputs[:, row]))
                     if len(found[key]) == len(prompts[index]):
                         bar.update()
+                        of_maps, of_outputs = zip(*found.pop(key), strict=True)
                         yield ImageMaps(
-                            index, tuple(found.pop(key)), (height, width), inputs.noise_level, inputs.timestep
+                            index,
+                            of_maps,
+                            (height, width),
+                            inputs.noise_level,
+                            inputs.timestep,
+                            of_outputs if output_layers else None,
                         )
     except torch.OutOfMemoryError as error:
         width, height = views[0].pixels.size

@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 import seg4diff
-from seg4diff.attention.maps import maps_of
+from seg4diff.attention.maps import maps_and_outputs, maps_of
 from seg4diff.backbones import families, find_backbone
 from seg4diff.kernels.types import MapRequest
 from tests.support.compiling import compile_counter
-from tests.support.families import FAMILIES, Family, attention_calls, every_family, exact_maps
+from tests.support.families import (
+    FAMILIES,
+    Family,
+    attention_calls,
+    every_family,
+    exact_maps,
+    exact_outputs,
+)
 
 
 def sample_of(transformer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -97,6 +104,32 @@ def test_stopping_after_any_layer(family: Family) -> None:
         assert ran == list(range(layer + 1))
         expected = torch.stack([exact[number] for number in chosen])
         torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-8)
+    assert torch.equal(sample_of(transformer, inputs), stock)
+
+
+@every_family
+@torch.no_grad()
+def test_outputs_and_maps_of_one_early_stop(family: Family) -> None:
+    """Every output layer, also behind the maps, before them and the same; the model is left as it was."""
+    transformer, inputs = family.transformer(), family.inputs()
+    stock, exact = sample_of(transformer, inputs), exact_maps(family, transformer, inputs)
+    outputs = exact_outputs(family, transformer, inputs)
+    blocks = find_backbone(transformer).blocks(transformer)
+    for layers, wanted in (([1], [1, 2]), ([2], [0]), ([0], [0]), ([0, 2], range(family.layers))):
+        ran: list[int] = []
+        for number, block in enumerate(blocks):
+            block.forward = counted(block.forward, number, ran)
+        maps, found = maps_and_outputs(transformer, layers, MapRequest(heads="each"), inputs, wanted)
+        for block in blocks:
+            del block.forward
+        assert ran == list(range(max(*layers, *wanted) + 1))
+        expected = torch.stack([exact[layer] for layer in layers])
+        torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-8)
+        expected = torch.stack([outputs[layer] for layer in wanted])
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * scale)
+    for other in (outputs[0], outputs[1].flip(0), outputs[1].flip(1), outputs[1].flip(2)):
+        assert float((outputs[1] - other).abs().max()) > 1e-2 * scale
     assert torch.equal(sample_of(transformer, inputs), stock)
 
 

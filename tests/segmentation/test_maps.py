@@ -52,6 +52,30 @@ def test_levels_layers_and_prompts_are_those_of_runs_apart(pipe: Any, heads: Any
         assert (a / b - 1).abs().max() > 1e-2
 
 
+def test_outputs_and_seeds_are_those_of_runs_apart(pipe: Any) -> None:
+    """Outputs of every image, prompt and layer; and images that have seeds of their own."""
+    views = views_of(pipe, IMAGES, "aspect")
+    options: dict[str, Any] = {"maps": MapRequest(), "layers": 1, "output_layers": [0, 2], "progress": False}
+    together = {
+        found.index: found for found in run_maps(pipe, views, PROMPTS, seed=[3, 4, 5], batch_size=2, **options)
+    }
+    for index, prompts in enumerate(PROMPTS):
+        (alone,) = run_maps(pipe, [views[index]], [prompts], seed=3 + index, **options)
+        (other,) = run_maps(pipe, [views[index]], [prompts], seed=4 + index, **options)
+        outputs, apart, wrong = together[index].outputs, alone.outputs, other.outputs
+        assert outputs is not None
+        assert apart is not None
+        assert wrong is not None
+        for number in range(len(prompts)):
+            assert outputs[number].shape == (2, outputs[number].shape[1], 16)
+            torch.testing.assert_close(outputs[number], apart[number], rtol=1e-4, atol=1e-6)
+            assert (outputs[number] - wrong[number]).abs().max() > 1e-3
+        torch.testing.assert_close(together[index].maps[0], alone.maps[0], rtol=1e-4, atol=0)
+        assert (outputs[0][0] - outputs[0][1]).abs().max() > 1e-3
+    (without,) = run_maps(pipe, views[:1], PROMPTS[:1], maps=MapRequest(), layers=1, progress=False)
+    assert without.outputs is None
+
+
 @pytest.mark.parametrize(
     ("levels", "steps", "message"),
     [

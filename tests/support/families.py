@@ -94,3 +94,25 @@ def exact_maps(family: Family, transformer: Any, inputs: dict[str, Any]) -> list
         scores = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
         maps.append(scores.softmax(dim=-1)[:, :, family.image, family.text])
     return maps
+
+
+def exact_outputs(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Attention outputs [B, 24, H D] of the image tokens in every layer of a stock forward, in float64."""
+    outputs = []
+    stock = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        if query.shape[2] == key.shape[2] == family.tokens:
+            q, k, v = query.double(), key.double(), value.double()
+            exact = (q @ k.mT / query.shape[-1] ** 0.5).softmax(dim=-1) @ v
+            outputs.append(exact[:, :, family.image].transpose(1, 2).flatten(2))
+        return stock(query, key, value, **kwargs)
+
+    F.scaled_dot_product_attention = spy
+    try:
+        with torch.no_grad():
+            transformer(**inputs)
+    finally:
+        F.scaled_dot_product_attention = stock
+    assert len(outputs) == family.layers
+    return outputs
