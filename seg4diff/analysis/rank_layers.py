@@ -1,4 +1,4 @@
-"""Which layers segment best: by the size of their values, or measured on labelled images."""
+"""Which layers segment best: measured on labelled images, or guessed without labels."""
 
 from __future__ import annotations
 
@@ -21,17 +21,24 @@ from seg4diff.files import write_atomically
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.metrics import confusion_matrix, counts_of
-from seg4diff.segmentation.inputs import check_levels, views_of
-from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.inputs import View, check_levels, views_of
+from seg4diff.segmentation.layers import information_of_layers
+from seg4diff.segmentation.maps import ImageMaps, run_maps
 from seg4diff.segmentation.presets import Upsample, find_preset
-from seg4diff.segmentation.prompts import plan_prompts
+from seg4diff.segmentation.prompts import PlannedPrompt, plan_prompts
 from seg4diff.segmentation.scores import resize_scores, scores_of_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-Criterion = Literal["value_norm_ratio", "miou"]
+Criterion = Literal["value_norm_ratio", "mutual_information", "miou"]
+
+_TITLES: dict[Criterion, str] = {
+    "value_norm_ratio": "value-norm ratio",
+    "mutual_information": "mutual information (nats)",
+    "miou": "mIoU",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +46,9 @@ class Ranking:
     """Layers and how well each segments.
 
     Attributes:
-        criterion: `"value_norm_ratio"`: norm of the prompt's values over that of the image's, a guess
-            without labels. `"miou"`: mean intersection over union of segmentation by that layer alone,
-            measured.
+        criterion: `"miou"`: mean intersection over union of segmentation by that layer alone, measured.
+            `"mutual_information"`: of place and name, in nats, a guess without labels. `"value_norm_ratio"`:
+            norm of the prompt's values over that of the image's, a poor guess without names.
         layers: the layers compared, in the order of `scores`.
         noise_levels: steps that are left of the noise schedule.
         timesteps: the model's timestep at each level.
@@ -74,9 +81,7 @@ class Ranking:
 
         percent = self.criterion == "miou"
         table = Table(
-            title="mIoU in % by layer and steps left"
-            if percent
-            else "value-norm ratio by layer and steps left",
+            title=f"{_TITLES[self.criterion]}{' in %' if percent else ''} by layer and steps left",
             caption=f"{self.images} image{'s' if self.images != 1 else ''}",
         )
         table.add_column("layer", justify="right")
@@ -90,7 +95,7 @@ class Ranking:
     def plot(self) -> Figure:
         """Scores over layers, a line for every noise level."""
         lines = {f"{n} steps left": s for n, s in zip(self.noise_levels, self.scores, strict=True)}
-        return plots.lines(self.layers, lines, "mIoU" if self.criterion == "miou" else "value-norm ratio")
+        return plots.lines(self.layers, lines, _TITLES[self.criterion])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything as JSON; the file appears whole or not at all."""
@@ -122,79 +127,99 @@ def rank_layers(
     batch_size: int = 1,
     progress: bool | None = None,
 ) -> Ranking:
-    """Rank layers by how well their image-to-text attention should segment, or does.
+    """Rank layers by how well their image-to-text attention segments.
 
-    Without labels, by the norm of the prompt's values over that of the image's (Seg4Diff, section 3.3): a
-    layer that writes more text into image tokens than image is a candidate. With labels, every layer segments
-    every image at every noise level, from one forward per level, as `seg4diff.segment` does with the names
-    that are in the image (the sweep of the paper's figure 8).
+    With labels, every layer segments every image at every noise level, from one forward per level, as
+    `seg4diff.segment` does with the names that are in the image (the sweep of the paper's figure 8).
+
+    With names and no labels, by the mutual information of place and name in a layer's maps, by which
+    `seg4diff.segment` chooses with `layers="auto"`.
+
+    With prompts alone, by the norm of the prompt's values over that of the image's (Seg4Diff, section 3.3): a
+    layer that writes more text into image tokens than image is a candidate. This is a poor guess: it ranks
+    the expert of the bundled model, layer 2, fourth of six.
 
     Args:
         pipe: a pipeline.
-        prompts: without labels, as in `seg4diff.analyze`.
-        images: needed with labels.
+        prompts: instead of names, as in `seg4diff.analyze`.
+        images: needed with names.
         labels: for each image integers [height, width], an index into its classes; 255 does not count.
         classes: for each image the names of its classes, which make up its prompt.
         layers: the layers to compare; all when None.
         noise_levels, steps, preset, seed, batch_size, progress: as in `seg4diff.analyze`.
 
     Raises:
-        ValueError: labels without images or classes, numbers or sizes that do not match, or what
-            `seg4diff.analyze` refuses.
+        ValueError: labels or classes without images, labels without classes, numbers or sizes that do not
+            match, or what `seg4diff.analyze` refuses.
     """
-    if labels is None:
-        if classes is not None:
-            raise ValueError("classes are given without labels; give both to measure, or prompts to guess")
-        report = analyze(
+    if labels is None and classes is None:
+        return _by_value_norms(
             pipe, prompts, images=images, layers=layers, noise_levels=noise_levels, steps=steps,
             preset=preset, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        return Ranking(
-            criterion="value_norm_ratio",
-            layers=report.layers,
-            noise_levels=report.noise_levels,
-            timesteps=report.timesteps,
-            scores=report.by_layer.value_norm_ratio,
-            images=report.images,
-        )
     if images is None or classes is None:
-        raise ValueError("labels need images and the names of their classes: give images= and classes=")
+        raise ValueError("images, and the names of their classes, are needed: give images= and classes=")
     if prompts is not None:
-        raise ValueError("prompts are made of the names in classes= where labels are given; leave them out")
-    return _measure(
-        pipe, images, labels, classes,
-        layers=layers, noise_levels=noise_levels, steps=steps, preset=preset, seed=seed,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _measure(
-    pipe: Pipeline,
-    images: ImageInput | Sequence[ImageInput],
-    labels: Sequence[Tensor | np.ndarray],
-    classes: Sequence[Sequence[str]],
-    *,
-    layers: Sequence[int] | int | None,
-    noise_levels: Sequence[int],
-    steps: int,
-    preset: str,
-    seed: int,
-    batch_size: int,
-    progress: bool | None,
-) -> Ranking:
-    """mIoU over all images of every layer at every noise level."""
+        raise ValueError("prompts are made of the names where classes are given; leave prompts out")
     state = patch_of(pipe)
     chosen = state.layers(layers)
     check_levels(noise_levels, steps)
     choices = find_preset(preset)
     given, _ = as_list(images)
-    if not len(given) == len(labels) == len(classes):
-        raise ValueError(
-            f"{len(given)} images, {len(labels)} labels and {len(classes)} lists of classes; "
-            "give one of each for every image"
-        )
+    if len(given) != len(classes):
+        raise ValueError(f"{len(given)} images and {len(classes)} lists of classes; give one for every image")
+    span = state.backbone.name_span(pipe)
     views = views_of(pipe, given, choices.fit)
+    plans = [plan_prompts(several, span, cut_at_hyphen=choices.cut_at_hyphen) for several in classes]
+    shape = (len(noise_levels), len(chosen))
+    tally: _Information | _Confusion = _Information(*shape)
+    if labels is not None:
+        truths = _checked_labels(labels, views, classes, preset)
+        tally = _Confusion(*shape, truths, classes, choices.upsample)
+    timesteps = [float("nan")] * len(noise_levels)
+    for found in run_maps(
+        pipe, views, [[prompt.text for prompt in plan] for plan in plans],
+        layers=chosen, maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
+        noise_levels=noise_levels, steps=steps, seed=seed, batch_size=batch_size, progress=progress,
+    ):  # fmt: skip
+        level = noise_levels.index(found.noise_level)
+        timesteps[level] = found.timestep
+        tally.add(level, found, plans[found.index])
+    return Ranking(
+        criterion="mutual_information" if labels is None else "miou",
+        layers=chosen,
+        noise_levels=tuple(noise_levels),
+        timesteps=tuple(timesteps),
+        scores=tally.scores(),
+        images=len(given),
+    )
+
+
+def _by_value_norms(pipe: Any, prompts: str | Sequence[str] | None, **options: Any) -> Ranking:
+    report = analyze(pipe, prompts, **options)
+    return Ranking(
+        criterion="value_norm_ratio",
+        layers=report.layers,
+        noise_levels=report.noise_levels,
+        timesteps=report.timesteps,
+        scores=report.by_layer.value_norm_ratio,
+        images=report.images,
+    )
+
+
+def _checked_labels(
+    labels: Sequence[Tensor | np.ndarray],
+    views: Sequence[View],
+    classes: Sequence[Sequence[str]],
+    preset: str,
+) -> list[Tensor]:
+    """The labels as tensors.
+
+    Raises:
+        ValueError: their number, size or values do not fit the images and classes.
+    """
+    if len(labels) != len(views):
+        raise ValueError(f"{len(views)} images and {len(labels)} labels; give one for every image")
     truths = [torch.as_tensor(np.asarray(label)) for label in labels]
     for number, (view, truth) in enumerate(zip(views, truths, strict=True)):
         if tuple(truth.shape) != (view.image.height, view.image.width):
@@ -209,46 +234,55 @@ def _measure(
                 f"labels[{number}] reach from {int(truth.min())} to {largest}, but classes[{number}] names "
                 f"{len(classes[number])}; accepted: indices of them, and 255 for what does not count"
             )
-    span = state.backbone.name_span(pipe)
-    names = list(dict.fromkeys(name for several in classes for name in several))
-    plans = [plan_prompts(several, span, cut_at_hyphen=choices.cut_at_hyphen) for several in classes]
-    confusion = torch.zeros(len(noise_levels), len(chosen), len(names), len(names), dtype=torch.int64)
-    timesteps = [float("nan")] * len(noise_levels)
-    for found in run_maps(
-        pipe,
-        views,
-        [[prompt.text for prompt in plan] for plan in plans],
-        layers=chosen,
-        maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
-        noise_levels=noise_levels,
-        steps=steps,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    ):
-        level = noise_levels.index(found.noise_level)
-        timesteps[level] = found.timestep
-        scores = scores_of_names(found.maps, plans[found.index], found.grid)  # [L, names, h, w]
-        own = torch.tensor([names.index(name) for name in classes[found.index]])
-        confusion[level] += _confusions(scores, truths[found.index], own, len(names), choices.upsample)
-    miou = [
-        [counts_of(confusion[n, p]).mean_iou for p in range(len(chosen))] for n in range(len(noise_levels))
-    ]
-    return Ranking(
-        criterion="miou",
-        layers=chosen,
-        noise_levels=tuple(noise_levels),
-        timesteps=tuple(timesteps),
-        scores=torch.tensor(miou, dtype=torch.float64),
-        images=len(given),
-    )
+    return truths
 
 
-def _confusions(scores: Tensor, truth: Tensor, own: Tensor, classes: int, upsample: Upsample) -> Tensor:
-    """Confusion matrices [L, classes, classes] of one image, from scores [L, names, h, w]."""
-    counted = truth != 255
-    size = (truth.shape[0], truth.shape[1])
-    labels = [resize_scores(layer.cpu(), size, upsample).argmax(dim=0) for layer in scores]
-    # Numbers of the whole list of classes, among which 255 is one like any other.
-    actual = torch.where(counted, own[truth.long() * counted], -1)
-    return torch.stack([confusion_matrix(own[label], actual, classes, ignored=-1) for label in labels])
+class _Information:
+    """Mutual information of place and name: sum over images, by noise level and layer."""
+
+    def __init__(self, levels: int, layers: int) -> None:
+        self._sum = torch.zeros(levels, layers, dtype=torch.float64)
+        self._images = torch.zeros(levels, 1, dtype=torch.float64)
+
+    def add(self, level: int, found: ImageMaps, plan: Sequence[PlannedPrompt]) -> None:
+        self._sum[level] += information_of_layers(found.maps, plan).cpu()
+        self._images[level] += 1
+
+    def scores(self) -> Tensor:
+        """Mean over the images [levels, layers], float64."""
+        return self._sum / self._images
+
+
+class _Confusion:
+    """Confusion matrices of all images together, by noise level and layer."""
+
+    def __init__(
+        self,
+        levels: int,
+        layers: int,
+        truths: Sequence[Tensor],
+        classes: Sequence[Sequence[str]],
+        upsample: Upsample,
+    ) -> None:
+        names = list(dict.fromkeys(name for several in classes for name in several))
+        self._own = [torch.tensor([names.index(name) for name in several]) for several in classes]
+        self._truths = truths
+        self._upsample = upsample
+        self._matrices = torch.zeros(levels, layers, len(names), len(names), dtype=torch.int64)
+
+    def add(self, level: int, found: ImageMaps, plan: Sequence[PlannedPrompt]) -> None:
+        truth, own = self._truths[found.index], self._own[found.index]
+        counted = truth != 255
+        # Numbers of the whole list of classes, among which 255 is one like any other.
+        actual = torch.where(counted, own[truth.long() * counted], -1)
+        scores = scores_of_names(found.maps, plan, found.grid)  # [L, names, h, w]
+        size = (truth.shape[0], truth.shape[1])
+        for position, layer in enumerate(scores):
+            labels = resize_scores(layer.cpu(), size, self._upsample).argmax(dim=0)
+            classes = self._matrices.shape[-1]
+            self._matrices[level, position] += confusion_matrix(own[labels], actual, classes, ignored=-1)
+
+    def scores(self) -> Tensor:
+        """mIoU [levels, layers], float64."""
+        miou = [[counts_of(matrix).mean_iou for matrix in of_level] for of_level in self._matrices]
+        return torch.tensor(miou, dtype=torch.float64)

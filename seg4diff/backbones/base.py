@@ -183,6 +183,11 @@ class Backbone:
         entry = self.block_lists(transformer)[layer]
         return self.blocks(transformer)[layer].get_submodule(entry.attention)
 
+    def knows_experts(self, transformer: nn.Module) -> bool:
+        """Whether `expert_layers` is known."""
+        stored = transformer.config.get(EXPERTS_KEY)  # type: ignore[union-attr, operator]
+        return bool(stored) or len(self.blocks(transformer)) in self.experts
+
     def expert_layers(self, transformer: nn.Module) -> tuple[int, ...]:
         """The layers whose maps segment best: from the model's configuration, else known for this family.
 

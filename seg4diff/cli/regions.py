@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from seg4diff.cli.images import ImageOptions
+from seg4diff.cli.options import OptionalNumber, at_least_one
 from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
@@ -24,17 +25,19 @@ class Regions(ImageOptions):
     For each image NAME this writes NAME.png (the labels, with a palette), NAME-overlay.png (to look at) and
     what --formats asks for:
 
-        seg4diff regions kitchen.jpg --threshold 0.5
+        seg4diff regions kitchen.jpg --regions 5
     """
 
     out: Path = Path("regions-output")
     """Folder for what is written."""
     preset: PresetName = "default"
-    """How images are fitted to the model and attention is grouped: `default` by single heads, `paper` by
-    their mean, as the paper says, `reference` as its public code does."""
-    threshold: Annotated[float | None, tyro.conf.arg(metavar="NATS", help_behavior_hint="")] = None
-    """How different two attention maps may be that make up one region: smaller gives more regions. By default
-    that of the preset."""
+    """How images are fitted to the model and tokens are grouped: `default` clusters image tokens, `paper`
+    merges text tokens as the paper says, `reference` as its public code does."""
+    regions: OptionalNumber = None
+    """Number of regions, of presets that cluster image tokens; by default it is found for each image."""
+    threshold: Annotated[float | None, tyro.conf.arg(metavar="DISTANCE", help_behavior_hint="")] = None
+    """How different tokens of one region may be (`default`: Ward distance at 256 image tokens; others: nats):
+    smaller gives more regions. By default that of the preset."""
 
     def run(self) -> None:
         """Divide the images.
@@ -43,7 +46,8 @@ class Regions(ImageOptions):
             ValueError, FileNotFoundError: an option makes no sense, or an image is missing.
         """
         if self.threshold is not None and not self.threshold > 0:
-            raise ValueError(f"--threshold {self.threshold} must be a number above 0 (nats)")
+            raise ValueError(f"--threshold {self.threshold} must be a number above 0")
+        at_least_one(self, "regions")
         paths = self.checked_images()
 
         import seg4diff
@@ -57,6 +61,7 @@ class Regions(ImageOptions):
                 preset=self.preset,
                 layers=self.layers,
                 threshold=self.threshold,
+                regions=self.regions,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 progress=False,

@@ -18,7 +18,7 @@ from torch import Tensor
 from seg4diff.backbones.text import TextSpan
 from seg4diff.data.registry import Dataset
 from seg4diff.metrics import IGNORED
-from seg4diff.segmentation.grouping import winning_regions
+from seg4diff.segmentation.grouping import find_regions
 from seg4diff.segmentation.presets import Preset, Upsample
 from seg4diff.segmentation.prompts import PlannedPrompt, plan_prompts
 from seg4diff.segmentation.scores import resize_scores, scores_of_names
@@ -165,8 +165,8 @@ def predict(
 
     Args:
         question: what was asked.
-        maps: for each of its prompts the attention [N, T']; without names by layer [L, N, T'], or by layer
-            and head [L, H, N, T'], if that is what the preset groups.
+        maps: for each of its prompts the attention [N, T']; without names what the preset groups, by layer:
+            the attention [L, N, T'] or the attention outputs [L, N, C].
         grid: height h and width w of the image tokens, N = h * w.
         size: height and width of the picture.
         preset: how scores are resized, and how regions are grouped without names.
@@ -175,7 +175,7 @@ def predict(
         uint8 [height, width] on the CPU: positions in the data set's classes, or numbers of regions.
     """
     if question.protocol == "unsupervised":
-        regions = winning_regions(maps[0], grid=grid, grouping=preset.grouping)[:IGNORED]
+        regions = find_regions(maps[0], grid=grid, grouping=preset.grouping)[:IGNORED]
         _, winner = _winners(regions, size, "linear")
         return winner.to("cpu", torch.uint8)
     if not question.labels:  # nothing but background

@@ -60,7 +60,8 @@ from seg4diff.metrics import (
 )
 from seg4diff.segmentation.inputs import View, views_of
 from seg4diff.segmentation.maps import run_maps
-from seg4diff.segmentation.presets import Preset, find_preset
+from seg4diff.segmentation.presets import Clustering, Preset, find_preset
+from seg4diff.segmentation.regions import layers_behind
 from seg4diff.visualization import palette
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ class Evaluator:
         preset: that of the settings.
         protocols: by name.
         columns: the text columns that are read.
+        output_layers: the layers whose attention outputs are clustered into regions, if any.
         text: embeddings of prompts met lately.
     """
 
@@ -189,6 +191,7 @@ class Evaluator:
     preset: Preset
     protocols: Mapping[str, Protocol]
     columns: slice
+    output_layers: tuple[int, ...] = ()
     text: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict)
 
     def answer(self, pictures: Sequence[Loaded]) -> Iterator[Answer]:
@@ -205,14 +208,13 @@ class Evaluator:
         }
         prompts = {i: list(dict.fromkeys(_texts(questions[i].values()))) for i in counted}
         self._encode(list(dict.fromkeys(text for i in counted for text in prompts[i])))
-        # Names are read by the mean of the heads; regions of some presets are made of single heads.
-        apart = "unsupervised" in self.protocols and self.preset.grouping.heads == "each"
         for found in run_maps(
             self.pipe,
             [views[i] for i in counted],
             [prompts[i] for i in counted],
             layers=self.settings.layers,
-            maps=MapRequest(heads="each" if apart else "mean", columns=("text", self.columns)),
+            maps=MapRequest(columns=("text", self.columns)),
+            output_layers=self.output_layers,
             seed=self.settings.seed,
             batch_size=self.settings.batch_size,
             progress=False,
@@ -220,12 +222,13 @@ class Evaluator:
         ):
             i = counted[found.index]
             maps = dict(zip(prompts[i], found.maps, strict=True))
-            means = {text: m.mean(dim=(0, 1) if apart else 0) for text, m in maps.items()}
+            means = {text: m.mean(dim=0) for text, m in maps.items()}
+            grouped = maps if found.outputs is None else dict(zip(prompts[i], found.outputs, strict=True))
             image = views[i].image
             predicted = {
                 name: predict(
                     question,
-                    [(maps if name == "unsupervised" else means)[p.text] for p in question.prompts],
+                    [(grouped if name == "unsupervised" else means)[p.text] for p in question.prompts],
                     found.grid,
                     (image.height, image.width),
                     self.preset,
@@ -273,8 +276,13 @@ def make_evaluator(pipe: Pipeline, dataset: Dataset, settings: Settings) -> Eval
         )
         for name in settings.protocols
     }
+    clustered: tuple[int, ...] = ()
+    if "unsupervised" in protocols and isinstance(preset.grouping, Clustering):
+        clustered = chosen
+        if settings.layers is None:
+            clustered = layers_behind(chosen, preset.grouping, len(state.blocks))
     settings = replace(settings, layers=chosen)
-    return Evaluator(pipe, settings, preset, protocols, slice(0, span.first + span.length))
+    return Evaluator(pipe, settings, preset, protocols, slice(0, span.first + span.length), clustered)
 
 
 def evaluate(

@@ -1,13 +1,103 @@
-"""Grouping of text tokens by what they attend to: each group is a region (Seg4Diff, appendix A.4)."""
+"""Regions without names: clusters of image tokens, or text tokens merged by the places that read them."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
-from seg4diff.segmentation.presets import Grouping
+from seg4diff.segmentation.presets import Clustering, Grouping
+
+_ROWS = 256  # of a block of distances: 4 MiB for 4096 image tokens
+_CUT_TOKENS = 256  # to which `Clustering.threshold` refers
+
+
+def find_regions(read: Tensor, *, grid: tuple[int, int], grouping: Grouping | Clustering) -> Tensor:
+    """The regions of one image, those of most image tokens first.
+
+    Args:
+        read: for a `Clustering` attention outputs by layer [L, N, C], see `cluster_tokens`; for a `Grouping`
+            image-to-text attention by layer [L, N, T], of which the mean is taken, see `group_attention`.
+        grid: height h and width w of the image tokens, N = h * w.
+        grouping: how tokens become regions.
+
+    Returns:
+        [regions, h, w], float32, on the device of `read`: a region is where its own score is the largest, and
+        each is somewhere.
+
+    Raises:
+        ValueError, TypeError: as `cluster_tokens` and `group_attention`.
+    """
+    if isinstance(grouping, Clustering):
+        return cluster_tokens(read, grid=grid, clustering=grouping)
+    groups = group_attention(read.mean(dim=0), grid=grid, grouping=grouping)
+    wins = groups.flatten(1).argmax(dim=0).bincount(minlength=len(groups))
+    return groups[wins.argsort(descending=True, stable=True)[: int((wins > 0).sum())]]
+
+
+def cluster_tokens(outputs: Tensor, *, grid: tuple[int, int], clustering: Clustering) -> Tensor:
+    """Ward's clustering of image tokens by their attention outputs.
+
+    The outputs of a layer are centred and scaled to a mean squared norm of 1; layers count alike. Of N image
+    tokens it takes N^2 floating-point numbers of memory, whatever C is, and N^2 log N steps: 4096 tokens of
+    4608 channels take seconds on one thread.
+
+    Args:
+        outputs: attention outputs of one image by layer [L, N, C]; any floating dtype.
+        grid: height h and width w of the image tokens, N = h * w.
+        clustering: where the tree of clusters is cut.
+
+    Returns:
+        [regions, h, w], float32, on the device of `outputs`: 1.0 where a token is of the region, else 0.0;
+        the largest region first.
+
+    Raises:
+        ValueError: shapes do not fit, values are not finite, or more regions than image tokens are wanted.
+    """
+    tokens = grid[0] * grid[1]
+    if outputs.dim() != 3 or outputs.shape[1] != tokens or 0 in outputs.shape:
+        raise ValueError(
+            f"outputs have shape {list(outputs.shape)}; [layers, image tokens, channels] expected, with "
+            f"{grid[0]} x {grid[1]} = {tokens} image tokens"
+        )
+    if not bool(outputs.isfinite().all()):
+        raise ValueError(f"outputs hold {int((~outputs.isfinite()).sum())} values that are NaN or infinite")
+    count = clustering.regions
+    if count is not None and count > tokens:
+        raise ValueError(f"regions={count} is more than the {grid[0]} x {grid[1]} = {tokens} image tokens")
+    labels = np.zeros(tokens, np.int64)
+    if tokens > 1:
+        tree = linkage(_distances(outputs.detach()), "ward")
+        if count is None:
+            count = tokens - int((tree[:, 2] <= clustering.threshold * math.sqrt(tokens / _CUT_TOKENS)).sum())
+        tree[:, 2] = np.arange(1, tokens)  # the order of the merges, so that equal distances can be cut apart
+        labels = fcluster(tree, tokens - count, "distance") - 1
+    regions = F.one_hot(torch.from_numpy(labels).long()).T
+    regions = regions[regions.sum(dim=1).argsort(descending=True, stable=True)]
+    return rearrange(regions, "regions (h w) -> regions h w", h=grid[0]).to(outputs.device, torch.float32)
+
+
+def _distances(outputs: Tensor) -> np.ndarray:
+    """Distances of all pairs of tokens i < j, row by row: root of the mean over layers of their squares."""
+    tokens = outputs.shape[1]
+    squares = np.zeros(tokens * (tokens - 1) // 2)
+    for layer in outputs:
+        centred = layer.float() - layer.float().mean(dim=0)
+        norms = centred.square().sum(dim=1)
+        scale = float(norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) * len(outputs)
+        for first in range(0, tokens, _ROWS):
+            rows, later = slice(first, first + _ROWS), slice(first, tokens)
+            products = centred[rows] @ centred[later].T
+            block = (norms[rows, None] + norms[later] - 2 * products).clamp_min(0).cpu().numpy()
+            for row, values in enumerate(block, first):
+                start = row * tokens - row * (row + 1) // 2
+                squares[start : start + tokens - 1 - row] += values[row - first + 1 :] / scale
+    return np.sqrt(squares, out=squares)
 
 
 def group_attention(
@@ -16,7 +106,7 @@ def group_attention(
     grid: tuple[int, int],
     grouping: Grouping,
 ) -> Tensor:
-    """Merge the maps of text tokens that attend to the same places.
+    """Merge the maps of text tokens that attend to the same places (Seg4Diff, appendix A.4).
 
     Takes milliseconds. Runs in float64 on the CPU, whatever the device of `attention`, so that every device
     gives the same answer: whether two maps are merged must not depend on rounding.
@@ -51,33 +141,12 @@ def group_attention(
     if not bool(exact.isfinite().all()):
         raise ValueError(f"attention holds {int((~exact.isfinite()).sum())} values that are NaN or infinite")
     low, high = exact.aminmax(dim=1, keepdim=True)
-    exponents = ((exact - low) / (high - low + 1e-6) * grouping.sharpness).T.contiguous()  # [T, N]
+    exponents = ((exact - low) / (high - low + 1e-6)).T.contiguous()  # [T, N]
     distributions = exponents.softmax(dim=1)
     members = _merge(_divergence(distributions, exponents), grouping)  # [regions, T]
     weights = members / members.sum(dim=1, keepdim=True)
     groups = rearrange(weights @ distributions, "regions (h w) -> regions h w", h=height)
     return groups.to(device=attention.device, dtype=torch.float32)
-
-
-def winning_regions(maps: Tensor, *, grid: tuple[int, int], grouping: Grouping) -> Tensor:
-    """The groups of `group_attention` that win at least one image token; those that win most come first.
-
-    Most groups win nowhere, and of many heads there may be a thousand: not worth a score for every pixel.
-
-    Args:
-        maps: by layer [L, N, T], or by layer and head [L, H, N, T] for a grouping that keeps heads apart.
-        grid, grouping: as in `group_attention`.
-
-    Returns:
-        [regions, h, w], as `group_attention`.
-
-    Raises:
-        ValueError, TypeError: as `group_attention`.
-    """
-    columns = rearrange(maps, "l heads n t -> n (l heads t)") if maps.dim() == 4 else maps.mean(dim=0)
-    groups = group_attention(columns, grid=grid, grouping=grouping)
-    wins = groups.flatten(1).argmax(dim=0).bincount(minlength=len(groups))
-    return groups[wins.argsort(descending=True, stable=True)[: int((wins > 0).sum())]]
 
 
 def _divergence(distributions: Tensor, exponents: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from seg4diff.backbones import Pipeline
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.inputs import View, views_of
+from seg4diff.segmentation.layers import LayerChoice, layer_groups
 from seg4diff.segmentation.maps import ImageMaps, run_maps
 from seg4diff.segmentation.presets import PresetName, Upsample, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt, names_for_each, plan_prompts
@@ -29,7 +30,7 @@ def segment(  # type: ignore[overload-overlap]  # a str is a sequence of str, an
     classes: Sequence[str],
     *,
     preset: PresetName = ...,
-    layers: Sequence[int] | int | None = ...,
+    layers: LayerChoice = ...,
     seed: int | None = ...,
     generator: torch.Generator | None = ...,
     batch_size: int = ...,
@@ -42,7 +43,7 @@ def segment(
     classes: Sequence[str] | Sequence[Sequence[str]],
     *,
     preset: PresetName = ...,
-    layers: Sequence[int] | int | None = ...,
+    layers: LayerChoice = ...,
     seed: int | None = ...,
     generator: torch.Generator | None = ...,
     batch_size: int = ...,
@@ -55,7 +56,7 @@ def segment(
     classes: Sequence[str] | Sequence[Sequence[str]],
     *,
     preset: PresetName = ...,
-    layers: Sequence[int] | int | None = ...,
+    layers: LayerChoice = ...,
     seed: int | None = ...,
     generator: torch.Generator | None = ...,
     batch_size: int = ...,
@@ -67,7 +68,7 @@ def segment(
     classes: Sequence[str] | Sequence[Sequence[str]],
     *,
     preset: PresetName = "default",
-    layers: Sequence[int] | int | None = None,
+    layers: LayerChoice = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = 1,
@@ -87,7 +88,10 @@ def segment(
             to it geometrically, which keeps strong words from bleeding over their edges. `"paper"`: on its
             central square, resized linearly; the result covers that square. `"reference"`: as the paper's
             public code does it, squashed to a square, names cut at the first hyphen.
-        layers: transformer blocks whose maps are averaged; the model's expert layers when None.
+        layers: transformer blocks whose maps are averaged; the model's expert layers when None. `"auto"`, and
+            None where no expert is known: at most three layers, chosen for each image by the mutual
+            information of place and name in its maps. That costs one more forward per image, through all
+            layers: for many images, take the layers of one from its result's `metadata["layers"]`.
         seed: seed of the noise; 0 when neither it nor `generator` is given, so that results repeat.
         generator: draws the noise instead, for one image after the other.
         batch_size: images (and prompts) that run together.
@@ -108,7 +112,6 @@ def segment(
     choices = find_preset(preset)
     images, single = as_list(image)
     names = names_for_each(classes, len(images))
-    used = state.layers_or_experts(layers)
     span = state.backbone.name_span(pipe)
     plans = {
         per_image: plan_prompts(per_image, span, cut_at_hyphen=choices.cut_at_hyphen)
@@ -116,32 +119,34 @@ def segment(
     }
     views = views_of(pipe, images, choices.fit)
     results: list[Segmentation | None] = [None] * len(images)
-    for found in run_maps(
-        pipe,
-        views,
-        [[prompt.text for prompt in plans[per_image]] for per_image in names],
-        layers=used,
-        maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
-        seed=seed,
-        generator=generator,
-        batch_size=batch_size,
-        progress=progress,
-    ):
-        per_image = names[found.index]
-        results[found.index] = _segmentation(
-            found,
-            views[found.index],
-            per_image,
-            plans[per_image],
-            choices.upsample,
-            {
-                "preset": preset,
-                "layers": used,
-                "timestep": found.timestep,
-                "prompts": [prompt.text for prompt in plans[per_image]],
-                "seed": None if generator is not None else seed or 0,
-            },
-        )
+    planned = [plans[per_image] for per_image in names]
+    for used, members in layer_groups(pipe, views, planned, layers, seed=seed, batch_size=batch_size):
+        for found in run_maps(
+            pipe,
+            [views[index] for index in members],
+            [[prompt.text for prompt in planned[index]] for index in members],
+            layers=used,
+            maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
+            seed=seed,
+            generator=generator,
+            batch_size=batch_size,
+            progress=progress,
+        ):
+            index = members[found.index]
+            results[index] = _segmentation(
+                found,
+                views[index],
+                names[index],
+                planned[index],
+                choices.upsample,
+                {
+                    "preset": preset,
+                    "layers": used,
+                    "timestep": found.timestep,
+                    "prompts": [prompt.text for prompt in planned[index]],
+                    "seed": None if generator is not None else seed or 0,
+                },
+            )
     finished = [result for result in results if result is not None]
     return finished[0] if single else finished
 

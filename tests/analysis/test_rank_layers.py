@@ -1,4 +1,4 @@
-"""The sweep over layers and noise levels against segmenting layer by layer; the guess by value norms."""
+"""The sweep over layers and noise levels against segmenting layer by layer; the guesses without labels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from PIL import Image
 
 import seg4diff
 from seg4diff.analysis import Ranking, analyze, rank_layers
+from seg4diff.backbones import find_backbone
+from seg4diff.images import as_list
+from seg4diff.kernels.types import MapRequest
 from seg4diff.metrics import confusion_matrix, counts_of
 from tests.support.images import random_image
 
@@ -67,6 +70,45 @@ def test_without_labels_by_value_norms(pipe: Any) -> None:
     assert list(ranking.order) == best_of_each.argsort(descending=True).tolist()
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_without_labels_by_mutual_information(pipe: Any, scenes: dict[str, Any], batch_size: int) -> None:
+    """The mean over images of what `layers="auto"` looks at."""
+    from seg4diff.segmentation.inputs import views_of
+    from seg4diff.segmentation.layers import information_of_layers
+    from seg4diff.segmentation.maps import run_maps
+    from seg4diff.segmentation.prompts import plan_prompts
+
+    given = {name: scenes[name] for name in ("images", "classes")}
+    ranking = rank_layers(pipe, **given, layers=[0, 2], noise_levels=[8, 20], batch_size=batch_size)
+    assert ranking.criterion == "mutual_information"
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    images, _ = as_list(scenes["images"])
+    for view, names in zip(views_of(pipe, images, "aspect"), scenes["classes"], strict=True):
+        plan = plan_prompts(names, find_backbone(pipe).name_span(pipe))
+        for found in run_maps(
+            pipe, [view], [[plan[0].text]], layers=[0, 2], maps=MapRequest(), noise_levels=[8, 20]
+        ):
+            expected[[8, 20].index(found.noise_level)] += information_of_layers(found.maps, plan) / 3
+    assert torch.allclose(ranking.scores, expected, rtol=1e-4)
+    assert len(set(ranking.scores.flatten().tolist())) == 4
+
+
+def test_guesses_on_the_demo_model() -> None:
+    """Mutual information ranks the expert first; the value-norm ratio does not."""
+    from seg4diff.demo import HELD_OUT, scene
+    from seg4diff.loading import load_pipeline
+
+    pipe = load_pipeline("demo", "cpu")
+    drawn = [scene(HELD_OUT + 700 + number) for number in range(2)]
+    ranking = rank_layers(
+        pipe, images=[one.image for one in drawn], classes=[one.classes for one in drawn], progress=False
+    )
+    assert ranking.order[0] == 2
+    first, second = ranking.scores[0].sort(descending=True).values[:2]
+    assert first > 10 * second
+    assert ranking.images == 2
+
+
 def test_order_and_best() -> None:
     scores = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.4, 0.6]], dtype=torch.float64)
     ranking = Ranking("miou", (3, 7, 9), (8, 28), (515.0, 1000.0), scores, 4)
@@ -98,11 +140,13 @@ def test_table_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": None}, "classes are given without labels"),
+        ({"labels": None, "images": None}, "give images= and classes="),
+        ({"labels": None, "prompts": "a cat"}, "leave prompts out"),
         ({"images": None}, "give images= and classes="),
         ({"classes": None}, "give images= and classes="),
         ({"prompts": "a cat"}, "prompts are made of the names"),
-        ({"labels": []}, "3 images, 0 labels"),
+        ({"classes": [("cat",)]}, "3 images and 1 lists of classes"),
+        ({"labels": []}, "3 images and 0 labels"),
         ({"images": []}, "images is empty"),
         ({"layers": 9}, "layer 9 is out of range"),
         ({"noise_levels": [99]}, "noise level 99"),

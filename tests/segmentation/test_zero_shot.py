@@ -271,7 +271,7 @@ def test_t5_reads_the_names_too() -> None:
         (ValueError, "has 100 tokens, but a prompt holds 75", {"classes": ["x" * 100]}),
         (ValueError, "'best' is unknown; accepted: 'default', 'paper', 'reference'", {"preset": "best"}),
         (ValueError, "layer 9 is out of range: this model has layers 0 to 3", {"layers": 9}),
-        (ValueError, "no expert layer is known", {"layers": None}),
+        (ValueError, "layers='automatic' is unknown", {"layers": "automatic"}),
         (ValueError, "batch_size=0", {"batch_size": 0}),
         (ValueError, "empty", {"image": []}),
         (FileNotFoundError, "nowhere", {"image": "nowhere.png"}),
