@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -195,7 +195,7 @@ def rank_layers(
     )
 
 
-def _by_value_norms(pipe: Any, prompts: str | Sequence[str] | None, **options: Any) -> Ranking:
+def _by_value_norms(pipe: Pipeline, prompts: str | Sequence[str] | None, **options: Any) -> Ranking:
     report = analyze(pipe, prompts, **options)
     return Ranking(
         criterion="value_norm_ratio",
@@ -267,7 +267,7 @@ class _Confusion:
         names = list(dict.fromkeys(name for several in classes for name in several))
         self._own = [torch.tensor([names.index(name) for name in several]) for several in classes]
         self._truths = truths
-        self._upsample = upsample
+        self._upsample: Upsample = upsample
         self._matrices = torch.zeros(levels, layers, len(names), len(names), dtype=torch.int64)
 
     def add(self, level: int, found: ImageMaps, plan: Sequence[PlannedPrompt]) -> None:

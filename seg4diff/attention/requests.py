@@ -131,9 +131,7 @@ class JointAnswer(Answer):
             key=p.key[:, : layout.generated],
             value=p.value[:, : layout.generated],
         )
-        observed = [
-            None if r.observe is None or self.last else r.observe(generated) for r in self.requests
-        ]
+        observed = [None if r.observe is None or self.last else r.observe(generated) for r in self.requests]
         text_rows = not self.last or any(request.needs_text_rows for request in self.requests)
         first = next((request for request in self.requests if request.maps is not None), LayerRequest())
         attention = joint_attention(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from seg4diff.attention.patch import Patch, patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.inputs import View
 from seg4diff.segmentation.maps import run_maps
@@ -23,7 +24,7 @@ _SHARE = 0.5  # of the largest mutual information, which others need
 
 
 def layer_groups(
-    pipe: Any,
+    pipe: Pipeline,
     views: Sequence[View],
     plans: Sequence[Sequence[PlannedPrompt]],
     layers: LayerChoice,

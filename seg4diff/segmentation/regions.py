@@ -131,14 +131,15 @@ def segment_unsupervised(
     empty = [(PlannedPrompt("", ()),)] * len(images)
     clustered = isinstance(grouping, Clustering)
     # Clustering needs no map: one column is the least that can be asked.
-    columns = ("text", slice(span.first, span.first + (1 if clustered else span.length)))
+    columns = slice(span.first, span.first + (1 if clustered else span.length))
     for chosen, members in layer_groups(pipe, views, empty, layers, seed=seed, batch_size=batch_size):
         used = chosen
         if layers is None or isinstance(layers, str):
             used = layers_behind(chosen, grouping, len(state.blocks))
         for found in run_maps(
             pipe, [views[index] for index in members], [[""]] * len(members),
-            layers=chosen, maps=MapRequest(columns=columns), output_layers=used if clustered else (),
+            layers=chosen, maps=MapRequest(columns=("text", columns)),
+            output_layers=used if clustered else (),
             seed=seed, generator=generator, batch_size=batch_size, progress=progress,
         ):  # fmt: skip
             metadata = {

@@ -57,7 +57,8 @@ def test_outputs_and_seeds_are_those_of_runs_apart(pipe: Any) -> None:
     views = views_of(pipe, IMAGES, "aspect")
     options: dict[str, Any] = {"maps": MapRequest(), "layers": 1, "output_layers": [0, 2], "progress": False}
     together = {
-        found.index: found for found in run_maps(pipe, views, PROMPTS, seed=[3, 4, 5], batch_size=2, **options)
+        found.index: found
+        for found in run_maps(pipe, views, PROMPTS, seed=[3, 4, 5], batch_size=2, **options)
     }
     for index, prompts in enumerate(PROMPTS):
         (alone,) = run_maps(pipe, [views[index]], [prompts], seed=3 + index, **options)
