@@ -24,14 +24,14 @@ SCENES = 40
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "out"
-    command = f"evaluate --dataset scenes --model demo --device cpu --preset default --limit {SCENES}"
+    command = "evaluate --dataset scenes scenes-hard --model demo --device cpu --preset default"
     protocols = ["--protocol", "oracle", "full", "unsupervised", "--save-predictions", "--batch-size", "8"]
-    assert main([*command.split(), *protocols, "--out", str(folder)]) == 0
+    assert main([*command.split(), *protocols, "--limit", str(SCENES), "--out", str(folder)]) == 0
     return folder
 
 
-def miou(out: Path, protocol: str) -> float:
-    return float(json.loads((out / "scenes" / "report.json").read_text())["rates"][protocol]["miou"])
+def miou(out: Path, protocol: str, dataset: str = "scenes") -> float:
+    return float(json.loads((out / dataset / "report.json").read_text())["rates"][protocol]["miou"])
 
 
 @pytest.mark.slow
@@ -40,12 +40,21 @@ def test_the_whole_vocabulary_keeps_most_of_what_the_oracle_reaches(out: Path) -
     print(f"mIoU over {SCENES} scenes: oracle {oracle:.3f}, full vocabulary {full:.3f}")
     assert full >= 0.5
     assert 0.6 * oracle <= full <= oracle
-    assert (out / "report.md").read_text().count("| demo scenes |") == 3  # side by side
+    report = (out / "report.md").read_text()
+    assert report.count("| demo scenes |") == report.count("| hard demo scenes |") == 3  # side by side
+
+
+@pytest.mark.slow
+def test_hard_scenes_are_harder_and_not_hopeless(out: Path) -> None:
+    for protocol, least in (("oracle", 0.65), ("full", 0.4), ("unsupervised", 0.45)):
+        clean, hard = miou(out, protocol), miou(out, protocol, "scenes-hard")
+        print(f"{protocol}: clean {clean:.3f}, hard {hard:.3f}")
+        assert least < hard < clean
 
 
 @pytest.mark.slow
 def test_regions_without_names(out: Path) -> None:
-    """Better than one region for the whole picture, which gets the largest class of each right."""
+    """Better than one region for the whole image, which gets the largest class of each right."""
     dataset = open_dataset("scenes")
     hits = np.zeros(len(CLASSES))
     union = np.zeros(len(CLASSES))
@@ -55,7 +64,7 @@ def test_regions_without_names(out: Path) -> None:
         union += pixels
         union[pixels.argmax()] += pixels.sum() - pixels.max()
     one_region = float((hits / union)[union > 0].mean())
-    assert miou(out, "unsupervised") > one_region + 0.05
+    assert miou(out, "unsupervised") > one_region + 0.4
 
 
 @pytest.mark.slow

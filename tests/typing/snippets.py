@@ -32,6 +32,7 @@ images: list[Image.Image] = [Image.new("RGB", (64, 64))]
 drawn: list[seg4diff.Segmentation] = seg4diff.segment(pipe, images, [["cat", "sofa"]], preset="reference")
 scores: list[torch.Tensor | None] = [each.scores for each in results]
 regions: seg4diff.Segmentation = seg4diff.segment_unsupervised(pipe, images[0], layers=9, preset="paper")
+counted: seg4diff.Segmentation = seg4diff.segment_unsupervised(pipe, images[0], layers="auto", regions=5)
 both: seg4diff.Segmentation | list[seg4diff.Segmentation] = seg4diff.segment_unsupervised(
     pipe, torch.zeros(3, 64, 64)
 )
