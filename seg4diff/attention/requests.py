@@ -11,7 +11,7 @@ from torch import Tensor
 from seg4diff.attention.interception import Answer
 from seg4diff.backbones import Layout
 from seg4diff.kernels.api import attention_maps, joint_attention
-from seg4diff.kernels.types import AttentionStatistics, JointAttention, MapRequest, Tokens
+from seg4diff.kernels.types import AttentionStatistics, MapRequest, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +114,12 @@ class JointAnswer(Answer):
         projections = Projections(image_query, image_key, image_value, text_query, text_key, text_value)
         if self.last and not any(request.output for request in self.requests):
             return query, tuple(_answer(request, projections, layout, scale) for request in self.requests)
-        attention, results = self._attend(projections, layout, scale)
-        return query if self.last else layout.join(attention.image, attention.text), results
+        joint, results = self._attend(projections, layout, scale)
+        return query if self.last else joint, results
 
     def _attend(
         self, all_tokens: Projections, layout: Layout, scale: float | None
-    ) -> tuple[JointAttention, tuple[LayerResult, ...]]:
+    ) -> tuple[Tensor, tuple[LayerResult, ...]]:
         edited = None
         for request in self.requests:
             if request.edit_text_value is not None:
