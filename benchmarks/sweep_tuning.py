@@ -119,14 +119,15 @@ def sweep(head_dim: int, seconds: float) -> list[dict[str, Any]]:
     drawn = attention_inputs(1, 4096, 154, 24, head_dim, torch.bfloat16, device="cuda", edited=True)
     inputs = Inputs(**drawn)
     request = Request(head_dim**-0.5, "probability", "mean", 0, 154)
-    image, text, lse, entries = backend.forward(inputs, request)
+    joint, lse, entries = backend.forward(inputs, request)
+    streams = request.split(joint, 4096)
 
     maps_alone = replace(inputs, value=None, text_value=None, text_value_for_image=None)
 
     def run() -> None:
         backend.forward(inputs, request)
         backend.forward(maps_alone, request)
-        backward.backward(image, text, entries, inputs, image, text, lse, request)
+        backward.backward(*streams, entries, inputs, *streams, lse, request)
 
     written = ("image", "text", "lse", "d_query", "d_key", "d_text_key", "d_value", "maps")
     found = []

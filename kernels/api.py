@@ -91,6 +91,7 @@ def joint_attention(
     statistics: bool = False,
     text_value_for_image: Tensor | None = None,
     text_bias: Tensor | None = None,
+    text_first: bool = False,
 ) -> JointAttention:
     """Softmax attention over image and text tokens together, with a map and statistics.
 
@@ -113,6 +114,8 @@ def joint_attention(
             column, as of a padding token. A row of a masked token is a row like any other. Not
             differentiable. Values are checked on a CPU, outside of ``torch.compile``: elsewhere a NaN or
             +inf gives NaN.
+        text_first: whether text rows come before image rows in ``joint``, the output of all rows. It changes
+            nothing else.
 
     Entries of a map in masked columns are exactly 0, and a ``"logit"`` map does not contain the bias. Where
     all T columns are masked, ``"text_probability"`` is 0; without image keys, the output of such a row is 0
@@ -140,7 +143,9 @@ def joint_attention(
         "text_value_for_image": text_value_for_image,
     }
     optional = {"key", "value", "text_query", "text_value_for_image"}
-    return cast(JointAttention, _attend(tensors, optional, text_bias, scale, maps, statistics, None))
+    return cast(
+        JointAttention, _attend(tensors, optional, text_bias, scale, maps, statistics, None, text_first)
+    )
 
 
 def attention_maps(
@@ -322,6 +327,7 @@ def _attend(
     maps: MapRequest | None,
     statistics: bool,
     lse: Tensor | None,
+    text_first: bool = False,
 ) -> JointAttention | AttentionMaps:
     tensors = _autocast(_tensors_of(given, optional))
     _check_tensors(tensors)
@@ -352,7 +358,7 @@ def _attend(
     factor = _factor(scale, query)
     # With a log-sum-exp, no attention is computed.
     name = fallback.chosen if lse is None or fallback.chosen == "reference" else "aten"
-    return _attend_of(name, inputs)(inputs, factor, maps, statistics, lse)
+    return _attend_of(name, inputs)(inputs, factor, maps, statistics, lse, text_first)
 
 
 def _tensors_of(given: dict[str, Tensor | None], optional: set[str]) -> dict[str, Tensor]:

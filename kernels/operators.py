@@ -28,11 +28,11 @@ _INPUTS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? text_query, Tensor text_key, Tensor? text_value, "
     "Tensor? text_value_for_image, Tensor? text_bias"
 )
-_REQUEST = "float scale, str? kind, str heads, SymInt start, SymInt stop"
-_FORWARD_SCHEMA = f"({_INPUTS}, {_REQUEST}) -> (Tensor image, Tensor text, Tensor lse, Tensor maps)"
+_REQUEST = "float scale, str? kind, str heads, SymInt start, SymInt stop, bool text_first"
+_FORWARD_SCHEMA = f"({_INPUTS}, {_REQUEST}) -> (Tensor joint, Tensor lse, Tensor maps)"
 _BACKWARD_SCHEMA = (
-    f"(Tensor? d_image, Tensor? d_text, Tensor? d_maps, Tensor? d_lse, {_INPUTS}, Tensor image, Tensor text, "
-    f"Tensor lse, {_REQUEST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor? d_joint, Tensor? d_maps, Tensor? d_lse, {_INPUTS}, Tensor joint, Tensor lse, {_REQUEST}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _VALUE_NORM_SCHEMA = "(Tensor value) -> Tensor"
 _MASS_SCHEMA = (
@@ -41,23 +41,24 @@ _MASS_SCHEMA = (
 )
 
 
-Forward = Callable[[Inputs, Request], tuple[Tensor, Tensor, Tensor, Tensor]]
+Forward = Callable[[Inputs, Request], tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, ...]]
 AttentionMass = Callable[..., tuple[Tensor, Tensor]]
 ValueNorm = Callable[[Tensor], Tensor]
-Attend = Callable[[Inputs, float, MapRequest | None, bool, Tensor | None], JointAttention | AttentionMaps]
+Attend = Callable[
+    [Inputs, float, MapRequest | None, bool, Tensor | None, bool], JointAttention | AttentionMaps
+]
 
 
-def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised image output, text output, log-sum-exp and maps, with an empty axis where not wanted."""
+def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised output of all rows, log-sum-exp and maps, with an empty axis where not wanted."""
     query, text_key = inputs.query, inputs.text_key
     batch, tokens, heads, width = query.shape
     text_tokens = text_key.shape[1]
     wide = wide_dtype(query.dtype)
     with_values = inputs.text_value is not None
     text_rows = 0 if inputs.text_query is None else text_tokens
-    image = query.new_empty((batch, tokens if with_values else 0, heads, width))
-    text = query.new_empty((batch, text_rows if with_values else 0, heads, width))
+    joint = query.new_empty((batch, tokens + text_rows if with_values else 0, heads, width))
     of_text_alone = request.kind in ("logit", "text_probability")
     image_rows = tokens if with_values or text_rows > 0 or not of_text_alone else 0
     rows = image_rows + text_rows
@@ -69,7 +70,7 @@ def empty_outputs(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Ten
         maps = query.new_empty((batch, heads, tokens, columns), dtype=wide)
     else:
         maps = query.new_empty((batch, tokens, columns), dtype=wide)
-    return image, text, lse, maps
+    return joint, lse, maps
 
 
 def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -84,14 +85,19 @@ def register(
     namespace = f"seg4diff::{name}"
 
     # Autocast has done its work on the arguments; matrix products inside are to stay as precise as written.
-    def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(args[0].device.type, enabled=False):
             return forward(Inputs(*args[:8]), Request(*args[8:]))
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
-        d_image, d_text, d_maps, d_lse, *tensors = args[:12]
-        image, text, lse, *request = args[12:]
-        given = (d_image, d_text, d_maps, Inputs(*tensors), image, text, lse, Request(*request))
+        d_joint, d_maps, d_lse, *tensors = args[:11]
+        joint, lse, *options = args[11:]
+        inputs, request = Inputs(*tensors), Request(*options)
+        tokens = inputs.query.shape[1]
+        d_image, d_text = (None, None) if d_joint is None else request.split(d_joint, tokens)
+        if inputs.text_query is None:
+            d_text = None
+        given = (d_image, d_text, d_maps, inputs, *request.split(joint, tokens), lse, request)
         with torch.autocast(lse.device.type, enabled=False):
             return backward(*given) if d_lse is None else backward(*given, d_lse=d_lse)
 
@@ -110,7 +116,7 @@ def register(
     norm_op = custom_op(f"{namespace}_value_norm", run_value_norm, mutates_args=(), schema=_VALUE_NORM_SCHEMA)
 
     forward_op.register_fake(lambda *args: empty_outputs(Inputs(*args[:8]), Request(*args[8:])))
-    backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[4:12])))
+    backward_op.register_fake(lambda *args: empty_gradients(Inputs(*args[3:11])))
 
     def fake_mass(query: Tensor, text_query: Tensor, text_key: Tensor, lse: Tensor, *rest: Any) -> Any:
         batch, heads = query.shape[0], query.shape[2]
@@ -124,24 +130,21 @@ def register(
     norm_op.register_fake(fake_value_norm)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        image, text, lse, _ = output
-        ctx.save_for_backward(*inputs[:8], image, text, lse)
+        ctx.save_for_backward(*inputs[:8], *output[:2])
         ctx.request = inputs[8:]
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, d_image: Any, d_text: Any, d_lse: Any, d_maps: Any) -> Any:
+    def differentiate(ctx: Any, d_joint: Any, d_lse: Any, d_maps: Any) -> Any:
         saved = ctx.saved_tensors
         inputs, outputs = saved[:8], saved[8:]
         if inputs[5] is None:  # no values, hence no outputs to differentiate
-            d_image = d_text = None
-        if inputs[3] is None:
-            d_text = None
+            d_joint = None
         if ctx.request[1] is None:
             d_maps = None
-        if d_image is None and d_text is None and d_maps is None and d_lse is None:
-            return (None,) * 13
-        gradients = call_backward(d_image, d_text, d_maps, d_lse, *inputs, *outputs, *ctx.request)
-        return *(None if t is None else g for t, g in zip(inputs[:7], gradients, strict=True)), *(None,) * 6
+        if d_joint is None and d_maps is None and d_lse is None:
+            return (None,) * 14
+        gradients = call_backward(d_joint, d_maps, d_lse, *inputs, *outputs, *ctx.request)
+        return *(None if t is None else g for t, g in zip(inputs[:7], gradients, strict=True)), *(None,) * 7
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     # Dynamo traces calls of the operators themselves, not of the objects that define them.
@@ -166,7 +169,7 @@ def register(
     def text_map(inputs: Inputs, rows: Tensor, scale: float, maps: MapRequest) -> tuple[Tensor, Tensor]:
         """The map of ``rows`` and text columns, and the rows' log-sum-exp if it was needed."""
         streams = (rows, inputs.key, None, None, inputs.text_key, None, None, inputs.text_bias)
-        _, _, lse, entries = call_forward(*streams, *_text_request(scale, maps, inputs))
+        _, lse, entries = call_forward(*streams, *_text_request(scale, maps, inputs))
         return _chosen_columns(entries, maps), lse
 
     def any_map(inputs: Inputs, scale: float, maps: MapRequest, lse: Tensor | None) -> Tensor:
@@ -182,7 +185,12 @@ def register(
         return map_entries(rows, columns, bias, lse, scale, maps.heads)
 
     def attend(
-        inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool, given: Tensor | None = None
+        inputs: Inputs,
+        scale: float,
+        maps: MapRequest | None,
+        statistics: bool,
+        given: Tensor | None = None,
+        text_first: bool = False,
     ) -> JointAttention | AttentionMaps:
         if inputs.text_value is None and not statistics:
             assert maps is not None
@@ -194,14 +202,15 @@ def register(
                 return AttentionMaps(entries, None, lse.detach() if lse.shape[-1] > 0 else None)
             elif maps.kind == "probability":
                 streams = (_chosen_rows(inputs, maps), inputs.key, None, None, inputs.text_key, None, None)
-                lse = call_forward(*streams, inputs.text_bias, scale, *_NO_MAP)[2]
+                lse = call_forward(*streams, inputs.text_bias, scale, *_NO_MAP)[1]
             entries = any_map(inputs, scale, maps, lse)
             shown = given if given is not None or lse is None else lse.detach()
             return AttentionMaps(entries, None, shown)
 
         with_text_map = maps is not None and maps.image_to_text
         request = _text_request(scale, maps, inputs) if maps and with_text_map else (scale, *_NO_MAP)
-        image, text, lse, entries = call_forward(*inputs.tensors(), inputs.text_bias, *request)
+        request = (*request[:-1], text_first)
+        joint, lse, entries = call_forward(*inputs.tensors(), inputs.text_bias, *request)
         masses = attention_statistics(inputs, scale, lse) if statistics else None
         if maps is not None and with_text_map:
             entries = pick(_chosen_columns(entries, maps), entries.dim() - 2, maps.rows[1])
@@ -210,12 +219,13 @@ def register(
             entries = any_map(inputs, scale, maps, norm)
         if inputs.text_value is None:
             return AttentionMaps(entries, masses, lse.detach())
-        return JointAttention(image, text, lse.detach(), None if maps is None else entries, masses)
+        outputs = Request(*request).split(joint, inputs.query.shape[1])
+        return JointAttention(joint, *outputs, lse.detach(), None if maps is None else entries, masses)
 
     return attend
 
 
-_NO_MAP = (None, "mean", 0, 0)
+_NO_MAP = (None, "mean", 0, 0, False)
 
 
 def pick(tensor: Tensor, axis: int, tokens: slice | Tensor) -> Tensor:
@@ -229,7 +239,13 @@ def _text_request(scale: float, maps: MapRequest, inputs: Inputs) -> tuple[Any, 
     """The request of all columns that are a range, else of all text columns."""
     text_tokens = inputs.text_key.shape[1]
     chosen = isinstance(maps.columns[1], slice)
-    return scale, maps.kind, maps.heads, *(maps.text_range(text_tokens) if chosen else (0, text_tokens))
+    return (
+        scale,
+        maps.kind,
+        maps.heads,
+        *(maps.text_range(text_tokens) if chosen else (0, text_tokens)),
+        False,
+    )
 
 
 def _chosen_columns(entries: Tensor, maps: MapRequest) -> Tensor:

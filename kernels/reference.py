@@ -14,7 +14,12 @@ from .types import AttentionMaps, AttentionStatistics, Inputs, JointAttention, M
 
 
 def attend(
-    inputs: Inputs, scale: float, maps: MapRequest | None, statistics: bool, lse: Tensor | None = None
+    inputs: Inputs,
+    scale: float,
+    maps: MapRequest | None,
+    statistics: bool,
+    lse: Tensor | None = None,
+    text_first: bool = False,
 ) -> JointAttention | AttentionMaps:
     """See :func:`seg4diff.kernels.api.joint_attention`; without values, ``attention_maps`` there."""
     query, value, text_query, text_value = inputs.query, inputs.value, inputs.text_query, inputs.text_value
@@ -71,11 +76,12 @@ def attend(
         return AttentionMaps(maps=entries, statistics=result_statistics, lse=lse)
 
     read_by_image = text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
+    image = torch.einsum("bhqk,bkhd->bqhd", image_probability, _joined(value, read_by_image)).to(query.dtype)
+    text = torch.einsum("bhqk,bkhd->bqhd", text_probability, _joined(value, text_value)).to(query.dtype)
     return JointAttention(
-        image=torch.einsum("bhqk,bkhd->bqhd", image_probability, _joined(value, read_by_image)).to(
-            query.dtype
-        ),
-        text=torch.einsum("bhqk,bkhd->bqhd", text_probability, _joined(value, text_value)).to(query.dtype),
+        joint=torch.cat([text, image] if text_first else [image, text], dim=1),
+        image=image,
+        text=text,
         lse=every_lse,
         maps=entries,
         statistics=result_statistics,

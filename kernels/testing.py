@@ -143,9 +143,12 @@ def pytorch_attention(
     def joined(text: Tensor) -> Tensor:
         return text if value is None else torch.cat([value, text], dim=1)
 
+    image = _flash(query, keys, joined(read_by_image), factor, mask)
+    text = _flash(text_rows, keys, joined(text_value), factor, mask)
     return JointAttention(
-        image=_flash(query, keys, joined(read_by_image), factor, mask),
-        text=_flash(text_rows, keys, joined(text_value), factor, mask),
+        joint=torch.cat([image, text], dim=1),
+        image=image,
+        text=text,
         lse=shown.lse,
         maps=shown.maps,
         statistics=_with_usual_mass(shown.statistics, inputs, shown.lse, factor),

@@ -182,6 +182,7 @@ class Request:
         kind, heads: as in :class:`MapRequest`; ``kind`` is None without a map, and without values the
             log-sum-exp is then wanted.
         start, stop: the text columns of the map.
+        text_first: whether text rows come before image rows in the output.
     """
 
     scale: float
@@ -189,6 +190,14 @@ class Request:
     heads: str
     start: int
     stop: int
+    text_first: bool = False
+
+    def split(self, joint: Tensor, image_tokens: int) -> tuple[Tensor, Tensor]:
+        """Image rows and text rows of an output [B, tokens, H, D], as views."""
+        if self.text_first:
+            text_tokens = joint.shape[1] - image_tokens
+            return joint[:, text_tokens:], joint[:, :text_tokens]
+        return joint[:, :image_tokens], joint[:, image_tokens:]
 
 
 @dataclass(frozen=True)
@@ -214,15 +223,18 @@ class JointAttention:
     """Result of :func:`seg4diff.kernels.api.joint_attention`.
 
     Attributes:
-        image: attention output of the image rows, [B, N, H, D], dtype of the inputs.
-        text: attention output of the text rows, [B, T, H, D]; [B, 0, H, D] without text queries, and then
-            text rows are missing everywhere.
+        joint: attention output of all rows, [B, N + T, H, D], dtype of the inputs; image rows first unless
+            ``text_first``.
+        image: its image rows, [B, N, H, D], a view.
+        text: its text rows, [B, T, H, D], a view; [B, 0, H, D] without text queries, and then text rows are
+            missing everywhere.
         lse: natural log-sum-exp of every row's scaled scores, [B, H, N + T], image rows first, float32
             (float64 for float64 inputs), not differentiable.
         maps: the requested map, same dtype as ``lse``; None if none was requested.
         statistics: None unless they were requested.
     """
 
+    joint: Tensor
     image: Tensor
     text: Tensor
     lse: Tensor

@@ -72,7 +72,7 @@ def _key_average(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tens
     keys = by_head(key.to(wide))
     with torch.autocast(query.device.type, enabled=False):
         average, lse = flash(query.to(wide), keys, keys, scale)
-    return average, lse.contiguous()
+    return average.contiguous(), lse.contiguous()
 
 
 def _empty_average(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -17,19 +17,20 @@ from ..types import Inputs, Request, wide_dtype
 from .blocks import block_rows, dense_channels, products, softmax, text_mask, without_text
 
 
-def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Image output, text output, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
+def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Output of all rows, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
     query, key, text_query = inputs.query, inputs.key, inputs.text_query
-    image, text, lse, maps = empty_outputs(inputs, request)
+    joint, lse, maps = empty_outputs(inputs, request)
     tokens = query.shape[1]
+    image, text = request.split(joint, tokens)
     edited = inputs.text_value if inputs.text_value_for_image is None else inputs.text_value_for_image
     keys = values = None
     if key is None:
-        image.zero_()
+        joint.zero_()
         lse.fill_(-torch.inf)
     elif inputs.value is not None:
         keys, values = by_head(key), by_head(inputs.value)
-        image, lse[:, :, :tokens] = flash(query, keys, values, request.scale)
+        lse[:, :, :tokens] = _flash_into(image, query, keys, values, request.scale)
     elif lse.shape[-1] > 0:
         lse[:, :, :tokens] = _log_sum_exp(query, key, request.scale)
     bias = inputs.text_bias
@@ -37,16 +38,14 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
     _attend_to_text(query, *shared, edited, image, lse[:, :, :tokens], maps, request)
     if text_query is not None:
         if keys is not None and values is not None:
-            text, lse[:, :, tokens:] = flash(text_query, keys, values, request.scale)
+            lse[:, :, tokens:] = _flash_into(text, text_query, keys, values, request.scale)
             del keys, values
-        elif key is None:
-            text.zero_()
-        else:
+        elif key is not None:
             lse[:, :, tokens:] = _log_sum_exp(text_query, key, request.scale)
         without_map = Request(request.scale, None, "mean", 0, 0)
         rows = lse[:, :, tokens:]
         _attend_to_text(text_query, *shared, inputs.text_value, text, rows, maps, without_map)
-    return image, text, lse, maps
+    return joint, lse, maps
 
 
 def _attend_to_text(
@@ -144,7 +143,14 @@ def flash(query: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
         lse = lse[..., : q.shape[2]]  # padded to a multiple of 32
     else:
         out, lse = _attention_in_blocks(q, k, v, scale)
-    return out.transpose(1, 2).contiguous(), lse
+    return out.transpose(1, 2), lse
+
+
+def _flash_into(destination: Tensor, query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """:func:`flash` with its output put into ``destination``: the log-sum-exp."""
+    out, lse = flash(query, k, v, scale)
+    destination.copy_(out)
+    return lse
 
 
 def _attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -54,11 +54,12 @@ def call_refusal(inputs: Inputs) -> str | None:
     return None
 
 
-def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Image output, text output, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
+def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Output of all rows, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
     inputs = readable_inputs(inputs)
-    image, text, lse, maps = empty_outputs(inputs, request)
+    joint, lse, maps = empty_outputs(inputs, request)
     query = inputs.query
+    image, text = request.split(joint, query.shape[1])
     softmax = None
     if request.kind == "probability":
         softmax = torch.empty_like(lse), torch.empty_like(lse)
@@ -70,7 +71,7 @@ def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor, T
         text_log_sum_exp(inputs, request.scale, for_map=softmax)
     if request.kind is not None:
         write_maps(maps, inputs, softmax, request)
-    return image, text, lse, maps
+    return joint, lse, maps
 
 
 attend = register(

@@ -145,6 +145,7 @@ class JointAnswer(Answer):
             maps=None if first.maps is None else _of_generated(first.maps, layout),
             statistics=any(request.statistics for request in self.requests),
             text_value_for_image=edited,
+            text_first=layout.text_first,
         )
         image, read = attention.image, p if edited is None else replace(p, text_value=edited)
         for request in self.requests:
@@ -160,7 +161,9 @@ class JointAnswer(Answer):
             statistics = attention.statistics if request.statistics else None
             output = image[:, : layout.generated].flatten(2) if request.output else None
             results.append(LayerResult(maps, _statistics_of_generated(statistics, layout), seen, output))
-        return layout.join(image, attention.text), tuple(results)
+        # Nothing is concatenated unless an edit replaced the image rows.
+        joint = attention.joint if image is attention.image else layout.join(image, attention.text)
+        return joint, tuple(results)
 
 
 def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float | None) -> LayerResult:

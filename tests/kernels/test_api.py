@@ -267,7 +267,7 @@ def test_auto_says_once_why_triton_does_not_run(
 def ran(inputs: dict[str, Tensor]) -> str:
     """The backend that a call takes: operators have a gradient formula, the reference has autograd's."""
     query = inputs["query"].clone().requires_grad_()
-    formula = type(joint_attention(**{**inputs, "query": query}).image.grad_fn).__name__
+    formula = type(joint_attention(**{**inputs, "query": query}).joint.grad_fn).__name__
     return "aten" if "aten_forward" in formula else "reference"
 
 

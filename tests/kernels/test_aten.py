@@ -19,7 +19,7 @@ from seg4diff.kernels.testing import (
     exact_attention,
     pytorch_attention,
 )
-from seg4diff.kernels.types import AttentionMaps, Inputs, JointAttention, MapRequest, Request
+from seg4diff.kernels.types import AttentionMaps, Backend, Inputs, JointAttention, MapRequest, Request
 from tests.support.materialised import joint_scores
 
 KINDS = ["probability", "logit", "text_probability"]
@@ -268,7 +268,7 @@ def test_operators_keep_the_rules_of_torch_library(kind: str | None) -> None:
     inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32, edited=True)
     tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
     bias = torch.tensor([[0.5, -torch.inf, 0.0, 1.0, 0.0]])
-    request = (bias, 0.25, kind, "mean", 0, 0 if kind is None else 5)
+    request = (bias, 0.25, kind, "mean", 0, 0 if kind is None else 5, True)
     torch.library.opcheck(torch.ops.seg4diff.aten_forward.default, (*tensors, *request))
     lse = torch.zeros(1, 2, 14)
     given = (tensors[0], tensors[3], tensors[4], lse, 0.25, bias)
@@ -286,6 +286,31 @@ def test_autocast_casts_as_pytorch_s_attention_does() -> None:
     expected = joint_attention(**rounded, maps=MapRequest())
     assert result.image.dtype == torch.bfloat16
     assert torch.equal(result.image, expected.image)
+
+
+@pytest.mark.parametrize("name", ["aten", "reference"])
+@pytest.mark.parametrize("text_first", [False, True])
+def test_both_streams_are_parts_of_one_output(text_first: bool, name: Backend) -> None:
+    """In the order asked for, with the gradients of its parts."""
+    inputs = attention_inputs(2, 20, 9, 2, 16, torch.float32)
+    with backend(name):
+        result = joint_attention(**inputs, text_first=text_first)
+        plain = joint_attention(**inputs)
+        parts = [plain.text, plain.image] if text_first else [plain.image, plain.text]
+        assert torch.equal(result.joint, torch.cat(parts, dim=1))
+        assert torch.equal(result.image, plain.image)
+        start = 9 if text_first else 0
+        if name == "aten":
+            assert result.image.data_ptr() == result.joint[:, start:].data_ptr()
+        given = {"joint": torch.randn(result.joint.shape, generator=torch.Generator().manual_seed(4))}
+        found = gradients(joint_attention, inputs, given, text_first=text_first)
+        order = (slice(9, None), slice(9)) if text_first else (slice(20), slice(20, None))
+        apart = {
+            stream: given["joint"][:, rows] for stream, rows in zip(("image", "text"), order, strict=True)
+        }
+        expected = gradients(joint_attention, inputs, apart)
+    for stream, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[stream], msg=stream)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -319,7 +344,8 @@ def test_no_matrix_of_all_tokens_exists() -> None:
     given = Inputs(**inputs, text_value_for_image=None)
     request = Request(0.25, "probability", "mean", 0, text)
     with Watch():  # a mode does not see inside an operator
-        image, text_out, lse, maps = forward.forward(given, request)
-        gradients = backward.backward(image, text_out, maps, given, image, text_out, lse, request)
+        joint, lse, maps = forward.forward(given, request)
+        streams = request.split(joint, tokens)
+        gradients = backward.backward(*streams, maps, given, *streams, lse, request)
     assert gradients[4].any()
     assert maps.untyped_storage().nbytes() < largest < 4 * (tokens + text) ** 2

@@ -201,7 +201,8 @@ class MapsOnly:
 
     def __call__(self, **arguments: Any) -> Any:
         maps = self.function(**arguments).maps
-        return JointAttention(image=maps.detach(), text=maps.detach(), lse=maps, maps=maps, statistics=None)
+        nothing = maps.detach()
+        return JointAttention(nothing, image=nothing, text=nothing, lse=maps, maps=maps, statistics=None)
 
 
 ACCEPTED = r"accepted: float32 \[B, T\], here \[2, 4\], values up to 88 or -inf"

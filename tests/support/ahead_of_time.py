@@ -204,9 +204,10 @@ def launches(
     def run(kind: str, reduction: str, with_map: bool = True) -> list[Launch]:
         request = Request(0.125, kind, reduction, 0, text_tokens)
         with recorded(monkeypatch) as made:
-            image, text, lse, entries = backend.forward(inputs, request)
+            joint, lse, entries = backend.forward(inputs, request)
+            outputs = request.split(joint, tokens)
             d_maps = entries if with_map else None
-            backward.backward(image, text, d_maps, inputs, image, text, lse, request)
+            backward.backward(*outputs, d_maps, inputs, *outputs, lse, request)
             backend.forward(maps_alone, request)
             statistics.attention_mass(
                 streams["query"], streams["text_query"], streams["text_key"], lse, 0.125

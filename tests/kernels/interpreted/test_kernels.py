@@ -560,7 +560,7 @@ def test_what_is_not_a_number_spreads_as_in_pytorch(name: str, bad: float) -> No
 def test_operators_keep_the_rules_of_torch_library() -> None:
     inputs = attention_inputs(1, 9, 5, 2, 16, torch.float32)
     tensors = tuple(tensor.requires_grad_() for tensor in inputs.values())
-    request = (0.25, "probability", "mean", 0, 5)
+    request = (0.25, "probability", "mean", 0, 5, True)
     for bias in (None, torch.zeros(1, 5)):
         torch.library.opcheck(torch.ops.seg4diff.triton_forward.default, (*tensors, None, bias, *request))
 
@@ -572,9 +572,9 @@ def test_gradient_of_the_log_sum_exp(values: bool) -> None:
     inputs = attention_inputs(1, 33, 17, 2, 16, torch.float32)
     weight = torch.randn(1, 2, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     leaves = {name: inputs[name].clone().requires_grad_() for name in names}
-    request = (0.25, "text_probability", "mean", 0, 17)
+    request = (0.25, "text_probability", "mean", 0, 17, False)
     given = (*(leaves.get(name) for name in STREAMS), None)
-    _, _, lse, entries = torch.ops.seg4diff.triton_forward(*given, *request)
+    _, lse, entries = torch.ops.seg4diff.triton_forward(*given, *request)
     loss = (lse * weight.float()).sum() + 100 * entries.square().sum()
     found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
