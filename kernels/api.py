@@ -546,4 +546,4 @@ def refusal(name: str, inputs: Inputs) -> str | None:
         from .triton import backend as triton
     except ImportError as error:
         return f"{error}; torch for CUDA or ROCm installs Triton, elsewhere `pip install triton` does"
-    return triton.refusal(inputs.query) or triton.call_refusal(inputs)
+    return triton.refusal(inputs.query)

@@ -45,15 +45,6 @@ def refusal(query: Tensor) -> str | None:
     return None
 
 
-def call_refusal(inputs: Inputs) -> str | None:
-    """Why the kernels cannot do what a call asks for, or None if they can."""
-    if inputs.key is None:
-        return "attention without image keys is not supported"
-    if inputs.text_value is not None and inputs.text_query is None:
-        return "attention without text queries is not supported"
-    return None
-
-
 def forward(inputs: Inputs, request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """Output of all rows, log-sum-exp, maps; shapes as :func:`operators.empty_outputs`."""
     inputs = readable_inputs(inputs)

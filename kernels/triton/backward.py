@@ -39,6 +39,7 @@ from .primitives import (
     inner_products,
     load_at,
     load_bias,
+    load_norm,
     load_tile,
     moved,
     row_products,
@@ -68,16 +69,6 @@ def _map_gradient(
     columns = (column + tl.arange(0, COLUMNS))[None, :]
     inside = (rows < row_count) & (columns < columns_given)
     return tl.load(d_maps + rows * d_maps_token + columns, mask=inside, other=0.0)  # [ROWS, COLUMNS]
-
-
-@triton.jit
-def _map_norm(map_lse, inside, BIAS: tl.constexpr):
-    """What the entries of rows are normalised by: infinite, so that nothing is left, outside and where all is
-    masked."""
-    norm = tl.load(map_lse, mask=inside, other=float("inf"))
-    if BIAS:
-        norm = tl.where(norm == float("-inf"), float("inf"), norm)
-    return norm
 
 
 @triton.jit
@@ -138,7 +129,7 @@ def delta_kernel(
         total += row_products(o, d_o)
     if KIND != "":
         q = load_tile(at(query, batch, head, row), query.token, count, ROWS, D, True)
-        norm = _map_norm(at(map_lse, batch, head, row) + here, here < count, BIAS)
+        norm = load_norm(at(map_lse, batch, head, row) + here, here < count, BIAS)
         gradients = at(d_maps, batch, head, row)
         keys = at(text_key, batch, head, 0)
         mass = tl.zeros([ROWS], dtype=tl.float32)
@@ -165,7 +156,7 @@ def delta_kernel(
             total += mass
     tl.store(at(delta, batch, head, row) + here, total, mask=here < count)
     if SOFTMAX:
-        norm = tl.load(at(lse, batch, head, row) + here, mask=here < count)
+        norm = load_norm(at(lse, batch, head, row) + here, here < count, BIAS)
         tl.store(at(norms, batch, head, row) + here, norm * LOG2_E, mask=here < count)
 
 
@@ -211,7 +202,7 @@ def _query_gradient(
     return weighted_sums(d_scores, k, sums)
 
 
-@triton.jit(do_not_specialize=["image_tiles", "tiles", "tokens", "text_tokens", "heads"])
+@triton.jit(do_not_specialize=["image_tiles", "tiles", "tokens", "image_keys", "text_tokens", "heads"])
 def query_gradient_kernel(
     query,
     key,
@@ -233,6 +224,7 @@ def query_gradient_kernel(
     image_tiles,
     tiles,
     tokens,
+    image_keys,
     text_tokens,
     columns_given,
     heads,
@@ -285,7 +277,7 @@ def query_gradient_kernel(
         row_sum = tl.load(at(delta, batch, head, stream_row) + here, mask=here < count, other=0.0)
         keys = at(key, batch, head, 0)
         text_keys = at(text_key, batch, head, 0)
-        whole = tokens // COLUMNS
+        whole = image_keys // COLUMNS
         for _ in range(whole):
             sums = _query_gradient(
                 sums, q, d_o, norm, row_sum, keys, key.token, values, value.token, bias, batch, 0, 0,
@@ -294,7 +286,7 @@ def query_gradient_kernel(
             keys += COLUMNS * key.token
             values += COLUMNS * value.token
         # What does not fill a tile: the last image keys, if any are left, and the text keys.
-        left = tokens - whole * COLUMNS
+        left = image_keys - whole * COLUMNS
         tail = tl.where(left > 0, 1, 0)
         for tile in range(tail + tl.cdiv(text_tokens, COLUMNS)):
             of_image = tile < tail
@@ -317,7 +309,7 @@ def query_gradient_kernel(
         map_row_sum = map_norm
         if KIND != "logit":
             map_norms = at(map_lse, batch, head, row) + here
-            map_norm = _map_norm(map_norms, here < mapped, BIAS)
+            map_norm = load_norm(map_norms, here < mapped, BIAS)
         if KIND == "text_probability":
             map_row_sum = tl.load(at(map_sum, batch, head, row) + here, mask=here < mapped, other=0.0)
         # Not pipelined: a staged tile of dM would be read with bank conflicts, eight rows to a bank.
@@ -389,7 +381,7 @@ def _key_gradient(
     return d_k, d_v
 
 
-@triton.jit(do_not_specialize=["tiles", "tokens", "text_tokens", "heads"])
+@triton.jit(do_not_specialize=["tiles", "tokens", "image_keys", "text_tokens", "heads"])
 def key_gradient_kernel(
     query,
     key,
@@ -413,6 +405,7 @@ def key_gradient_kernel(
     d_edited,
     tiles,
     tokens,
+    image_keys,
     text_tokens,
     columns_given,
     heads,
@@ -421,15 +414,15 @@ def key_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
-    IMAGE_OUTPUT: tl.constexpr,
-    TEXT_OUTPUT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    TEXT_ROWS: tl.constexpr,
     EDITED: tl.constexpr,
     KIND: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     """dK and dV of one tile of text or image keys of one head, over all image rows and then all text rows.
 
-    IMAGE_OUTPUT, TEXT_OUTPUT: a gradient reaches the output of those rows; KIND: the kind of map whose
+    OUTPUT: a gradient reaches the output, TEXT_ROWS: that of text rows, too; KIND: the kind of map whose
     gradient is given, "" for none; EDITED: image rows read other text values. Text tiles come first: theirs
     is more work.
     """
@@ -440,7 +433,7 @@ def key_gradient_kernel(
     of_text = tile < text_tiles
     column = tl.where(of_text, tile, tile - text_tiles) * COLUMNS
     wide = column.to(tl.int64)
-    count = tl.where(of_text, text_tokens, tokens) - column
+    count = tl.where(of_text, text_tokens, image_keys) - column
     if of_text:
         keys = at(text_key, batch, head, wide)
         d_keys = at(d_text_key, batch, head, wide)
@@ -457,9 +450,9 @@ def key_gradient_kernel(
     if BIAS:  # of image keys zero
         added = load_bias(bias, batch, tl.where(of_text, column, 0), tl.where(of_text, count, 0), COLUMNS)
     rows = at(query, batch, head, 0)
-    if IMAGE_OUTPUT or KIND == "probability":
+    if OUTPUT or KIND == "probability":
         d_rows = rows
-        if IMAGE_OUTPUT:
+        if OUTPUT:
             d_rows = at(d_image, batch, head, 0)
             if of_text:
                 values = at(edited, batch, head, wide)
@@ -468,7 +461,7 @@ def key_gradient_kernel(
             v = load_tile(values, tl.where(of_text, edited.token, value.token), count, COLUMNS, D, True)
         d_k, d_v = _key_gradient(
             d_k, d_v, k, v, rows, query.token, d_rows, d_image.token, row_norms, row_sums, tokens, factor,
-            added, ROWS, D, IMAGE_OUTPUT, BIAS,
+            added, ROWS, D, OUTPUT, BIAS,
         )  # fmt: skip
     if KIND != "":
         here = tl.arange(0, ROWS)
@@ -487,7 +480,7 @@ def key_gradient_kernel(
             map_norm = tl.zeros([ROWS], dtype=tl.float32)
             map_row_sum = map_norm
             if KIND != "logit":
-                map_norm = _map_norm(map_norms + here, here < left, BIAS)
+                map_norm = load_norm(map_norms + here, here < left, BIAS)
                 map_norms += ROWS
             if KIND == "text_probability":
                 map_row_sum = tl.load(map_row_sums + here, mask=here < left, other=0.0)
@@ -503,11 +496,11 @@ def key_gradient_kernel(
             gradients += ROWS * d_maps.token
 
     # What image rows say of the text values goes to the edited ones.
-    if EDITED and IMAGE_OUTPUT:  # noqa: SIM102
+    if EDITED and OUTPUT:  # noqa: SIM102
         if of_text:
             store_tile(at(d_edited, batch, head, wide), d_edited.token, count, d_v, D)
             d_v = zeros_like(k, COLUMNS)
-    if TEXT_OUTPUT:
+    if TEXT_ROWS:
         if of_text:
             values = at(text_value, batch, head, wide)
         else:
@@ -520,7 +513,7 @@ def key_gradient_kernel(
         )  # fmt: skip
 
     store_tile(d_keys, tl.where(of_text, d_text_key.token, d_key.token), count, scaled(d_k, scale), D)
-    if IMAGE_OUTPUT or TEXT_OUTPUT:
+    if OUTPUT:
         if of_text:
             d_values = at(d_text_value, batch, head, wide)
         else:
@@ -560,7 +553,7 @@ class _Problem:
     @property
     def softmax(self) -> bool:
         """Whether the softmax over all keys takes part."""
-        return self.d_image is not None or self.d_text is not None or self.kind == "probability"
+        return self.d_image is not None or self.kind == "probability"
 
     def map_arguments(self) -> dict[str, Any]:
         """The arguments that all three kernels have."""
@@ -582,8 +575,8 @@ class _Problem:
     def arguments(self) -> dict[str, Any]:
         """The arguments of both gradient kernels.
 
-        Rows of a stream without gradient have no programs; a tensor that only they would read is stood in
-        for.
+        Rows of a stream without gradient, and image keys that are missing, have no programs; a tensor that
+        only they would read is stood in for.
         """
         inputs = self.inputs
         query, text_query, text_value = inputs.query, inputs.text_query, inputs.text_value
@@ -591,16 +584,17 @@ class _Problem:
         return {
             **self.map_arguments(),
             "query": strided(query),
-            "key": strided(inputs.key),
-            "value": strided(inputs.value),
+            "key": strided(inputs.text_key if inputs.key is None else inputs.key),
+            "value": strided(text_value if inputs.value is None else inputs.value),
             "text_query": strided(query if text_query is None else text_query),
             "text_value": strided(text_value),
             "edited": strided(edited),
-            "d_image": strided(self.d_text if self.d_image is None else self.d_image),
+            "d_image": strided(self.d_image),
             "d_text": strided(self.d_image if self.d_text is None else self.d_text),
             "norms": strided_by_head(self.norms),
             "delta": strided_by_head(self.delta),
             "tokens": query.shape[1],
+            "image_keys": 0 if inputs.key is None else inputs.key.shape[1],
             "factor": self.scale * math.log2(math.e),
             "KIND": self.kind,
         }
@@ -623,10 +617,9 @@ def backward(
     """
     given = inputs
     if d_lse is not None and d_lse.shape[-1] > 0:
-        if inputs.value is None:
-            assert inputs.key is not None
-            value, text_value = torch.zeros_like(inputs.key), torch.zeros_like(inputs.text_key)
-            inputs = replace(inputs, value=value, text_value=text_value)
+        if inputs.text_value is None:
+            value = None if inputs.key is None else torch.zeros_like(inputs.key)
+            inputs = replace(inputs, value=value, text_value=torch.zeros_like(inputs.text_key))
             image = inputs.query.new_zeros(inputs.query.shape)
             text = inputs.text_key.new_zeros(inputs.text_key.shape)
         d_image = torch.zeros_like(inputs.query) if d_image is None else d_image
@@ -678,9 +671,6 @@ def _problem(
     batch, tokens, heads, _ = inputs.query.shape
     text_tokens = inputs.text_key.shape[1]
     kind = "" if d_maps is None else str(request.kind)
-    if d_image is None and d_text is not None and kind:
-        # Rows of both streams share a launch, so both have an output gradient.
-        d_image = torch.zeros_like(inputs.query, memory_format=torch.contiguous_format)
     map_lse = map_sum = None
     if kind == "probability":
         map_lse = lse
@@ -719,9 +709,7 @@ def _fill_row_sums(problem: _Problem, image: Tensor, text: Tensor) -> None:
     """Delta of the rows that have a gradient, and the map's row sums."""
     tokens = problem.inputs.query.shape[1]
     kind = problem.kind if problem.map_lse is not None else ""
-    if problem.d_image is not None or kind:
-        rows = slice(None, tokens)
-        _launch_row_sums(problem, problem.inputs.query, image, problem.d_image, rows, kind)
+    _launch_row_sums(problem, problem.inputs.query, image, problem.d_image, slice(None, tokens), kind)
     if problem.d_text is not None and problem.inputs.text_query is not None:
         rows = slice(tokens, None)
         _launch_row_sums(problem, problem.inputs.text_query, text, problem.d_text, rows, "")
@@ -756,9 +744,8 @@ def _fill_query_gradients(problem: _Problem, gradients: tuple[Tensor, ...]) -> N
     d_query, _, _, d_text_query, *_ = gradients
     batch, tokens, heads, _ = problem.inputs.query.shape
     config = tuning.tuning_for(problem.inputs.query).query_gradient
-    of_image = problem.d_image is not None or problem.kind != ""
     of_text = problem.d_text is not None
-    image_tiles = triton.cdiv(tokens, config.rows) if of_image else 0
+    image_tiles = triton.cdiv(tokens, config.rows)
     text_tiles = triton.cdiv(problem.inputs.text_key.shape[1], config.rows) if of_text else 0
     arguments = {
         **problem.arguments(),
@@ -768,13 +755,11 @@ def _fill_query_gradients(problem: _Problem, gradients: tuple[Tensor, ...]) -> N
         "tiles": image_tiles + text_tiles,
         "ROWS": config.rows,
         "COLUMNS": config.columns,
-        "OUTPUT": problem.d_image is not None or of_text,
+        "OUTPUT": problem.d_image is not None,
         "SOFTMAX": problem.softmax,
     }
     programs = batch * heads * (image_tiles + text_tiles)
     Launch(query_gradient_kernel, programs, arguments, config).start()
-    if not of_image:
-        d_query.zero_()
     if not of_text:
         d_text_query.zero_()
 
@@ -783,34 +768,30 @@ def _fill_key_gradients(problem: _Problem, gradients: tuple[Tensor, ...]) -> Non
     """dK and dV of both streams; zeros for what no gradient reaches."""
     _, d_key, d_value, _, d_text_key, d_text_value, d_edited = gradients
     inputs = problem.inputs
-    batch, tokens, heads, _ = inputs.query.shape
+    batch, _, heads, _ = inputs.query.shape
     config = tuning.tuning_for(inputs.query).key_gradient
     of_image, of_text = problem.d_image is not None, problem.d_text is not None
-    of_values = of_image or of_text
     edited = inputs.text_value_for_image is not None
     tiles = triton.cdiv(inputs.text_key.shape[1], config.columns)
-    if problem.softmax:
-        tiles += triton.cdiv(tokens, config.columns)
+    image_keys = inputs.key.shape[1] if problem.softmax and inputs.key is not None else 0
+    tiles += triton.cdiv(image_keys, config.columns)
     arguments = {
         **problem.arguments(),
-        "d_key": strided(d_key),
-        "d_value": strided(d_value if of_values else None),
+        "d_key": strided(d_text_key if inputs.key is None else d_key),
+        "d_value": strided(d_value if inputs.value is not None else d_text_value if of_image else None),
         "d_text_key": strided(d_text_key),
-        "d_text_value": strided(d_text_value if of_values else None),
+        "d_text_value": strided(d_text_value if of_image else None),
         "d_edited": strided(d_edited if edited else None),
         "tiles": tiles,
         "ROWS": config.rows,
         "COLUMNS": config.columns,
-        "IMAGE_OUTPUT": of_image,
-        "TEXT_OUTPUT": of_text,
+        "OUTPUT": of_image,
+        "TEXT_ROWS": of_text,
         "EDITED": edited,
     }
     Launch(key_gradient_kernel, batch * heads * tiles, arguments, config).start()
-    if not problem.softmax:
+    if image_keys == 0:
         d_key.zero_()
-    if not of_values:
-        d_value.zero_()
-    if not of_text and (edited or not of_image):
-        d_text_value.zero_()
     if not of_image:
-        d_edited.zero_()
+        for gradient in (d_value, d_text_value, d_edited):
+            gradient.zero_()

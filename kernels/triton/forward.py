@@ -293,24 +293,23 @@ def attention(
     text: Tensor | None = None,
     *,
     for_map: tuple[Tensor, Tensor] | None = None,
-    over_text_alone: bool = False,
 ) -> None:
     """Fill the natural log-sum-exp of the rows and, if there are values, the outputs of both streams.
 
     Args:
-        inputs: without text queries, only image rows count.
+        inputs: without text queries, only image rows count; without image keys, the softmax runs over the
+            text keys alone.
         scale: factor of the scores.
         lse: float32 [B, H, N + T] or, without text queries, [B, H, N]; last axis contiguous.
         image: [B, N, H, D], last axis contiguous; not written without values.
         text: [B, T, H, D], likewise.
         for_map: ``peak`` and ``weight`` of the rows, see the kernel, to be filled as ``lse``.
-        over_text_alone: the softmax runs over the text keys only.
     """
     query, text_query = inputs.query, inputs.text_query
     batch, tokens, heads, head_dim = query.shape
     text_tokens = inputs.text_key.shape[1]
     configs = tuning.tuning_for(query)
-    config = configs.log_sum_exp if inputs.value is None else configs.forward
+    config = configs.log_sum_exp if inputs.text_value is None else configs.forward
     tiles = triton.cdiv(tokens, config.rows)
     if text_query is not None:
         tiles += triton.cdiv(text_tokens, config.rows)
@@ -319,8 +318,8 @@ def attention(
     factor = float32(scale * math.log2(math.e))
     arguments: dict[str, Any] = {
         "query": strided(query),
-        "key": strided(inputs.key),
-        "value": strided(inputs.value),
+        "key": strided(inputs.text_key if inputs.key is None else inputs.key),
+        "value": strided(inputs.text_value if inputs.value is None else inputs.value),
         "text_query": strided(query if text_query is None else text_query),
         "text_key": strided(inputs.text_key),
         "text_value": strided(inputs.text_value),
@@ -333,7 +332,7 @@ def attention(
         "weight": strided_by_head(weight),
         "tokens": tokens,
         "text_tokens": text_tokens,
-        "image_keys": 0 if over_text_alone or inputs.key is None else inputs.key.shape[1],
+        "image_keys": 0 if inputs.key is None else inputs.key.shape[1],
         "tiles": tiles,
         "heads": heads,
         "factor": factor,
@@ -341,7 +340,7 @@ def attention(
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "D": head_dim,
-        "OUTPUT": inputs.value is not None,
+        "OUTPUT": inputs.text_value is not None,
         "FOR_MAP": for_map is not None,
         "SHIFTED": config.shifted and query.dtype != torch.float16,
         "LANES": config.lanes,

@@ -104,8 +104,8 @@ def text_log_sum_exp(inputs: Inputs, scale: float, for_map: tuple[Tensor, Tensor
     query, text_key = inputs.query, inputs.text_key
     batch, tokens, heads, _ = query.shape
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
-    alone = Inputs(query, text_key, None, None, text_key, None, None, inputs.text_bias)
-    attention(alone, scale, lse, for_map=for_map, over_text_alone=True)
+    alone = Inputs(query, None, None, None, text_key, None, None, inputs.text_bias)
+    attention(alone, scale, lse, for_map=for_map)
     return lse
 
 

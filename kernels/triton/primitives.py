@@ -163,6 +163,17 @@ def load_bias(bias, batch, first, count, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def load_norm(lse, inside, BIAS: tl.constexpr):
+    """Log-sum-exps of rows: infinite, so that no probability is left, outside and, if there is a BIAS, where
+    all is masked.
+    """
+    norm = tl.load(lse, mask=inside, other=float("inf"))
+    if BIAS:
+        norm = tl.where(norm == float("-inf"), float("inf"), norm)
+    return norm
+
+
+@triton.jit
 def row_products(a, b):
     """<a_i, b_i> in float32: [TOKENS]."""
     products = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import tuning
 from .launch import Launch, readable, strided, strided_bias, strided_by_head
-from .primitives import LOG2_E, at, inner_products, load_bias, load_tile, row_products
+from .primitives import LOG2_E, at, inner_products, load_bias, load_norm, load_tile, row_products
 
 
 @triton.jit(do_not_specialize=["row_tokens", "text_tokens", "heads"])
@@ -39,7 +39,7 @@ def mass_kernel(
     here = tl.arange(0, ROWS)
     there = tl.arange(0, COLUMNS)
     q = load_tile(at(rows, batch, head, row), rows.token, count, ROWS, D, True)
-    norm = tl.load(at(lse, batch, head, row) + here, mask=here < count, other=0.0)
+    norm = load_norm(at(lse, batch, head, row) + here, here < count, BIAS)
     total = tl.zeros([ROWS], dtype=tl.float32)
     keys = at(text_key, batch, head, 0)
     for start in range(0, text_tokens, COLUMNS):

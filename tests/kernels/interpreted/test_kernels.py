@@ -391,6 +391,68 @@ def test_text_that_is_masked_altogether(kind: str) -> None:
     torch.testing.assert_close(attention_maps(**alone, **options).maps, actual.maps, rtol=3e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "case",
+    sample(
+        [
+            Case(70, 33, 2, 64, "bf16", "probability", "mean", edited=True, batch=2),
+            Case(33, 70, 2, 32, "fp16", "text_probability", "each", batch=2),
+            Case(70, 17, 1, 96, "fp32", "logit", "mean", batch=2),
+        ],
+        every=3,
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "absent", [("key", "value"), ("text_query",), ("key", "value", "text_query")], ids=str
+)
+def test_without_image_keys_or_text_queries(case: Case, absent: tuple[str, ...]) -> None:
+    """Without a bias, and with one that leaves the second of two images no valid text token."""
+    inputs = case.inputs()
+    given = upstream(case, ("image", "maps") if "text_query" in absent else UPSTREAM["both"])
+    inputs = {name: tensor for name, tensor in inputs.items() if name not in absent}
+    bias = some_bias(2, case.text_tokens)
+    bias[1] = -torch.inf
+    for added in (None, bias):
+        options: dict[str, Any] = {"maps": case.maps, "text_bias": added, **dict.fromkeys(absent)}
+        actual, exact, baseline = (
+            attend(**inputs, **options, statistics=True)
+            for attend in (joint_attention, exact_attention, pytorch_attention)
+        )
+        for name in ("image", "text", "maps"):
+            if name == "text" and "text_query" in absent:
+                assert actual.text.shape[1] == 0
+                continue
+            assert_accurate(*(getattr(r, name) for r in (actual, exact, baseline)), name=name)
+        assert torch.equal(actual.lse.isneginf(), exact.lse.isneginf())
+        finite = exact.lse.isfinite()
+        assert_accurate(actual.lse[finite], exact.lse[finite], baseline.lse[finite], name="lse")
+        masses = (
+            torch.cat([r.statistics.image_to_text, r.statistics.text_to_text], -1) for r in (actual, exact)
+        )
+        torch.testing.assert_close(next(masses).double(), next(masses), rtol=1e-5, atol=0)
+        judge_gradients(case, given, inputs, **options)
+
+
+@pytest.mark.parametrize("rows", [("image", slice(40, 70)), ("text", slice(3, 20))], ids=str)
+def test_gradients_of_chosen_rows(rows: Any) -> None:
+    """A map alone of fewer rows than there are image keys."""
+    case = Case(70, 33, 2, 32, "fp32")
+    inputs = {name: tensor for name, tensor in case.inputs().items() if not name.endswith("value")}
+    request = MapRequest(rows=rows, columns=("text", slice(0, 30)))
+    options: dict[str, Any] = {"maps": request}
+    shown = attention_maps(**inputs, **options).maps
+    given = {"maps": 100 * torch.randn(shown.shape, generator=torch.Generator().manual_seed(1))}
+    exact = gradients(exact_maps, {n: t.double() for n, t in inputs.items()}, given, **options)
+    baseline = gradients(pytorch_maps, inputs, given, **options)
+    for name, found in gradients(attention_maps, inputs, given, **options).items():
+        true, usual = exact[name], baseline[name]
+        if true is None or not true.any():
+            assert found is None or not found.any(), name
+        else:
+            assert_accurate(found, true, usual, name=f"d_{name}")
+
+
 def growing(growth: float, dtype: torch.dtype, *, tokens: int = 200, head_dim: int = 16) -> dict[str, Tensor]:
     """Inputs whose scores grow along the image keys, by ``growth`` nats from the first key to the last but 8.
 
