@@ -363,7 +363,8 @@ def _key_gradient(
         count = row_tokens - start
         q = load_at(moved(q_at, q_offset), count, D, True)
         scores = inner_products(k, q)
-        norm = tl.load(norm_at + start, mask=here < count, other=float("inf"))
+        # Rows beyond the last add nothing whatever their probability: their query, dO and row sum are zero.
+        norm = tl.load(norm_at + start, mask=here < count, other=0.0)
         if BIAS:
             probability = tl.exp2(scores * factor + (added[:, None] * LOG2_E - norm[None, :]))
         else:

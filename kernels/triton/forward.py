@@ -94,13 +94,14 @@ def _attend_online(
     LANES: tl.constexpr,
     OUTPUT: tl.constexpr,
     BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Let the query tile attend to the first ``settling`` full tiles of image keys, to what image keys do not
     fill a tile, and to all text keys: each may raise the shift of a row.
     """
     whole = image_keys // COLUMNS
     image_tiles = tl.cdiv(image_keys, COLUMNS)
-    for tile in range(whole - settling, image_tiles + tl.cdiv(text_tokens, COLUMNS)):
+    for tile in tl.range(whole - settling, image_tiles + tl.cdiv(text_tokens, COLUMNS), num_stages=STAGES):
         of_image = tile < image_tiles
         column = tl.where(of_image, tl.where(tile < whole, tile - whole + settling, tile), tile - image_tiles)
         column *= COLUMNS
@@ -238,9 +239,11 @@ def attention_kernel(
     sums = zeros_like(q, ROWS)
     whole = image_keys // COLUMNS
     settling = tl.minimum(whole, 1) if SHIFTED else 0
+    # Large tiles and a softmax that is online throughout leave no registers to load these few tiles ahead.
+    STAGES: tl.constexpr = None if SHIFTED or COLUMNS * D < 128 * 128 else 1
     sums, shift, total = _attend_online(
         sums, shift, total, q, key, value, text_key, keys, values, text_keys, text_values, bias, batch,
-        image_keys, text_tokens, settling, factor, text_values_token, COLUMNS, D, LANES, OUTPUT, BIAS,
+        image_keys, text_tokens, settling, factor, text_values_token, COLUMNS, D, LANES, OUTPUT, BIAS, STAGES,
     )  # fmt: skip
     keys_left, values_left = keys, values
     if SHIFTED:
@@ -258,7 +261,7 @@ def attention_kernel(
             sums, shift, total = _attend_online(
                 zeros_like(q, ROWS), shift, total, q, key, value, text_key, keys, values,
                 text_keys, text_values, bias, batch, image_keys, text_tokens, whole, factor,
-                text_values_token, COLUMNS, D, LANES, OUTPUT, BIAS,
+                text_values_token, COLUMNS, D, LANES, OUTPUT, BIAS, STAGES,
             )  # fmt: skip
 
     here = tl.arange(0, ROWS)

@@ -135,6 +135,12 @@ _CDNA_FLOAT32 = {
     ),
 }  # fmt: skip
 
+# What differs in float16, whose softmax is always online.
+_FLOAT16 = {
+    "sm_90": {64: replace(_HOPPER[64], forward=Config(128, 64, 4, 3, lanes=8))},
+    "sm_100": {128: replace(_BLACKWELL[128], forward=Config(128, 128, 8, 2))},
+}
+
 TABLE = {
     "sm_80": _AMPERE,
     "sm_86": _ADA,  # and sm_89
@@ -171,7 +177,9 @@ def target_of(device: torch.device) -> str | None:
 def tuning_of(target: str, head_dim: int, dtype: torch.dtype) -> Tuning:
     """The configurations of a row of the table for a head dim up to 256 and a dtype."""
     table = TABLE[target]
-    if dtype == torch.float32:
+    if dtype == torch.float16:
+        table = {**table, **_FLOAT16.get(target, {})}
+    elif dtype == torch.float32:
         table = _CDNA_FLOAT32 if target == "gfx942" else _FLOAT32
     return next(tuning for greatest, tuning in table.items() if head_dim <= greatest)
 

@@ -15,6 +15,7 @@ from tests.support.ahead_of_time import (
     SHARED_MEMORY_LIMITS,
     UNITS,
     Usage,
+    bank_conflicts,
     compile_launch,
     launches,
     programs_at_once,
@@ -67,6 +68,7 @@ def test_no_spills_and_within_shared_memory(
             )
     wasteful = {name: usage for name, usage in usages.items() if usage.spills or usage.shared_memory > limit}
     assert not wasteful
+    assert not {name: usage.conflicts for name, usage in usages.items() if usage.conflicts}
     for name, least in RESIDENT.get((target, head_dim), {}).items() if dtype == torch.bfloat16 else ():
         assert (usages[name].programs or 0) >= least, name
     if head_dim == 64 and dtype == torch.bfloat16 and target in INSTRUCTIONS:
@@ -74,6 +76,34 @@ def test_no_spills_and_within_shared_memory(
         assert fullest.per_element <= INSTRUCTIONS[target]
         elements = fullest.instructions / fullest.per_element
         assert fullest.special / elements == pytest.approx(1.0, abs=0.01)  # one exponential, and nothing else
+
+
+def test_bank_conflicts_are_seen() -> None:
+    """A tile of 64 x 64 float32 without swizzling: a warp reads along a row, down a column, or as tensor cores
+    leave their results, eight rows to a bank.
+    """
+    code = """
+#along = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [1, 32], warpsPerCTA = [4, 1], order = [1, 0]}>
+#down = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [32, 1], warpsPerCTA = [4, 1], order = [1, 0]}>
+#mma = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [4, 1], instrShape = [16, 8]}>
+#shared = #ttg.swizzled_shared<{vec = 1, perPhase = 1, maxPhase = 1, order = [1, 0]}>
+#smem = #ttg.shared_memory
+module attributes {"ttg.num-ctas" = 1 : i32, "ttg.num-warps" = 4 : i32, ttg.target = "cuda:80",
+                   "ttg.threads-per-warp" = 32 : i32} {
+  tt.func public @kernel() {
+    %tile = ttg.local_alloc : () -> !ttg.memdesc<64x64xf32, #shared, #smem, mutable>
+    %0 = ttg.local_load %tile : !ttg.memdesc<64x64xf32, #shared, #smem, mutable> -> tensor<64x64xf32, #along>
+    %1 = ttg.local_load %tile : !ttg.memdesc<64x64xf32, #shared, #smem, mutable> -> tensor<64x64xf32, #down>
+    %2 = ttg.local_load %tile : !ttg.memdesc<64x64xf32, #shared, #smem, mutable> -> tensor<64x64xf32, #mma>
+    tt.return
+  }
+}"""
+    loads = bank_conflicts(code)
+    assert {name for name, _ in loads} == {"ttg.local_load tensor<64x64xf32>"}
+    along, down, of_products = (degree for _, degree in loads)
+    assert along == 0
+    assert down == 7  # four entries at a time, eight rows a wavefront
+    assert of_products == 3
 
 
 def test_programs_that_a_multiprocessor_holds() -> None:
@@ -87,7 +117,7 @@ def test_every_entry_of_the_table_is_compiled() -> None:
     """A new row or head dim must not go unchecked: every table of every target shows up among the units."""
     served = {id(tuning.tuning_of(*unit)) for unit in UNITS}
     for target in tuning.TABLE:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in range(16, 257, 8):
                 assert id(tuning.tuning_of(target, head_dim, dtype)) in served
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import gluon_ir, ir, nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,6 +50,7 @@ UNITS = [
     *((target, 64, torch.float16) for target in tuning.TABLE),  # always the online softmax
     *(("sm_86", head_dim, torch.float32) for head_dim in _WIDTHS),
     ("gfx942", 256, torch.float32),
+    ("sm_100", 128, torch.float16),
     ("sm_90", 96, torch.float16),  # a head vector in two parts
 ]
 """Target, head dim and dtype of every entry of the tuning table, and of what else is compiled."""
@@ -79,6 +81,7 @@ class Usage:
         registers, spills: registers and spilled bytes of a thread.
         shared_memory: bytes of a program.
         programs: how many programs a multiprocessor holds at once; None for AMD.
+        conflicts: the most that bank conflicts add to one access of shared memory by a warp; None for AMD.
         loops: loops with exponentials, in the order of the code; none for AMD.
     """
 
@@ -86,6 +89,7 @@ class Usage:
     spills: int
     shared_memory: int
     programs: int | None
+    conflicts: int | None
     loops: tuple[Loop, ...]
 
 
@@ -124,6 +128,47 @@ def loops_of(assembly: str, elements: float) -> tuple[Loop, ...]:
         products = sum(name.endswith("MMA") for name in names)
         loops.append(Loop(len(names), special, products, round(len(names) / elements, 2)))
     return tuple(loops)
+
+
+def bank_conflicts(code: str) -> list[tuple[str, int]]:
+    """Every load and store of tiles in shared memory in a kernel's intermediate code for NVIDIA, and how many
+    more wavefronts than necessary bank conflicts give it, by Triton's own reckoning from the two layouts.
+
+    Not among them: asynchronous copies, operands that tensor cores fetch themselves, and exchanges between
+    threads, whose layouts Triton chooses to have no conflicts.
+    """
+    context = ir.context()
+    ir.load_dialects(context)
+    nvidia.load_dialects(context)
+    with tempfile.NamedTemporaryFile("w", suffix=".ttgir") as file:
+        file.write(code)
+        file.flush()
+        module = ir.parse_mlir_module(file.name, context)
+    builder: Any = gluon_ir.GluonOpBuilder(context)
+    found: list[tuple[str, int]] = []
+
+    def visit(operation: Any) -> None:
+        name = operation.get_name()
+        if name == "ttg.local_load":
+            registers, memory = operation.get_result(0), operation.get_operand(0)
+        elif name == "ttg.local_store":
+            registers, memory = operation.get_operand(0), operation.get_operand(1)
+        elif name == "ttg.local_alloc" and operation.get_num_operands():
+            registers, memory = operation.get_operand(0), operation.get_result(0)
+        else:
+            return
+        of_registers = builder.get_gluon_layout_from_tensor(registers)._to_ir(builder)
+        of_memory = builder.get_gluon_layout_from_memdesc(memory)._to_ir(builder)
+        kind = str(registers.get_type()).split(",")[0]  # tensor<64x64xbf16
+        *shape, element = kind.removeprefix("tensor<").split("x")
+        bits = int(re.sub(r"\D", "", element))
+        sizes = [int(size) for size in shape]
+        found.append(
+            (f"{name} {kind}>", builder.get_shared_bank_conflicts(of_registers, of_memory, sizes, bits))
+        )
+
+    module.walk(visit)
+    return found
 
 
 def target_of(name: str) -> GPUTarget:
@@ -251,7 +296,7 @@ def compile_launch(launch: Launch, name: str) -> Usage:
         assembly = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
         spills = 4 * int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)[0])
-        return Usage(registers, spills, shared_memory, None, ())
+        return Usage(registers, spills, shared_memory, None, None, ())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -264,6 +309,7 @@ def compile_launch(launch: Launch, name: str) -> Usage:
         spills,
         shared_memory,
         programs_at_once(name, registers, config.warps, shared_memory, tensor_memory),
+        max((degree for _, degree in bank_conflicts(compiled.asm["ttgir"])), default=0),
         loops_of(assembly, config.rows * config.columns / (32 * config.warps)),
     )
 
