@@ -434,6 +434,21 @@ def test_without_image_keys_or_text_queries(case: Case, absent: tuple[str, ...])
         judge_gradients(case, given, inputs, **options)
 
 
+def test_text_rows_first() -> None:
+    """The same bits in the other order, gradients included."""
+    inputs = attention_inputs(2, 33, 17, 2, 16, torch.float16)
+    found = []
+    for text_first in (False, True):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+        result = joint_attention(**leaves, text_first=text_first)
+        parts = [result.text, result.image] if text_first else [result.image, result.text]
+        assert torch.equal(result.joint, torch.cat(parts, dim=1))
+        loss = (result.image**2).sum() + (result.text**3).sum()
+        found.append([result.image, result.text, *torch.autograd.grad(loss, list(leaves.values()))])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("rows", [("image", slice(40, 70)), ("text", slice(3, 20))], ids=str)
 def test_gradients_of_chosen_rows(rows: Any) -> None:
     """A map alone of fewer rows than there are image keys."""
