@@ -113,7 +113,7 @@ def _forward(provider: Provider, inputs: Inputs, request: Request) -> tuple[Tens
     ours = _ours(inputs.query)
     if inputs.value is None:
         return tuple(ours.forward(inputs, request))
-    image, text, lse, maps = empty_outputs(inputs, request)
+    joint, lse, maps = empty_outputs(inputs, request)
     key, tokens, outs = _joined(inputs, ("key", "text_key")), inputs.query.shape[1], []
     for names, read in _parts(inputs):
         rows = _joined(inputs, names)
@@ -121,9 +121,10 @@ def _forward(provider: Provider, inputs: Inputs, request: Request) -> tuple[Tens
         out, found = provider.forward(rows, key, _joined(inputs, ("value", read)), request.scale)
         lse[:, :, first : first + rows.shape[1]] = found
         outs.append(out)
-    joint = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-    image.copy_(joint[:, :tokens])
-    text.copy_(joint[:, tokens:])
+    joined = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    image, text = request.split(joint, tokens)
+    image.copy_(joined[:, :tokens])
+    text.copy_(joined[:, tokens:])
     if request.kind in ("logit", "text_probability"):
         maps = ours.forward(_alone(inputs), request)[-1]
     elif request.kind is not None and ours is aten:
@@ -134,7 +135,7 @@ def _forward(provider: Provider, inputs: Inputs, request: Request) -> tuple[Tens
         )
     elif request.kind is not None:
         ours.write_normalised_maps(maps, inputs, lse, request)
-    return image, text, lse, maps
+    return joint, lse, maps
 
 
 def _backward(

@@ -17,7 +17,7 @@ from .statistics import attention_mass, value_norm
 from .tuning import interpreting, target_of
 
 __all__ = [
-    "attend", "attention_mass", "backward", "call_refusal", "forward", "map_gradient", "refusal",
+    "attend", "attention_mass", "backward", "forward", "map_gradient", "refusal",
     "value_norm", "write_normalised_maps",
 ]  # fmt: skip
 
