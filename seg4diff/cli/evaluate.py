@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from seg4diff.backbones import Pipeline
 from seg4diff.cli.options import (
     DataOptions,
     Layers,
@@ -22,6 +21,7 @@ from seg4diff.data.names import DatasetName
 from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
+    from seg4diff.backbones import Pipeline
     from seg4diff.data.registry import Dataset
     from seg4diff.evaluation.runner import Report, Settings
 

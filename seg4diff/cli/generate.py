@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from seg4diff.backbones import Pipeline
 from seg4diff.cli.options import Layers, ModelOptions, at_least_one
 from seg4diff.files import save_image, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from seg4diff.backbones import Pipeline
 
 _Pixels = Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")]
 
