@@ -115,7 +115,8 @@ def label_overlay(
     """Labels in colours over an image, with the names of those that occur below it.
 
     Args:
-        labels: [height, width] integers that index ``names``.
+        labels: [height, width] integers that index ``names``; -1 for background, which shows the image
+            alone, or black.
         names: a name for each label.
         image: the image below, of the same size; without one the colours are shown alone.
         alpha: 0 shows only the image, 1 only the colours.
@@ -127,19 +128,22 @@ def label_overlay(
     """
     _check_alpha(alpha)
     indices = _integers(labels)
-    canvas = colorize(indices, len(names))
+    background = indices == -1
+    colours = colorize(np.where(background, 0, indices), len(names))
+    canvas = Image.composite(Image.new("RGB", colours.size), colours, Image.fromarray(background))
     if image is not None:
         if image.size != canvas.size:
             raise ValueError(
                 f"image is {image.width} x {image.height}, labels are {canvas.width} x {canvas.height}"
             )
-        canvas = Image.blend(image.convert("RGB"), canvas, alpha)
+        image = image.convert("RGB")
+        canvas = Image.composite(image, Image.blend(image, canvas, alpha), Image.fromarray(background))
     if not legend:
         return canvas
     enlarged = -(-256 // max(canvas.size))
     if enlarged > 1:
         canvas = canvas.resize((canvas.width * enlarged, canvas.height * enlarged), Image.Resampling.NEAREST)
-    present = [int(index) for index in np.unique(indices)]
+    present = [int(index) for index in np.unique(indices[~background])]
     panel = _legend([(names[index], palette(len(names))[index]) for index in present], canvas)
     sheet = Image.new("RGB", (max(canvas.width, panel.width), canvas.height + panel.height), _PAPER)
     sheet.paste(canvas, (0, 0))
@@ -184,7 +188,7 @@ def _legend(entries: Sequence[tuple[str, np.ndarray]], canvas: Image.Image) -> I
     font = _font(size)
     swatch, line = size, _height(font) + 6
     width = max(canvas.width, 160)
-    widest = max(font.getlength(name) for name, _ in entries)
+    widest = max((font.getlength(name) for name, _ in entries), default=0.0)
     column = int(min(widest + swatch + 3 * _MARGIN, width))
     columns = max(1, width // column)
     lines = -(-len(entries) // columns)

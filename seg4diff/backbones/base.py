@@ -16,6 +16,9 @@ from seg4diff.backbones.text import TextSpan
 EXPERTS_KEY = "_seg4diff_expert_layers"
 """Entry of a transformer's configuration that lists its expert layers, where a model brings them along."""
 
+RECIPE_KEY = "_seg4diff_recipe"
+"""Entry of a transformer's configuration that holds the fields of its `Recipe`, where one was measured."""
+
 Guidance = Literal["one forward", "separate forwards"]
 
 
@@ -32,6 +35,34 @@ class Pipeline(Protocol):
     def device(self) -> torch.device: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def __getattr__(self, name: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model segments best by names. The defaults are for models of which nothing was measured.
+
+    Attributes:
+        level: steps that are left of the noise schedule; that of the family when None.
+        behind: layers from the last expert layer to the one whose attention outputs tell which image tokens
+            belong together; where the model ends before, its last layer.
+        tau: temperature of that comparison, in mean squared distances of two tokens.
+        block: share of the image area of the square of tokens that a name wins if it is in the image.
+        upsample: how scores go from image tokens to pixels, see `seg4diff.segmentation.presets.Preset`.
+        floor: attention to a name, mean over heads and tokens, below which a pixel does not show it; None
+            where it is not known.
+        alone: attention that a name without others has to reach on a whole block; None where it is not known.
+        calibration: for thresholds of the presence score, ascending: (threshold, absent names per image that
+            are found, names per image that are missed). Empty where it was not measured.
+    """
+
+    level: int | None = None
+    behind: int = 2
+    tau: float = 0.1
+    block: float = 0.0025
+    upsample: Literal["bicubic", "bilateral"] = "bicubic"
+    floor: float | None = None
+    alone: float | None = None
+    calibration: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,6 +235,12 @@ class Backbone:
                 "name it with layers=[...] (seg4diff.rank_layers measures it)"
             )
         return self.experts[count]
+
+    def recipe(self, transformer: nn.Module) -> Recipe:
+        """How the model segments best by names: from its configuration, else the defaults."""
+        stored = dict(transformer.config.get(RECIPE_KEY) or {})  # type: ignore[union-attr, operator]
+        calibration = tuple((float(t), float(f), float(m)) for t, f, m in stored.pop("calibration", ()))
+        return Recipe(**stored, calibration=calibration)
 
     # Calls of the transformer
 

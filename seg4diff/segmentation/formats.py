@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 
 def write_png(result: Segmentation, path: Path) -> None:
-    """The labels, 8 bits with a palette, or 16 bits of grey; the names in a text chunk."""
+    """The labels, 8 bits with a palette, or 16 bits of grey; the names in a text chunk.
+
+    The largest number of either kind stands for background.
+    """
     count = len(result.classes)
-    if count > 65536:
+    if count > 65535:
         raise ValueError(f"{count} classes do not fit a PNG of 16 bits; save as .npz")
-    labels = result.labels.cpu().numpy()
-    if count <= 256:
+    labels = result.labels.cpu().numpy()  # -1, background, wraps around
+    if count <= 255:
         image = Image.fromarray(labels.astype(np.uint8), mode="L")
         image.putpalette(palette(count).tobytes())
     else:
@@ -41,7 +44,10 @@ def write_npz(result: Segmentation, path: Path) -> None:
         "scores": result.scores.detach().cpu().numpy(),
         "classes": np.array(result.classes, dtype=np.str_),
         "metadata": np.array(json.dumps(result.metadata, default=str)),
+        "upsample": np.array(result.upsample),
     }
+    if result.presence is not None:
+        arrays["presence"] = result.presence.cpu().numpy()
     if result.image is not None:
         arrays["image"] = np.asarray(result.image.convert("RGB"))
     with open(path, "wb") as file:
@@ -53,8 +59,9 @@ def write_json(result: Segmentation, path: Path) -> None:
     from pycocotools import mask as run_lengths
 
     height, width = result.labels.shape
+    scores = result.pixel_scores()
     annotations: list[dict[str, Any]] = []
-    for index in result.labels.unique().tolist():
+    for index in result.labels[result.labels >= 0].unique().tolist():
         mask = result.labels == index
         encoded = run_lengths.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
         annotations.append(
@@ -66,7 +73,7 @@ def write_json(result: Segmentation, path: Path) -> None:
                 "area": int(mask.sum()),
                 "bbox": [float(number) for number in run_lengths.toBbox(encoded)],
                 "iscrowd": 0,
-                "score": float(result.scores[index][mask].mean()),
+                "score": float(scores[index][mask].mean()),
             }
         )
     document = {
@@ -103,6 +110,9 @@ def read_npz(path: Path) -> dict[str, Any]:
                 "classes": tuple(str(name) for name in arrays["classes"]),
                 "image": Image.fromarray(arrays["image"]) if "image" in arrays else None,
                 "metadata": json.loads(str(arrays["metadata"])),
+                "presence": torch.from_numpy(arrays["presence"]) if "presence" in arrays else None,
+                # Files of 0.1 have scores at the pixels, and no such entry.
+                "upsample": str(arrays["upsample"]) if "upsample" in arrays else "linear",
             }
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(

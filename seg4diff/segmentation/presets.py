@@ -7,10 +7,14 @@ module imports neither torch nor NumPy, so that the command line can list the pr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from seg4diff.backbones.base import Recipe
 
 Fit = Literal["aspect", "crop", "squash"]
-Upsample = Literal["linear", "geometric"]
+Upsample = Literal["linear", "geometric", "bicubic", "bilateral"]
+Absent = Literal["ignore", "keep", "background"]
 
 
 @dataclass(frozen=True)
@@ -82,34 +86,65 @@ class Preset:
             `"squash"`: short side to 5/8 of the native size first, then a square regardless of the aspect.
         upsample: how scores go from image tokens to pixels. `"linear"`: bilinear, as in the paper.
             `"geometric"`: bilinear on their logarithms, see `seg4diff.segmentation.scores.resize_scores`.
+            `"bicubic"`: bicubic on their logarithms. `"bilateral"`: along the edges of the image, see
+            `seg4diff.segmentation.bilateral`. None: that of the recipe.
         grouping: how image or text tokens become regions where no names are given.
         cut_at_hyphen: whether `"wall-brick"` enters the prompt as `"wall"`.
         match_disjoint: whether an evaluation may match a region with a class that it has no pixel in common
             with, see `seg4diff.metrics.matched_counts`.
         stray_name: whether an evaluation prompts a data set's name for pixels that do not count, as the
             public code does with "background" for COCO-Object.
+        passes: over an image, each with other noise and every other one mirrored, averaged on logarithms.
+        measured_level: whether the noise level is the recipe's instead of the family's.
+        spread: whether scores are averaged over image tokens with like attention outputs, see
+            `seg4diff.segmentation.scores.spread_scores`.
+        absent: what becomes of names that are not in the image, see `seg4diff.segment`.
+        recipe: what was measured of a model; None: of the model at hand, see
+            `seg4diff.backbones.base.Recipe`.
+
+    Raises:
+        ValueError: `absent` is unknown, or `passes` is not a positive integer.
     """
 
     name: str
     fit: Fit
-    upsample: Upsample
+    upsample: Upsample | None
     grouping: Grouping | Clustering
     cut_at_hyphen: bool = False
     match_disjoint: bool = True
     stray_name: bool = False
+    passes: int = 1
+    measured_level: bool = False
+    spread: bool = False
+    absent: Absent = "keep"
+    recipe: Recipe | None = None
 
+    def __post_init__(self) -> None:
+        if self.absent not in get_args(Absent):
+            accepted = ", ".join(map(repr, get_args(Absent)))
+            raise ValueError(f"absent={self.absent!r} is unknown; accepted: {accepted}")
+        if isinstance(self.passes, bool) or not isinstance(self.passes, int) or self.passes < 1:
+            raise ValueError(f"passes={self.passes!r} must be a positive integer")
+
+
+_DEFAULT = Preset(
+    "default",
+    fit="aspect",
+    upsample="geometric",
+    # Of seven cuts on 200 training scenes of the demo model; 5 to 6 differ by less than a point.
+    grouping=Clustering(threshold=5.25),
+    match_disjoint=False,
+)
+_BEST = replace(
+    _DEFAULT, name="best", upsample=None, passes=2, measured_level=True, spread=True, absent="ignore"
+)
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset(
-            "default",
-            fit="aspect",
-            upsample="geometric",
-            # Of seven cuts on 200 training scenes of the demo model; 5 to 6 differ by less than a point.
-            grouping=Clustering(threshold=5.25),
-            match_disjoint=False,
-        ),
+        _DEFAULT,
+        _BEST,
+        replace(_BEST, name="fast", passes=1),
         Preset(
             "paper",
             fit="crop",
@@ -130,24 +165,24 @@ PRESETS = {
     )
 }
 
-PresetName = Literal["default", "paper", "reference"]
+PresetName = Literal["default", "best", "fast", "paper", "reference"]
 """The keys of `PRESETS`, for type checkers and the command line."""
 
 
-def find_preset(name: str, *, threshold: float | None = None) -> Preset:
+def find_preset(name: str | Preset, *, threshold: float | None = None) -> Preset:
     """The preset of that name.
 
     Args:
-        name: a key of `PRESETS`.
+        name: a key of `PRESETS`, or a preset.
         threshold: replaces that of the preset's grouping.
 
     Raises:
         ValueError: there is no such preset (the message lists those there are), or the threshold is not a
             number above 0.
     """
-    if name not in PRESETS:
+    if not isinstance(name, Preset) and name not in PRESETS:
         raise ValueError(f"preset={name!r} is unknown; accepted: {', '.join(map(repr, PRESETS))}")
-    preset = PRESETS[name]
+    preset = name if isinstance(name, Preset) else PRESETS[name]
     if threshold is None:
         return preset
     return replace(preset, grouping=replace(preset.grouping, threshold=threshold))

@@ -7,14 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 
 from seg4diff.files import write_atomically
 from seg4diff.segmentation.formats import WRITERS, read_npz
+from seg4diff.segmentation.presets import Upsample
+from seg4diff.segmentation.scores import resize_scores
 from seg4diff.visualization import label_overlay
+
+BACKGROUND = -1
+"""Label of pixels that no name explains."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,12 +27,16 @@ class Segmentation:
     """A label and a score for every pixel of an image.
 
     Attributes:
-        labels: int64 [height, width], an index into `classes`.
-        scores: float32 [classes, height, width], larger where a class is more likely. Their scale
-            depends on the method that made them.
+        labels: int64 [height, width], an index into `classes`, or `BACKGROUND`.
+        scores: float32 [classes, h, w], larger where a class is more likely: at the image tokens, or at the
+            pixels. Their scale depends on the method that made them. `pixel_scores` resizes them.
         classes: a name for each label, all different.
         image: the image that was segmented, at its own size, for `overlay`.
         metadata: how the result was made, e.g. preset, layers, prompt and seed.
+        presence: how surely each class is in the image, float32 [classes] in [0, 1], see
+            `seg4diff.segmentation.presence.presence_of`; None where no names were asked for. A class that was
+            found absent has scores, and no pixel.
+        upsample: how scores go from image tokens to pixels, see `seg4diff.segmentation.scores.resize_scores`.
 
     Raises:
         ValueError: shapes disagree, a label has no name, a name occurs twice, or there is no pixel.
@@ -39,6 +48,8 @@ class Segmentation:
     classes: tuple[str, ...]
     image: Image.Image | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    presence: torch.Tensor | None = None
+    upsample: Upsample = "linear"
 
     def __post_init__(self) -> None:
         for name, dtype, rank in (("labels", torch.int64, 2), ("scores", torch.float32, 3)):
@@ -57,16 +68,20 @@ class Segmentation:
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes name {', '.join(map(repr, twice))} more than once")
-        expected = (len(self.classes), *self.labels.shape)
-        if tuple(self.scores.shape) != expected:
+        if len(self.scores) != len(self.classes):
+            raise ValueError(f"scores have shape {list(self.scores.shape)} for {len(self.classes)} classes")
+        if self.presence is not None and tuple(self.presence.shape) != (len(self.classes),):
             raise ValueError(
-                f"scores have shape {list(self.scores.shape)}: {list(expected)} expected from "
-                f"{len(self.classes)} classes and labels of shape {list(self.labels.shape)}"
+                f"presence has shape {list(self.presence.shape)} for {len(self.classes)} classes"
             )
+        if self.upsample not in get_args(Upsample):
+            accepted = ", ".join(map(repr, get_args(Upsample)))
+            raise ValueError(f"upsample={self.upsample!r} is unknown; accepted: {accepted}")
         lowest, highest = int(self.labels.min()), int(self.labels.max())
-        if lowest < 0 or highest >= len(self.classes):
+        if lowest < BACKGROUND or highest >= len(self.classes):
             raise ValueError(
-                f"labels reach from {lowest} to {highest}: indices of {len(self.classes)} classes expected"
+                f"labels reach from {lowest} to {highest}: indices of {len(self.classes)} classes expected, "
+                f"or {BACKGROUND} for background"
             )
         height, width = self.labels.shape
         if self.image is not None and self.image.size != (width, height):
@@ -75,6 +90,17 @@ class Segmentation:
                 f"labels are {width} x {height}"
             )
         object.__setattr__(self, "metadata", dict(self.metadata))
+
+    def pixel_scores(self) -> torch.Tensor:
+        """Scores at the pixels: float32 [classes, height, width]. Computed at each call.
+
+        Raises:
+            ValueError: they follow the edges of the image, and there is none.
+        """
+        height, width = self.labels.shape
+        if self.scores.shape[1:] == self.labels.shape:
+            return self.scores
+        return resize_scores(self.scores, (height, width), self.upsample, self.image)
 
     def mask(self, name: str) -> torch.Tensor:
         """The pixels of a class: bool [height, width].
@@ -102,9 +128,9 @@ class Segmentation:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result, in the format that the suffix names. The file appears whole or not at all.
 
-        * `.png`: the labels, 8 bits with a palette; 16 bits of grey from 257 classes on. A text chunk
-          `classes` holds the names as JSON.
-        * `.npz`: labels, scores, classes, image and metadata, for `load` or
+        * `.png`: the labels, 8 bits with a palette, background 255; from 256 classes on, 16 bits of grey,
+          background 65535. A text chunk `classes` holds the names as JSON.
+        * `.npz`: all attributes, for `load` or
           `numpy.load(path, allow_pickle=False)`.
         * `.json`: COCO annotations, a run-length encoded mask for each class that occurs. The class at
           position i has the category id i + 1; `score` is the mean score inside its mask.
@@ -113,7 +139,7 @@ class Segmentation:
             `path` as a Path.
 
         Raises:
-            ValueError: another suffix, or more than 65 536 classes in a PNG.
+            ValueError: another suffix, or more than 65 535 classes in a PNG.
             OSError: the file cannot be written.
         """
         path = Path(path)
@@ -142,13 +168,18 @@ class Segmentation:
 
     def shares(self) -> str:
         """What share of the image the largest classes have, as text: `"cat 50%, red sofa 50%"`."""
-        pixels = torch.bincount(self.labels.flatten().cpu())
+        labels = self.labels[self.labels != BACKGROUND].cpu()
+        if not labels.numel():
+            return "background 100%"
+        pixels = torch.bincount(labels)
         largest = [index for index in pixels.argsort(descending=True, stable=True).tolist() if pixels[index]]
         parts = [
             f"{self.classes[index]} {int(pixels[index]) / self.labels.numel():.0%}" for index in largest[:5]
         ]
         if len(largest) > 5:
             parts.append(f"{len(largest) - 5} more")
+        if labels.numel() < self.labels.numel():
+            parts.append(f"background {1 - labels.numel() / self.labels.numel():.0%}")
         return ", ".join(parts)
 
     def __repr__(self) -> str:

@@ -30,8 +30,9 @@ def test_a_bad_threshold_is_named(threshold: Any) -> None:
 
 
 def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(ValueError, match="'best' is unknown; accepted: 'default', 'paper', 'reference'"):
-        find_preset("best")
+    accepted = "accepted: 'default', 'best', 'fast', 'paper', 'reference'"
+    with pytest.raises(ValueError, match=f"'finest' is unknown; {accepted}"):
+        find_preset("finest")
 
 
 def test_presets_load_without_torch() -> None:
@@ -60,8 +61,10 @@ def test_no_code_compares_a_presets_name() -> None:
     assert uses_of_names("x = preset.name != 'best'") == [1]
     assert uses_of_names("\nif self.preset in ('paper', 'reference'):\n    pass") == [2]
     assert uses_of_names("match options.preset:\n    case 'paper': pass") == [1]
-    assert uses_of_names("preset: Literal['paper', 'reference', 'default'] = 'paper'") == [1]
-    assert uses_of_names("GROUPINGS = {'paper': 1, 'reference': 2, 'default': 3}") == [1]
+    assert uses_of_names("preset: Literal['paper', 'reference', 'fast', 'default', 'best'] = 'paper'") == [1]
+    assert uses_of_names("GROUPINGS = {'paper': 1, 'reference': 2, 'default': 3, 'best': 4, 'fast': 5}") == [
+        1
+    ]
     assert get_args(PresetName) == tuple(PRESETS)
     found = [
         f"{path.relative_to(ROOT)}:{line}"

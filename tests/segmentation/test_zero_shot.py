@@ -79,12 +79,13 @@ def test_the_recipe_by_hand(pipe: Any) -> None:
         )
     assert len(pipe.tokenizer("cat").input_ids) == 3
     exact = by_hand(pipe, projections[2], CLASSES, (64, 64), geometric=True)
-    torch.testing.assert_close(result.scores.double(), exact, rtol=1e-4, atol=0)
-    assert torch.equal(result.labels, result.scores.argmax(dim=0))
+    scores = result.pixel_scores()
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-4, atol=0)
+    assert torch.equal(result.labels, scores.argmax(dim=0))
     assert result.classes == tuple(CLASSES)
     for other in ({"layers": 1}, {"seed": 4}):
         changed = seg4diff.segment(pipe, image, CLASSES, **{"layers": 2, "seed": 3, **other})
-        assert not torch.allclose(changed.scores.double(), exact, rtol=1e-3, atol=0)
+        assert not torch.allclose(changed.pixel_scores().double(), exact, rtol=1e-3, atol=0)
 
 
 def test_scores_at_pixels(pipe: Any) -> None:
@@ -99,7 +100,8 @@ def test_scores_at_pixels(pipe: Any) -> None:
     assert torch.isfinite(resize_scores(torch.zeros(1, 2, 2), (4, 4), "geometric")).all()
     image = picture(64, 64)
     default, paper = (
-        seg4diff.segment(pipe, image, CLASSES, layers=1, preset=p).scores for p in ("default", "paper")
+        seg4diff.segment(pipe, image, CLASSES, layers=1, preset=p).pixel_scores()
+        for p in ("default", "paper")
     )
     # The same map behind both: they agree where no token is far from its neighbours.
     assert not torch.equal(default, paper)
@@ -208,7 +210,7 @@ def test_presets(pipe: Any) -> None:
     assert reference.classes == ("cat-merged", "sofa")
     assert tuple(reference.labels.shape) == (50, 90)
     exact = by_hand(pipe, projections[0], ["cat", "sofa"], (50, 90), geometric=False)
-    torch.testing.assert_close(reference.scores.double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(reference.pixel_scores().double(), exact, rtol=1e-4, atol=0)
     wrong = by_hand(pipe, projections[0], ["cat", "sofa"], (50, 90), geometric=True)
     assert (wrong / exact - 1).abs().max() > 1e-3
 
@@ -254,7 +256,7 @@ def test_t5_reads_the_names_too() -> None:
     assert [ids[: len(words)] for ids in asked] == [words]
     assert projections[1]["add_k_proj"].shape[1] > 77
     exact = by_hand(pipe, projections[1], CLASSES, (64, 64), geometric=True)
-    torch.testing.assert_close(result.scores.double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.pixel_scores().double(), exact, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,13 @@ def test_t5_reads_the_names_too() -> None:
         (ValueError, "2 lists of names for 1 images", {"classes": [["cat"], ["dog"]]}),
         (ValueError, "an image's list of classes is empty", {"classes": [[]]}),
         (ValueError, "has 100 tokens, but a prompt holds 75", {"classes": ["x" * 100]}),
-        (ValueError, "'best' is unknown; accepted: 'default', 'paper', 'reference'", {"preset": "best"}),
+        (ValueError, "'finest' is unknown; accepted: 'default', 'best', 'fast'", {"preset": "finest"}),
+        (
+            ValueError,
+            "absent='drop' is unknown; accepted: 'ignore', 'keep', 'background'",
+            {"absent": "drop"},
+        ),
+        (ValueError, "false_names=0.1 needs calibrated presence scores", {"false_names": 0.1}),
         (ValueError, "layer 9 is out of range: this model has layers 0 to 3", {"layers": 9}),
         (ValueError, "layers='automatic' is unknown", {"layers": "automatic"}),
         (ValueError, "batch_size=0", {"batch_size": 0}),
