@@ -146,9 +146,9 @@ PAGE = """# Segmentation by names: the steps of `best`
 `OMP_NUM_THREADS=1 python -m benchmarks.segmentation_ablation --out benchmarks/results/segmentation.md`
 
 The demo model on {count} held-out scenes, each also in its hard version; one thread, one run. mIoU / pixel
-accuracy / boundary IoU in %, from one confusion matrix: "oracle" asks for the names present in a scene, "full"
-for all 18. P / R: precision and recall of the names found under "full". CPU time is of a whole image (VAE and
-text included, batches of 10, the names present).
+accuracy / boundary IoU in %, from one confusion matrix: "oracle" asks for the names present in a scene,
+"full" for all 18. P / R: precision and recall of the names found under "full". CPU time is of a whole image
+(VAE and text included, batches of 10, the names present).
 
 {ablation}
 
