@@ -175,7 +175,7 @@ def rank_layers(
     tally: _Information | _Confusion = _Information(*shape)
     if labels is not None:
         truths = _checked_labels(labels, views, classes, preset)
-        tally = _Confusion(*shape, truths, classes, choices.upsample)
+        tally = _Confusion(*shape, truths, classes, choices.upsample or "geometric")
     timesteps = [float("nan")] * len(noise_levels)
     for found in run_maps(
         pipe, views, [[prompt.text for prompt in plan] for plan in plans],

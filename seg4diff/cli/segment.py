@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from seg4diff.cli.images import ImageOptions
-from seg4diff.segmentation.presets import PresetName
+from seg4diff.segmentation.presets import Absent, PresetName
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,11 +31,18 @@ class Segment(ImageOptions):
 
     classes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
     """What to look for, separated by spaces. Every pixel gets the name that fits best, so name the background
-    too."""
+    too, or use --absent background."""
     out: Path = Path("segment-output")
     """Folder for what is written."""
     preset: PresetName = "default"
-    """`default` keeps the image whole, `paper` crops it to a square, `reference` squashes it to one."""
+    """`default` keeps the image whole, `best` refines that and drops names that are not in the image, `fast`
+    is `best` in one pass, `paper` crops to a square, `reference` squashes to one."""
+    absent: Absent | None = None
+    """Names that are not in the image: `ignore` drops them, `background` drops them and leaves pixels that no
+    other explains without a name, `keep` lets all compete. By default as the preset has it."""
+    false_names: float | None = None
+    """Find a name only if at most this many absent names per image are found at its certainty; the demo model
+    is calibrated."""
 
     def run(self) -> None:
         """Segment the images.
@@ -60,6 +67,8 @@ class Segment(ImageOptions):
                 images,
                 list(self.classes),
                 preset=self.preset,
+                absent=self.absent,
+                false_names=self.false_names,
                 layers=self.layers,
                 seed=self.seed,
                 batch_size=self.batch_size,

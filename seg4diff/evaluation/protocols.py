@@ -181,7 +181,7 @@ def predict(
     if not question.labels:  # nothing but background
         fill = IGNORED if question.background is None else question.background
         return torch.full(size, fill, dtype=torch.uint8)
-    scores, winner = _winners(class_scores(question, maps, grid), size, preset.upsample)
+    scores, winner = _winners(class_scores(question, maps, grid), size, preset.upsample or "geometric")
     labels = torch.tensor(question.labels, dtype=torch.uint8, device=winner.device)[winner]
     if question.threshold is not None and question.background is not None:
         labels[scores < question.threshold * scores.max()] = question.background

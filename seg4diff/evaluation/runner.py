@@ -263,6 +263,12 @@ def make_evaluator(pipe: Pipeline, dataset: Dataset, settings: Settings) -> Eval
     if not hasattr(pipe, "vae"):
         raise TypeError(f"{type(pipe).__name__} has no VAE; evaluation takes a whole pipeline")
     preset = find_preset(settings.preset)
+    named = set(settings.protocols) != {"unsupervised"}
+    if named and (preset.passes > 1 or preset.spread or preset.absent != "keep"):
+        raise ValueError(
+            f"preset={preset.name!r} takes steps that evaluation does not; use 'default', or segment() and "
+            "seg4diff.metrics"
+        )
     chosen = state.layers_or_experts(settings.layers)
     span = state.backbone.name_span(pipe)
     protocols: dict[str, Protocol] = {

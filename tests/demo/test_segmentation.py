@@ -59,6 +59,32 @@ def test_all_names_at_once(score: Callable[..., Score], scenes: list[Scene], ora
     assert 0.45 <= everything.miou <= oracle.miou
 
 
+@pytest.mark.parametrize("preset", ["best", "fast"])
+def test_all_names_at_once_with_presence(
+    pipe: Any, score: Callable[..., Score], scenes: list[Scene], oracle: Score, preset: str
+) -> None:
+    """All 18 names and others that the model never saw: as good as the names present, and better than today's."""
+    names = ["tree", "car", *CLASSES, "house", "dog"]
+    found = seg4diff.segment(
+        pipe, [s.image for s in scenes], names, preset=preset, batch_size=8, progress=False
+    )
+    present = torch.stack([result.presence >= 0.5 for result in found])
+    true = torch.tensor([[name in s.classes for name in names] for s in scenes])
+    assert (present != true).sum() <= 3
+    assert all({result.classes[i] for i in result.labels.unique()} <= set(names) for result in found)
+    everything = score([CLASSES] * SCENES, preset=preset)
+    assert everything.miou >= max(0.9, oracle.miou + 0.05)
+    hard = [scene(HELD_OUT + 5000 + number, "hard") for number in range(8)]
+    truths = [in_vocabulary(s.labels, s.classes) for s in hard]
+    one, other = (
+        compare(truths, map(labels_of, seg4diff.segment(
+            pipe, [s.image for s in hard], CLASSES, preset=p, batch_size=8, progress=False
+        )))
+        for p in (preset, "default")
+    )  # fmt: skip
+    assert one.miou >= other.miou + 0.08
+
+
 def test_shuffled_names_find_nothing(score: Callable[..., Score], scenes: list[Scene], oracle: Score) -> None:
     """The recipe with wrong names: what is left is what the shape of the regions gives away."""
     rng = np.random.default_rng(0)

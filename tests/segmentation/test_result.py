@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from seg4diff.segmentation.result import Segmentation
+from seg4diff.segmentation.scores import resize_scores
 from seg4diff.visualization import palette
 
 HEIGHT, WIDTH = 6, 10
@@ -136,15 +138,57 @@ def test_png_of_many_classes_has_16_bits(tmp_path):
         assert len(json.loads(read.text["classes"])) == 300
 
 
+@pytest.mark.parametrize(("classes", "value"), [(3, 255), (255, 255), (256, 65535)])
+def test_background_is_the_largest_value_of_a_png(tmp_path, classes, value):
+    labels = torch.arange(300).reshape(15, 20) % (classes + 1) - 1
+    result = Segmentation(labels, torch.zeros(classes, 5, 4), tuple(map(str, range(classes))))
+    with Image.open(result.save(tmp_path / "labels.png")) as read:
+        assert np.array_equal(np.asarray(read), np.where(labels == -1, value, labels))
+    document = json.loads(result.save(tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert sum(entry["area"] for entry in document["annotations"]) == int((labels >= 0).sum())
+    assert min(entry["category_id"] for entry in document["annotations"]) == 1
+
+
+def test_background_is_shown_as_the_image_and_not_named():
+    result = example()
+    labels = result.labels.masked_fill(result.labels == 1, -1)
+    with_background = Segmentation(labels, result.scores, result.classes, result.image)
+    shown = np.asarray(with_background.overlay(0.5, legend=False))
+    image, painted = np.asarray(result.image), np.asarray(result.overlay(0.5, legend=False))
+    assert np.array_equal(shown, np.where((labels == -1).numpy()[..., None], image, painted))
+    legend = np.asarray(with_background.overlay())[256 * HEIGHT // WIDTH + 1 :].reshape(-1, 3)
+    counts = [int((legend == colour).all(1).sum()) for colour in palette(3)]
+    assert counts[0] > 100
+    assert counts[1] == 0
+    assert "background" in with_background.shares()
+    nothing = Segmentation(torch.full((2, 2), -1), torch.zeros(1, 1, 1), ("cat",))
+    assert nothing.overlay().width >= 160
+    assert repr(nothing) == "Segmentation(2 x 2: background 100%)"
+
+
+def test_scores_of_tokens_become_those_of_pixels():
+    scores = torch.rand(3, 2, 5)
+    labels = torch.zeros(HEIGHT, WIDTH).long()
+    result = Segmentation(labels, scores, ("a", "b", "c"), upsample="geometric")
+    assert torch.equal(result.pixel_scores(), resize_scores(scores, (HEIGHT, WIDTH), "geometric"))
+    whole = example()
+    assert torch.equal(whole.pixel_scores(), whole.scores)
+
+
 def test_npz_comes_back_as_it_was(tmp_path):
     result = example()
     path = result.save(tmp_path / "result.npz")
     with np.load(path, allow_pickle=False) as arrays:
         assert {"labels", "scores", "classes"} <= set(arrays)
-    for original in (result, example(image=False)):
+    refined = replace(result, presence=torch.rand(3), upsample="bilateral", scores=torch.rand(3, 2, 5))
+    for original in (result, example(image=False), refined):
         read = Segmentation.load(original.save(path))
         assert torch.equal(read.labels, original.labels)
         assert torch.equal(read.scores, original.scores)
+        assert torch.equal(read.pixel_scores(), original.pixel_scores())
+        assert (read.presence is None) == (original.presence is None)
+        if original.presence is not None:
+            assert torch.equal(read.presence, original.presence)
         assert read.classes == original.classes
         assert read.metadata == {"preset": "default", "layers": [9], "seed": 0}
         assert (read.image is None) == (original.image is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import seg4diff
+from seg4diff.backbones.base import Recipe
 from seg4diff.backbones.text import TextSpan
+from seg4diff.segmentation import zero_shot
+from seg4diff.segmentation.passes import NamedScores
+from seg4diff.segmentation.presets import PRESETS
 from seg4diff.segmentation.prompts import plan_prompts
 from seg4diff.segmentation.scores import resize_scores
 from tests.support import tiny
@@ -308,3 +313,103 @@ def test_a_name_without_tokens_is_refused() -> None:
 
     with pytest.raises(ValueError, match="'xyzzy' has no tokens"):
         plan_prompts(["xyzzy"], TextSpan("clip", Deaf(), 0, 77, special=2))
+
+
+def by_given_scores(pipe: Any, monkeypatch: pytest.MonkeyPatch, scores: torch.Tensor, **options: Any) -> Any:
+    """`segment` where the model reads these scores [names, 4, 4]; 16 pixels of a token, block of 2 x 2."""
+
+    def given(*_: Any, **__: Any) -> Any:
+        yield NamedScores(0, scores, 500.0)
+
+    monkeypatch.setattr(zero_shot, "run_scores", given)
+    names = [f"thing{number}" for number in range(len(scores))]
+    recipe = options.pop("recipe", Recipe(floor=0.001))
+    preset = replace(PRESETS["best"], upsample="linear", recipe=recipe)
+    return seg4diff.segment(pipe, picture(16, 16), names, preset=preset, layers=0, **options)
+
+
+def left_and_right() -> torch.Tensor:
+    """Names 1 and 3 on the left and right half; 0 nowhere; 2 on one token of the right."""
+    scores = torch.full((4, 4, 4), 1e-5)
+    scores[1, :, :2] = 0.1
+    scores[3, :, 2:] = 0.02
+    scores[2, 0, 3] = 0.05
+    scores[3, :, 3] = 0.0004
+    return scores
+
+
+def test_labels_index_the_names_as_given_when_some_are_dropped(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = left_and_right()
+    found = by_given_scores(pipe, monkeypatch, scores)
+    assert found.classes == ("thing0", "thing1", "thing2", "thing3")
+    assert (found.presence >= 0.5).tolist() == [False, True, False, True]
+    assert torch.equal(found.scores, scores)
+    pixels = found.pixel_scores()
+    assert pixels.shape == (4, 16, 16)
+    assert torch.equal(found.labels, torch.tensor([1, 3])[pixels[[1, 3]].argmax(dim=0)])
+    assert found.labels.unique().tolist() == [1, 3]
+    kept = by_given_scores(pipe, monkeypatch, scores, absent="keep")
+    assert torch.equal(kept.labels, pixels.argmax(dim=0))
+    assert 2 in kept.labels
+    assert torch.equal(kept.presence, found.presence)
+    background = by_given_scores(pipe, monkeypatch, scores, absent="background")
+    unexplained = pixels[[1, 3]].amax(dim=0) < 0.001
+    assert 0 < int(unexplained.sum()) < 128
+    assert torch.equal(background.labels, found.labels.masked_fill(unexplained, -1))
+    relative = by_given_scores(pipe, monkeypatch, scores, absent="background", recipe=Recipe())
+    assert torch.equal(relative.labels == -1, pixels[[1, 3]].amax(dim=0) < 0.01 * 0.1)
+
+
+def test_no_name_is_present(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest, or background alone."""
+    scores = torch.full((2, 4, 4), 0.01)
+    scores[0, ::2, ::2] = scores[0, 1::2, 1::2] = 0.03
+    scores[1, ::2, 1::2] = scores[1, 1::2, ::2] = 0.02
+    assert by_given_scores(pipe, monkeypatch, scores).labels.unique().tolist() == [0]
+    background = by_given_scores(pipe, monkeypatch, scores, absent="background")
+    assert background.labels.unique().tolist() == [-1]
+    assert background.shares() == "background 100%"
+
+
+def test_one_name_alone(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the pixels that it explains, none if it is absent, all with `keep`."""
+    scores = left_and_right()[1:2]
+    recipe = Recipe(floor=0.001, alone=0.05)
+    found = by_given_scores(pipe, monkeypatch, scores, recipe=recipe)
+    assert float(found.presence[0]) == pytest.approx(2 / 3)
+    assert torch.equal(found.labels == 0, found.pixel_scores()[0] >= 0.001)
+    assert found.labels.unique().tolist() == [-1, 0]
+    assert found.shares().startswith("thing0 ")
+    absent = by_given_scores(pipe, monkeypatch, scores, recipe=replace(recipe, alone=0.2))
+    assert float(absent.presence[0]) == pytest.approx(1 / 3)
+    assert absent.labels.unique().tolist() == [-1]
+    everything = by_given_scores(pipe, monkeypatch, scores, recipe=recipe, absent="keep")
+    assert everything.labels.unique().tolist() == [0]
+    unknown = by_given_scores(pipe, monkeypatch, scores, recipe=Recipe())
+    assert bool(unknown.presence.isnan().all())
+    assert unknown.labels.unique().tolist() == [-1, 0]
+
+
+def test_a_lower_error_rate_finds_fewer_names(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.full((2, 4, 4), 0.01)
+    scores[0, :, :2] = 0.011
+    scores[1, :, 2:] = 0.09
+    recipe = Recipe(calibration=((0.5, 0.3, 0.0), (0.7, 0.1, 0.2)))
+    assert by_given_scores(pipe, monkeypatch, scores, recipe=recipe).labels.unique().tolist() == [0, 1]
+    sure = by_given_scores(pipe, monkeypatch, scores, recipe=recipe, false_names=0.1)
+    assert sure.labels.unique().tolist() == [1]
+    assert sure.metadata["threshold"] == 0.7
+
+
+@pytest.mark.parametrize("preset", ["best", "fast"])
+def test_best_without_a_measured_recipe(pipe: Any, preset: Any) -> None:
+    """Any model and size: bicubic, one image or several, the grid smaller than a block of the recipe."""
+    results = seg4diff.segment(pipe, [picture(70, 50), picture(300, 10)], CLASSES, layers=3, preset=preset)
+    for result in results:
+        assert result.upsample == "bicubic"
+        assert result.scores.shape[0] == result.presence.shape[0] == 3
+        assert 0 < float(result.scores.min()) <= float(result.pixel_scores().max()) <= 1
+        present = (result.presence >= 0.5).nonzero()[:, 0].tolist() or [int(result.presence.argmax())]
+        assert set(result.labels.unique().tolist()) <= set(present)
