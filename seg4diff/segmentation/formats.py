@@ -29,7 +29,9 @@ def write_png(result: Segmentation, path: Path) -> None:
     labels = result.labels.cpu().numpy()  # -1, background, wraps around
     if count <= 255:
         image = Image.fromarray(labels.astype(np.uint8), mode="L")
-        image.putpalette(palette(count).tobytes())
+        colours = np.zeros((256, 3), np.uint8)  # Pillow packs pixels into fewer bits for fewer colours
+        colours[:count] = palette(count)
+        image.putpalette(colours.tobytes())
     else:
         image = Image.fromarray(labels.astype(np.uint16))
     text = PngImagePlugin.PngInfo()
