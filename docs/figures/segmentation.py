@@ -40,9 +40,9 @@ def draw() -> Figure:
             fontsize=9, handlelength=1, columnspacing=1,
         )  # fmt: skip
         legend.set_in_layout(False)
-        assert result.scores is not None
-        top = float(result.scores.max())
-        for ax, name, scores in zip(row[3:], result.classes, result.scores, strict=False):
+        scores_of_all = result.pixel_scores()
+        top = float(scores_of_all.max())
+        for ax, name, scores in zip(row[3:], result.classes, scores_of_all, strict=False):
             shown = ax.imshow(scores, cmap="magma", vmin=0, vmax=top)
             ax.set_axis_on()
             ax.set(xticks=(), yticks=())

@@ -216,7 +216,7 @@ def sheet(drawn: Sequence[Scene], results: Sequence[Segmentation], words: int = 
             ("truth", colorize(truth, len(CLASSES))),
             ("found", colorize(found, len(CLASSES))),
         ]
-        for name, scores in list(zip(result.classes, result.scores, strict=True))[:words]:
+        for name, scores in list(zip(result.classes, result.pixel_scores(), strict=True))[:words]:
             row.append((name, heatmap_overlay(item.image, scores, alpha=0.75)))
         rows.append(row)
     return contact_sheet(rows)

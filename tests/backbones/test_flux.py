@@ -220,7 +220,7 @@ def test_segment_scores_by_hand(pipe: Any) -> None:
     maps = (query @ key.transpose(-1, -2) / 4).softmax(dim=-1)[0, :, 512:, :512].mean(0)
     expected = torch.stack([maps[:, 0], maps[:, 1:3].mean(-1)]).reshape(2, 4, 4).float()
     expected = torch.nn.functional.interpolate(expected[None], size=(64, 64), mode="bilinear")[0]
-    torch.testing.assert_close(found.scores, expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(found.pixel_scores(), expected, rtol=1e-3, atol=1e-7)
 
 
 @torch.no_grad()

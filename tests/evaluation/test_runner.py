@@ -395,7 +395,8 @@ def test_versions_and_settings_are_reported(uninterrupted: tuple[Path, Report]) 
         ({"protocols": ()}, "one or several different"),
         ({"protocols": ("oracle", "oracle")}, "one or several different"),
         ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
-        ({"preset": "best"}, "preset='best' is unknown"),
+        ({"preset": "finest"}, "preset='finest' is unknown"),
+        ({"preset": "best"}, "takes steps that evaluation does not"),
         ({"layers": (7,)}, "layer 7 is out of range"),
     ],
 )
