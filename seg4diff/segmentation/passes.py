@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,6 +12,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.backbones.base import Recipe
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.inputs import View
@@ -37,7 +37,7 @@ class NamedScores:
     timestep: float
 
 
-def recipe_of(pipe: Any, preset: Preset) -> Recipe:
+def recipe_of(pipe: Pipeline, preset: Preset) -> Recipe:
     """The recipe that a preset takes: its own, else the model's."""
     if preset.recipe is not None:
         return preset.recipe
@@ -47,7 +47,7 @@ def recipe_of(pipe: Any, preset: Preset) -> Recipe:
 
 @torch.no_grad()
 def run_scores(
-    pipe: Any,
+    pipe: Pipeline,
     views: Sequence[View],
     plans: Sequence[Sequence[PlannedPrompt]],
     preset: Preset,
