@@ -18,8 +18,8 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """The pixels of a mask.
 
     Args:
-        segmentation: run lengths ``{"size": [height, width], "counts": ...}``, or a list of polygons
-            ``[[x, y, x, y, ...], ...]``.
+        segmentation: run lengths `{"size": [height, width], "counts": ...}`, or a list of polygons
+            `[[x, y, x, y, ...], ...]`.
         height, width: of the image.
 
     Returns:

@@ -91,14 +91,14 @@ class Evaluate(DataOptions, ModelOptions):
     def _evaluate(self) -> None:
         from rich.console import Console
 
-        from seg4diff.data.registry import limit_samples, with_names
+        from seg4diff.data.registry import subset, with_names
 
         if not self.dataset or len(set(self.dataset)) < len(self.dataset):
             raise ValueError(f"--dataset {' '.join(self.dataset)!r}: one or several different ones expected")
         at_least_one(self, "batch_size", "threads", "limit")
         self.check(self.out)
         datasets = [
-            limit_samples(with_names(self.open(name), self.names), limit=self.limit, listed=self.images)
+            subset(with_names(self.open(name), self.names), limit=self.limit, listed=self.images)
             for name in self.dataset
         ]
 

@@ -40,12 +40,12 @@ class Prepare(DataOptions):
         from rich.table import Table
 
         from seg4diff.data.prepare import prepare
-        from seg4diff.data.registry import limit_samples
+        from seg4diff.data.registry import subset
 
-        dataset = limit_samples(self.open(self.dataset), limit=self.limit)
+        dataset = subset(self.open(self.dataset), limit=self.limit)
         found = prepare(dataset, self.out, threads=self.threads)
         total = max(1, sum(found.pixels) + found.ignored)
-        table = Table(title=f"{dataset.title}: {found.pictures} images, labels from {dataset.source}")
+        table = Table(title=f"{dataset.title}: {found.images} images, labels from {dataset.source}")
         table.add_column("class")
         table.add_column("images", justify="right")
         table.add_column("pixels %", justify="right")
@@ -54,4 +54,4 @@ class Prepare(DataOptions):
         table.add_row("(does not count)", "", f"{100 * found.ignored / total:.2f}")
         Console().print(table)
         if found.failures:
-            raise RuntimeError(failed([(f.name, f.reason) for f in found.failures], len(dataset.samples)))
+            raise RuntimeError(failed([(f.name, f.reason) for f in found.failures], len(dataset.items)))

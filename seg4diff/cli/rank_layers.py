@@ -52,29 +52,27 @@ class RankLayers(DataOptions, ModelOptions):
 
         import seg4diff
         from seg4diff.analysis.report import print_tables
-        from seg4diff.data.registry import limit_samples
+        from seg4diff.data.registry import subset
         from seg4diff.metrics import IGNORED
         from seg4diff.segmentation.inputs import check_levels
 
         check_levels(self.noise_levels, self.steps)
-        dataset = limit_samples(self.open(self.dataset), limit=self.limit)
+        dataset = subset(self.open(self.dataset), limit=self.limit)
         outputs = [self.out / name for name in ("ranking.json", "layers.png")]
-        check_outputs(
-            outputs, [*self.files(), *(file for sample in dataset.samples for file in sample.files)]
-        )
+        check_outputs(outputs, [*self.files(), *(file for item in dataset.items for file in item.files)])
         images, truths, classes = [], [], []
-        for sample in dataset.samples:
-            labels = sample.read_labels().astype(np.int64)
+        for item in dataset.items:
+            labels = item.labels().astype(np.int64)
             present = [int(index) for index in np.unique(labels) if index != IGNORED]
             if present:
                 position = np.full(IGNORED + 1, IGNORED)
                 position[present] = range(len(present))
-                images.append(sample.read_image())
+                images.append(item.image())
                 truths.append(position[labels])
                 classes.append([dataset.classes[index] for index in present])
         if not images:
             raise ValueError(
-                f"--dataset {self.dataset}: none of {len(dataset.samples)} images has a labelled pixel"
+                f"--dataset {self.dataset}: none of {len(dataset.items)} images has a labelled pixel"
             )
         ranking = seg4diff.rank_layers(
             self.load(),

@@ -1,7 +1,4 @@
-"""Captions for pictures that have none, from any image-to-text model of transformers.
-
-Called by ``seg4diff caption``; :mod:`seg4diff.data.training_sets` reads what it writes.
-"""
+"""Captions for images that have none, from any image-to-text model of transformers."""
 
 from __future__ import annotations
 
@@ -16,13 +13,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from seg4diff.data.training_sets import picture_files
+from seg4diff.data.annotations import read_json
+from seg4diff.data.items import UnusableItemError
+from seg4diff.data.registry import open_dataset
 from seg4diff.files import write_atomically
-from seg4diff.images import as_rgb
 
 logger = logging.getLogger(__name__)
 
-PROMPT = "Describe this picture in one sentence."
+PROMPT = "Describe this image in one sentence."
 _SAVE_EVERY = 50  # batches between two writes of the file
 
 
@@ -37,36 +35,31 @@ def write_captions(
     device: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a JSON object of picture name -> caption for every picture in a folder.
+    """Write a JSON object of image name -> caption for every image in a folder.
 
-    Pictures that the file names already keep their captions: an interrupted run goes on, and captions written
-    by hand stay. Unreadable pictures are left out and counted in a message.
+    Images that the file names already keep their captions: an interrupted run goes on, and captions written
+    by hand stay. Unreadable images are left out and counted in a message.
 
     Args:
-        images: a folder; pictures in folders within it are named by their path.
+        images: a folder; images in folders inside it are named by their path.
         model: a name on the Hugging Face hub, or a folder.
         out: the JSON file.
-        prompt: what to ask; models that chat get ``PROMPT`` when None, others nothing.
-        batch_size: pictures that run together.
+        prompt: what to ask; models that chat get `PROMPT` when None, others nothing.
+        batch_size: images that run together.
         max_tokens: longest caption; CLIP reads 75 tokens.
         device: the GPU if there is one when None.
         progress: whether to show a bar.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: it holds no picture, ``out`` is no such file, or the model is of another kind.
+        FileNotFoundError: the folder does not exist, or holds no image.
+        ValueError: `out` holds something else, or the model is of another kind.
     """
-    folder, out = Path(images), Path(out)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder of pictures {str(folder)!r} does not exist; check the path")
+    out = Path(out)
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(f"batch_size={batch_size!r} and max_tokens={max_tokens!r} must be at least 1")
-    files = picture_files(folder)
-    if not files:
-        raise ValueError(f"{str(folder)!r} holds no picture")
+    items = open_dataset("images", Path(images)).items
     captions = _existing(out)
-    names = {path: path.relative_to(folder).as_posix() for path in files}
-    wanted = [path for path in files if names[path] not in captions]
+    wanted = [item for item in items if item.name not in captions]
     if not wanted:
         return out
     speak = _Captioner(model, prompt, max_tokens, device)
@@ -80,23 +73,23 @@ def write_captions(
             ),
         )
 
-    with tqdm(total=len(wanted), desc="captions", unit="picture", disable=None if progress else True) as bar:
+    with tqdm(total=len(wanted), desc="captions", unit="image", disable=None if progress else True) as bar:
         for number, first in enumerate(range(0, len(wanted), batch_size), start=1):
-            pictures: dict[str, Image.Image] = {}
-            for path in wanted[first : first + batch_size]:
+            batch: dict[str, Image.Image] = {}
+            for item in wanted[first : first + batch_size]:
                 try:
-                    pictures[names[path]] = as_rgb(path)
-                except ValueError as error:
+                    batch[item.name] = item.image()
+                except UnusableItemError as error:
                     logger.warning("%s", error)
                     unreadable += 1
-            if pictures:
-                captions.update(zip(pictures, speak(list(pictures.values())), strict=True))
+            if batch:
+                captions.update(zip(batch, speak(list(batch.values())), strict=True))
             if number % _SAVE_EVERY == 0:
                 save()
             bar.update(len(wanted[first : first + batch_size]))
     save()
     if unreadable:
-        logger.warning("%d of %d pictures could not be read and have no caption", unreadable, len(files))
+        logger.warning("%d of %d images could not be read and have no caption", unreadable, len(items))
     return out
 
 
@@ -123,19 +116,17 @@ class _Captioner:
         self._prompt = PROMPT if prompt is None and self._chats else prompt
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """A caption for each picture, on one line."""
-        arguments: dict[str, Any] = {"images": list(pictures)}
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """A caption for each image, on one line."""
+        arguments: dict[str, Any] = {"images": list(images)}
         if self._chats:
             content = [{"type": "image"}, {"type": "text", "text": self._prompt}]
             text = self._processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
-            arguments.update(
-                images=[[picture] for picture in pictures], text=[text] * len(pictures), padding=True
-            )
+            arguments.update(images=[[image] for image in images], text=[text] * len(images), padding=True)
         elif self._prompt:
-            arguments.update(text=[self._prompt] * len(pictures), padding=True)
+            arguments.update(text=[self._prompt] * len(images), padding=True)
         inputs = self._processor(**arguments, return_tensors="pt").to(self._model.device)
         for name, tensor in inputs.items():
             if tensor.is_floating_point():
@@ -151,9 +142,11 @@ def _existing(out: Path) -> dict[str, Any]:
     if not out.exists():
         return {}
     try:
-        captions = json.loads(out.read_text(encoding="utf-8"))
+        captions = read_json(out)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{str(out)!r} exists and is no JSON ({error}); choose another file") from None
-    if not isinstance(captions, dict) or "annotations" in captions:
-        raise ValueError(f"{str(out)!r} exists and holds something else; choose another file")
+        raise ValueError(
+            f"{str(out)!r} exists and does not hold captions ({error}); choose another file"
+        ) from None
+    if "annotations" in captions:
+        raise ValueError(f"{str(out)!r} exists and does not hold captions by image; choose another file")
     return captions

@@ -1,4 +1,4 @@
-"""ImageNet-Segmentation (Guillaumin et al., IJCV 2014): one object a picture, named by its WordNet id."""
+"""ImageNet-Segmentation (Guillaumin et al., IJCV 2014): one object per image, named by its WordNet id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from seg4diff.data.layout import Sample, look_up, require, value_table
+from seg4diff.data.items import Item, Items
+from seg4diff.data.label_maps import look_up, value_table
+from seg4diff.data.paths import require
+from seg4diff.files import checked_name
 
 _FILE, _WORDS = "gtsegs_ijcv.mat", "words.txt"
 _DOWNLOAD = (
@@ -19,43 +22,51 @@ _DOWNLOAD = (
 )
 
 
-def read_imagenet(root: Path) -> tuple[tuple[Sample, ...], str]:
-    """The pictures of ``gtsegs_ijcv.mat``: class 0 is background, class 1 the object that the sample's names
-    name.
+def read_imagenet(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
+    """The images of `gtsegs_ijcv.mat`, and what their labels are.
 
-    Returns:
-        The samples, and what their labels are.
+    Args:
+        dataset: its name.
+        root: the data root.
+        classes: background, and the object, which each item names in its prompts.
 
     Raises:
         IncompleteDatasetError: a file is missing.
         ModuleNotFoundError: h5py is not installed.
-        ValueError: the file is damaged, or names an object that ``words.txt`` lacks.
+        ValueError: the file is damaged, or names an object that `words.txt` lacks.
     """
-    require("imagenet-seg", root, [_FILE, _WORDS], _DOWNLOAD)
+    require(dataset, root, [_FILE, _WORDS], _DOWNLOAD)
     path = root / _FILE
     words = _read_words(root / _WORDS)
-    samples = []
     with _open(path) as file:
         try:
             identities = [_text(file, reference) for reference in file["/value/id"][:, 0]]
         except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is no gtsegs_ijcv.mat ({error})") from error
+            raise ValueError(f"{str(path)!r} is not a gtsegs_ijcv.mat ({error})") from error
     for index, identity in enumerate(identities):
-        synset = identity.split("_")[0]
-        if synset not in words:
+        checked_name(identity, f"{str(path)!r}")
+        if _synset(identity) not in words:
             raise ValueError(
-                f"{str(root / _WORDS)!r} has no line for {synset!r}, the object of picture {index}"
+                f"{str(root / _WORDS)!r} has no line for {_synset(identity)!r}, the object of image {index}"
             )
-        samples.append(
-            Sample(
-                f"{index:05d}_{identity}",
-                partial(_image, path, index),
-                partial(_labels, path, index),
-                {1: (words[synset],)},
-                (path, root / _WORDS),
-            )
+
+    def make(name: str) -> Item:
+        number, _, identity = name.partition("_")
+        return Item(
+            name,
+            partial(_image, path, int(number)),
+            partial(_labels, path, int(number)),
+            classes=classes,
+            prompts={1: (words[_synset(identity)],)},
+            files=(path, root / _WORDS),
         )
-    return tuple(samples), _FILE
+
+    return Items([f"{index:05d}_{identity}" for index, identity in enumerate(identities)], make), _FILE
+
+
+def _synset(identity: str) -> str:
+    """The WordNet id that an image's name begins with."""
+    return identity.split("_")[0]
 
 
 def _open(path: Path) -> Any:
@@ -83,7 +94,7 @@ def _image(path: Path, index: int) -> Image.Image:
 def _labels(path: Path, index: int) -> np.ndarray:
     with _open(path) as file:
         values = np.asarray(file[file[file["/value/gt"][index, 0]][0, 0]]).T  # stored as [width, height]
-    return look_up(values.astype(np.int64), value_table({0: 0, 1: 1}), f"picture {index} of {str(path)!r}")
+    return look_up(values.astype(np.int64), value_table({0: 0, 1: 1}), f"image {index} of {str(path)!r}")
 
 
 def _read_words(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Pictures and labels are read while the model runs."""
+"""What evaluation reads of a data set: images with a label for every pixel, while the model runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from seg4diff.data.registry import Sample
+from seg4diff.data.items import Item, UnusableItemError
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture with its labels.
+    """An image with its labels.
 
     Attributes:
         index: position in the data set.
-        name: of the sample.
+        name: of the item.
         image: RGB.
-        labels: uint8 [height, width], of the size of ``image``.
-        prompts: see :class:`seg4diff.data.registry.Sample`.
+        labels: uint8 [height, width], of the size of `image`.
+        prompts: see `Item`.
     """
 
     index: int
@@ -34,11 +34,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that cannot be evaluated.
+    """An image that cannot be evaluated.
 
     Attributes:
         index: position in the data set.
-        name: of the sample.
+        name: of the item.
         reason: what is wrong, with the file's name.
     """
 
@@ -48,21 +48,21 @@ class Failure:
 
 
 def load_ahead(
-    samples: Sequence[Sample], groups: Sequence[Sequence[int]], *, threads: int = 4, ahead: int = 2
+    items: Sequence[Item], groups: Sequence[Sequence[int]], *, threads: int = 4, ahead: int = 2
 ) -> Iterator[list[Loaded | Failure]]:
-    """Read groups of samples in order, some groups ahead of what the caller works on.
+    """Read groups of items in order, some groups ahead of the one that the caller works on.
 
     Args:
-        samples: of the data set.
-        groups: positions of the samples that come together.
-        threads: that read; decoding pictures does not hold Python's lock.
+        items: of the data set.
+        groups: positions of the items that come together.
+        threads: that read; decoding images does not hold Python's lock.
         ahead: groups that are read before they are asked for.
     """
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         waiting: deque[list[Future[Loaded | Failure]]] = deque()
         try:
             for group in groups:
-                waiting.append([pool.submit(load, samples[index], index) for index in group])
+                waiting.append([pool.submit(load, items[index], index) for index in group])
                 if len(waiting) > ahead:
                     yield [future.result() for future in waiting.popleft()]
             while waiting:
@@ -73,18 +73,14 @@ def load_ahead(
                     future.cancel()
 
 
-def load(sample: Sample, index: int) -> Loaded | Failure:
-    """Read one sample; what is wrong with it is returned, not raised."""
+def load(item: Item, index: int) -> Loaded | Failure:
+    """Read one item; what is wrong with it is returned, not raised."""
     try:
-        image, labels = sample.read_image(), sample.read_labels()
-    except (ValueError, TypeError, OSError) as error:
-        return Failure(index, sample.name, " ".join(str(error).split()))
+        image, labels = item.image(), item.labels()
+    except UnusableItemError as error:
+        return Failure(index, item.name, str(error))
     height, width = labels.shape
     if image.size != (width, height):
-        return Failure(
-            index,
-            sample.name,
-            f"the picture is {image.width} x {image.height}, its label map {width} x {height} (width x "
-            "height)",
-        )
-    return Loaded(index, sample.name, image, labels, sample.prompts)
+        sizes = f"the image is {image.width} x {image.height}, its label map {width} x {height}"
+        return Failure(index, item.name, f"{sizes} (width x height)")
+    return Loaded(index, item.name, image, labels, item.prompts)

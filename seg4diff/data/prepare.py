@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +24,14 @@ class Inspection:
     """What the files of a data set hold.
 
     Attributes:
-        pictures: how many were read without fault.
+        images: how many were read without fault.
         failures: those that were not.
-        pixels: of each class over all pictures.
-        occurs: for each class the number of pictures that hold it.
+        pixels: of each class over all images.
+        occurs: for each class the number of images that hold it.
         ignored: pixels that do not count.
     """
 
-    pictures: int
+    images: int
     failures: tuple[Failure, ...]
     pixels: tuple[int, ...]
     occurs: tuple[int, ...]
@@ -42,33 +41,33 @@ class Inspection:
 def prepare(
     dataset: Dataset, out: Path | None = None, *, threads: int = 4, progress: bool = True
 ) -> Inspection:
-    """Read every picture and label map of a data set.
+    """Read every image and label map of a data set.
 
     Args:
-        dataset: see :func:`seg4diff.data.open_dataset`.
-        out: a folder to write the data set to, in the format of ``--dataset folder``: label maps as palette
-            PNGs in the classes of ``dataset``, pictures as lossless PNGs.
+        dataset: see `seg4diff.data.registry.open_dataset`.
+        out: a folder to write the data set to, in the format of `--dataset folder`: label maps as palette
+            PNGs in the classes of `dataset`, images as lossless PNGs.
         threads: that read.
         progress: show a bar.
 
     Raises:
         ValueError: a file of the data set would be overwritten.
-        OSError: ``out`` cannot be written to.
+        OSError: `out` cannot be written to.
     """
     if out is not None:
         check_outputs(
-            [path for sample in dataset.samples for path in _paths(out, sample.name)],
-            [file for sample in dataset.samples for file in sample.files],
+            [path for item in dataset.items for path in _paths(out, item.name)],
+            [file for item in dataset.items for file in item.files],
         )
         names = "".join(f"{name}\n" for name in dataset.classes)
         write_atomically(out / CLASSES, lambda path: path.write_text(names, encoding="utf-8"))
     pixels = np.zeros(IGNORED + 1, np.int64)
     occurs = np.zeros(IGNORED + 1, np.int64)
     failures: list[Failure] = []
-    every = range(len(dataset.samples))
-    groups: Sequence[Sequence[int]] = [every[first : first + _AT_ONCE] for first in every[::_AT_ONCE]]
+    every = range(len(dataset.items))
+    groups = [every[first : first + _AT_ONCE] for first in every[::_AT_ONCE]]
     with tqdm(total=len(every), unit="image", disable=not progress, desc=dataset.name) as bar:
-        for group in load_ahead(dataset.samples, groups, threads=threads):
+        for group in load_ahead(dataset.items, groups, threads=threads):
             for item in group:
                 bar.update()
                 if isinstance(item, Failure):
@@ -90,15 +89,15 @@ def prepare(
 
 
 def _paths(out: Path, name: str) -> tuple[Path, Path]:
-    """Where the picture and the label map of a sample are written."""
+    """Where the image and the label map of an item are written."""
     checked_name(name, "the data set")
     return out / IMAGES / f"{name}.png", out / LABELS / f"{name}.png"
 
 
 def _write(out: Path, name: str, image: Image.Image, labels: np.ndarray) -> None:
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette(256).tobytes())
-    for path, content in zip(_paths(out, name), (image, picture), strict=True):
+    label_map = Image.fromarray(labels)
+    label_map.putpalette(palette(256).tobytes())
+    for path, content in zip(_paths(out, name), (image, label_map), strict=True):
         try:
             write_atomically(path, lambda temporary, content=content: content.save(temporary))  # type: ignore[misc]
         except OSError as error:

@@ -1,52 +1,38 @@
-"""Data sets of the papers, each read from its official download under one data root.
+"""Data sets by name: those of the papers under one data root, folders of one's own, and the drawn scenes.
 
-:func:`open_dataset` finds one by name and checks that its files are there; pictures and label maps are read
-one by one, as they are needed. A new data set is one new reader here and one line in ``_KINDS``.
+A data set is opened with its files found, but none read: items are read one by one, as they are needed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
-from seg4diff.data import class_names
-from seg4diff.data.layout import IncompleteDatasetError, Sample
-from seg4diff.data.names import DatasetName
-
-__all__ = [
-    "DATASETS",
-    "Dataset",
-    "DatasetName",
-    "IncompleteDatasetError",
-    "Sample",
-    "limit_samples",
-    "open_dataset",
-    "with_names",
-]
-
-DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
-"""Names of all data sets."""
+from seg4diff.data import ade20k, cityscapes, class_names, coco, folder, imagenet, pascal, scenes
+from seg4diff.data.annotations import Captions, read_captions
+from seg4diff.data.items import Item, Items
+from seg4diff.data.paths import IncompleteDatasetError, read_list
+from seg4diff.demo.scenes import CLASSES
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that is there.
+    """A data set.
 
     Attributes:
-        name: one of ``DATASETS``.
-        title: what tables call it.
+        name: see `open_dataset`.
+        title: its name in tables.
         classes: the names of its classes, in the order of the labels.
         prompts: for each class the names to prompt for it, at least one.
         background: position of the class that is all else, or None where all else does not count.
-        samples: pictures and labels.
-        source: which files the labels are, and which list chooses the pictures.
-        expected: how many pictures the whole data set has; None where any number will do.
+        items: images with labels, masks and captions.
+        source: which files the labels are, and which list chooses the images.
+        expected: how many images the whole data set has; None where any number will do.
         stray_name: a name that the paper's public code prompts by mistake, and whose pixels it counts as
-            errors, where pictures have pixels that do not count.
-        common_vocabulary: whether the classes mean the same in all pictures, so that all can be prompted.
+            errors, where images have pixels that do not count.
+        common_vocabulary: whether the classes mean the same in all images, so that all can be prompted.
     """
 
     name: str
@@ -54,7 +40,7 @@ class Dataset:
     classes: tuple[str, ...]
     prompts: tuple[tuple[str, ...], ...]
     background: int | None
-    samples: tuple[Sample, ...]
+    items: Sequence[Item]
     source: str
     expected: int | None = None
     stray_name: str | None = None
@@ -63,10 +49,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class _Kind:
+    """A data set of the papers: `read` takes its name, the data root and the classes."""
+
     title: str
     classes: tuple[str, ...]
-    background: bool = False
-    expected: int | None = None
+    read: Callable[[str, Path, tuple[str, ...]], tuple[Items, str]]
+    expected: int
     stray_name: str | None = None
     common_vocabulary: bool = True
 
@@ -74,98 +62,95 @@ class _Kind:
 _VOC, _PC, _THINGS = class_names.VOC, class_names.PASCAL_CONTEXT, class_names.COCO_THINGS
 _WITH = (class_names.BACKGROUND,)
 _KINDS: dict[str, _Kind] = {
-    "voc20": _Kind("Pascal VOC 20", _VOC, expected=1449),
-    "voc21": _Kind("Pascal VOC 21", _WITH + _VOC, background=True, expected=1449),
-    "pc59": _Kind("Pascal Context 59", _PC, expected=5104),
-    "pc60": _Kind("Pascal Context 60", _WITH + _PC, background=True, expected=5104),
-    "coco-object": _Kind("COCO-Object", _THINGS, expected=5000, stray_name=class_names.BACKGROUND),
-    "coco-object-bg": _Kind("COCO-Object with background", _WITH + _THINGS, background=True, expected=5000),
-    "coco-stuff27": _Kind("COCO-Stuff-27", class_names.COCO_STUFF_27, expected=5000),
-    "coco-stuff171": _Kind("COCO-Stuff-171", _THINGS + class_names.COCO_STUFF, expected=5000),
-    "ade150": _Kind("ADE20K-150", class_names.ADE20K, expected=2000),
-    "cityscapes19": _Kind("Cityscapes-19", class_names.CITYSCAPES, expected=500),
+    "voc20": _Kind("Pascal VOC 20", _VOC, pascal.read_voc, 1449),
+    "voc21": _Kind("Pascal VOC 21", _WITH + _VOC, pascal.read_voc, 1449),
+    "pc59": _Kind("Pascal Context 59", _PC, pascal.read_context, 5104),
+    "pc60": _Kind("Pascal Context 60", _WITH + _PC, pascal.read_context, 5104),
+    "coco-object": _Kind("COCO-Object", _THINGS, coco.read_coco_object, 5000, class_names.BACKGROUND),
+    "coco-object-bg": _Kind("COCO-Object with background", _WITH + _THINGS, coco.read_coco_object, 5000),
+    "coco-stuff27": _Kind("COCO-Stuff-27", class_names.COCO_STUFF_27, coco.read_coco_stuff, 5000),
+    "coco-stuff171": _Kind("COCO-Stuff-171", _THINGS + class_names.COCO_STUFF, coco.read_coco_stuff, 5000),
+    "ade150": _Kind("ADE20K-150", class_names.ADE20K, ade20k.read_ade20k, 2000),
+    "cityscapes19": _Kind("Cityscapes-19", class_names.CITYSCAPES, cityscapes.read_cityscapes, 500),
     "imagenet-seg": _Kind(
-        "ImageNet-Segmentation", (*_WITH, "object"), background=True, expected=4276, common_vocabulary=False
+        "ImageNet-Segmentation", (*_WITH, "object"), imagenet.read_imagenet, 4276, common_vocabulary=False
     ),
 }
+_OTHERS = ("folder", "scenes", "scenes-hard", "coco", "sa1b", "images")
 
 
-def open_dataset(name: str, root: Path | None = None, *, partial: bool = False) -> Dataset:
-    """A data set, with all its files checked for, but none read.
+def open_dataset(
+    name: str,
+    root: Path | None = None,
+    *,
+    partial: bool = False,
+    annotations: Path | None = None,
+    captions: Path | None = None,
+    seeds: range = scenes.EVALUATION,
+) -> Dataset:
+    """A data set, with its files found, but none read.
 
     Args:
-        name: one of ``DATASETS``.
-        root: the data root, which holds ``VOCdevkit``, ``coco``, ``ADEChallengeData2016`` and ``cityscapes``;
-            for ``"folder"`` the folder itself; not needed for ``"scenes"`` and
-            ``"scenes-hard"``.
-        partial: accept fewer pictures than the data set has.
+        name: one of `DatasetName`, `"coco"` (any images with a file of COCO's annotations), `"sa1b"`, or
+            `"images"` (a folder of images without labels).
+        root: the data root, which holds `VOCdevkit`, `coco`, `ADEChallengeData2016` and `cityscapes`; the
+            folder itself for `"folder"`, `"coco"`, `"sa1b"` and `"images"`; not needed for scenes.
+        partial: accept fewer images than the data set has, and in a `"folder"` images without labels.
+        annotations: for `"coco"`, the JSON file of panoptic, stuff or instance annotations.
+        captions: for `"folder"`, `"coco"` and `"sa1b"`, a file that `read_captions` reads.
+        seeds: of `"scenes"` and `"scenes-hard"`.
 
     Raises:
-        ValueError: no such data set, no ``root``, or a list of classes that makes no sense.
+        ValueError: no such data set, no `root`, or a list of classes, annotations or captions that is
+            damaged.
         IncompleteDatasetError: files are missing; the message says which, and where to download them.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data set {name!r} is unknown; known: {', '.join(DATASETS)}")
+    if name not in _KINDS and name not in _OTHERS:
+        raise ValueError(f"data set {name!r} is unknown; known: {', '.join((*_KINDS, *_OTHERS))}")
     if name in ("scenes", "scenes-hard"):
-        from seg4diff.data.scenes import read_scenes
-        from seg4diff.demo.scenes import CLASSES
-
         hard = name == "scenes-hard"
-        samples, source = read_scenes("hard" if hard else "clean")
-        title = "hard demo scenes" if hard else "demo scenes"
-        return Dataset(name, title, CLASSES, _own(CLASSES), None, samples, source)
+        items, source = scenes.read_scenes(seeds, "hard" if hard else "clean")
+        return _dataset(name, "hard demo scenes" if hard else "demo scenes", CLASSES, items, source)
     if root is None:
         raise ValueError(f"data set {name!r} needs a data root: the folder that holds the downloads")
-    root = Path(root)
     if not root.is_dir():
-        raise IncompleteDatasetError(f"the data root {str(root)!r} is no folder; check the path")
-    if name == "folder":
-        from seg4diff.data.folder import read_folder
-
-        classes, samples, source = read_folder(root)
-        background = classes.index(class_names.BACKGROUND) if class_names.BACKGROUND in classes else None
-        return Dataset(name, root.resolve().name, classes, _own(classes), background, samples, source)
-    kind = _KINDS[name]
-    samples, source = _read(name, root, kind.background)
-    if kind.expected is not None and len(samples) < kind.expected and not partial:
-        raise IncompleteDatasetError(
-            f"data set {name!r} is half unpacked under {str(root)!r}: {len(samples)} of {kind.expected} "
-            "pictures "
-            f"are there ({source}). Unpack the archives again, or say --partial to evaluate what there is"
+        raise IncompleteDatasetError(f"the data root {str(root)!r} is not a folder; check the path")
+    if name in _KINDS:
+        kind = _KINDS[name]
+        items, source = kind.read(name, root, kind.classes)
+        if len(items) < kind.expected and not partial:
+            raise IncompleteDatasetError(
+                f"data set {name!r} is half unpacked under {str(root)!r}: {len(items)} of {kind.expected} "
+                f"images exist ({source}). Unpack the archives again, or say --partial to take what exists"
+            )
+        return replace(
+            _dataset(name, kind.title, kind.classes, items, source),
+            expected=kind.expected,
+            stray_name=kind.stray_name,
+            common_vocabulary=kind.common_vocabulary,
         )
-    return Dataset(
-        name,
-        kind.title,
-        kind.classes,
-        _own(kind.classes),
-        0 if kind.background else None,
-        samples,
-        source,
-        kind.expected,
-        kind.stray_name,
-        kind.common_vocabulary,
-    )
-
-
-def _read(name: str, root: Path, background: bool) -> tuple[tuple[Sample, ...], str]:
-    from seg4diff.data import ade20k, cityscapes, coco, imagenet, pascal
-
+    texts = None if captions is None else read_captions(captions)
+    classes: tuple[str, ...] = ()
+    source = name
     match name:
-        case "voc20" | "voc21":
-            return pascal.read_voc(root, background=background)
-        case "pc59" | "pc60":
-            return pascal.read_context(root, background=background)
-        case "coco-object" | "coco-object-bg":
-            return coco.read_coco_object(root, background=background)
-        case "coco-stuff27" | "coco-stuff171":
-            return coco.read_coco_stuff(root, coarse=name == "coco-stuff27")
-        case "ade150":
-            return ade20k.read_ade20k(root)
-        case "cityscapes19":
-            return cityscapes.read_cityscapes(root)
-        case "imagenet-seg":
-            return imagenet.read_imagenet(root)
-    raise AssertionError(name)
+        case "folder":
+            classes, items, source = folder.read_folder(root, texts, labelled=not partial)
+        case "coco":
+            if annotations is None:
+                raise ValueError("data set 'coco' needs a file of annotations")
+            classes, items = coco.read_annotated(root, annotations, texts or Captions())
+        case "sa1b":
+            items = folder.read_sa1b(root, texts or Captions())
+        case _:
+            items = folder.read_images(root)
+    if not items:
+        raise IncompleteDatasetError(f"data set {name!r} holds no image under {str(root)!r}")
+    return _dataset(name, root.resolve().name, classes, items, source)
+
+
+def _dataset(name: str, title: str, classes: tuple[str, ...], items: Items, source: str) -> Dataset:
+    background = classes.index(class_names.BACKGROUND) if class_names.BACKGROUND in classes else None
+    return Dataset(name, title, classes, _own(classes), background, items, source)
 
 
 def _own(classes: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -177,7 +162,7 @@ def with_names(dataset: Dataset, names: str | Path | Mapping[str, Sequence[str]]
 
     Args:
         dataset: any.
-        names: ``"paper"`` for the names of the classes; ``"better"`` for names that say more; or a mapping
+        names: `"paper"` for the names of the classes; `"better"` for names that say more; or a mapping
             from classes to names (or the JSON file of one) for some of them.
 
     Raises:
@@ -205,13 +190,13 @@ def with_names(dataset: Dataset, names: str | Path | Mapping[str, Sequence[str]]
         try:
             names = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no JSON ({error})") from error
+            raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
         if not isinstance(names, dict):
             raise ValueError(f"{str(path)!r} must map classes to lists of names")
     unknown = [name for name in names if name not in dataset.classes]
     if unknown:
         raise ValueError(
-            f"{unknown[0]!r} is no class of {dataset.name!r}; its classes: {', '.join(dataset.classes)}"
+            f"{unknown[0]!r} is not a class of {dataset.name!r}; its classes: {', '.join(dataset.classes)}"
         )
     chosen: dict[str, tuple[str, ...]] = {}
     for cls, prompts in names.items():
@@ -224,35 +209,33 @@ def with_names(dataset: Dataset, names: str | Path | Mapping[str, Sequence[str]]
     return replace(dataset, prompts=tuple(chosen.get(cls, (cls,)) for cls in dataset.classes))
 
 
-def limit_samples(dataset: Dataset, *, limit: int | None = None, listed: Path | None = None) -> Dataset:
-    """The data set with fewer pictures.
+def subset(dataset: Dataset, *, limit: int | None = None, listed: Path | None = None) -> Dataset:
+    """The data set with fewer images.
 
     Args:
         dataset: any.
         limit: only the first so many.
-        listed: only those that this file names, one to a line.
+        listed: only those that this file names, one per line.
 
     Raises:
-        ValueError: ``limit`` is not positive, or the file names a picture that is not there.
+        ValueError: `limit` is not positive, or the file names an image that does not exist.
         FileNotFoundError: no such file.
     """
-    samples = dataset.samples
+    items = dataset.items
     if listed is not None:
-        from seg4diff.data.layout import read_split
-
         if not listed.is_file():
-            raise FileNotFoundError(f"the list of pictures {str(listed)!r} does not exist; check the path")
-        by_name = {sample.name: sample for sample in samples}
-        wanted = list(dict.fromkeys(read_split(listed)))
-        unknown = [name for name in wanted if name not in by_name]
+            raise FileNotFoundError(f"the list of images {str(listed)!r} does not exist; check the path")
+        positions = {item.name: position for position, item in enumerate(items)}
+        wanted = list(dict.fromkeys(read_list(listed)))
+        unknown = [name for name in wanted if name not in positions]
         if unknown:
             raise ValueError(
-                f"{str(listed)!r} names {unknown[0]!r} and {len(unknown) - 1} more that are no pictures of "
-                f"{dataset.name!r}; a name there is {samples[0].name!r}"
+                f"{str(listed)!r} names {unknown[0]!r} and {len(unknown) - 1} more that are not images of "
+                f"{dataset.name!r}; a name there is {items[0].name!r}"
             )
-        samples = tuple(by_name[name] for name in wanted)
+        items = [items[positions[name]] for name in wanted]
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit={limit} must be at least 1")
-        samples = samples[:limit]
-    return replace(dataset, samples=samples)
+        items = items[:limit]
+    return replace(dataset, items=items)

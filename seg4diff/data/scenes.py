@@ -5,32 +5,31 @@ from __future__ import annotations
 from functools import lru_cache, partial
 
 import numpy as np
-from PIL import Image
 
-from seg4diff.data.layout import Sample
+from seg4diff.data.items import Item, Items
 from seg4diff.demo.scenes import CLASSES, HELD_OUT, Conditions, scene
 
-COUNT = 400
-"""Scenes of the data set, from seed ``HELD_OUT`` on, which training never draws."""
+EVALUATION = range(HELD_OUT, HELD_OUT + 400)
+"""Seeds of the data set `scenes`, which training never draws."""
 
 _drawn = lru_cache(maxsize=64)(scene)
 
 
-def read_scenes(conditions: Conditions) -> tuple[tuple[Sample, ...], str]:
-    """The held-out scenes under these conditions; every pixel has a class.
+def read_scenes(seeds: range, conditions: Conditions) -> tuple[Items, str]:
+    """The scenes of these seeds, and what their labels are; every pixel has a class."""
+    items = Items([f"scene-{seed}" for seed in seeds], partial(_item, conditions))
+    return items, f"drawn, seeds {seeds[0]} to {seeds[-1]}, {conditions}"
 
-    Returns:
-        The samples, and what their labels are.
-    """
-    samples = tuple(
-        Sample(f"scene-{number:04d}", partial(_image, seed, conditions), partial(_labels, seed, conditions))
-        for number, seed in enumerate(range(HELD_OUT, HELD_OUT + COUNT))
+
+def _item(conditions: Conditions, name: str) -> Item:
+    seed = int(name.removeprefix("scene-"))
+    return Item(
+        name,
+        lambda: _drawn(seed, conditions).image,
+        lambda: _labels(seed, conditions),
+        read_captions=lambda: (_drawn(seed, conditions).caption,),
+        classes=CLASSES,
     )
-    return samples, f"drawn, seeds {HELD_OUT} to {HELD_OUT + COUNT - 1}, {conditions}"
-
-
-def _image(seed: int, conditions: Conditions) -> Image.Image:
-    return _drawn(seed, conditions).image
 
 
 def _labels(seed: int, conditions: Conditions) -> np.ndarray:

@@ -11,27 +11,25 @@ from seg4diff.settings import CHECKED, Count, Share, Whole
 
 @dataclass(frozen=True, config=CHECKED)
 class DataSettings:
-    """Pictures, masks and captions.
+    """Images, masks and captions.
 
     Attributes:
-        kind: ``"folder"``, ``"coco"``, ``"sa1b"`` or ``"demo"``; see :mod:`seg4diff.data.training_sets`.
-        images: folder of the pictures.
-        masks: COCO: the panoptic or stuff JSON. Others: none, masks lie beside the pictures.
-        captions: COCO's captions JSON, or a JSON of picture name -> caption(s) as ``seg4diff caption``
-            writes.
-        resolution: side in pixels of the square that pictures are resized to, once.
-        geometry: the central square (``"crop"``), or the whole picture regardless of its aspect
-            (``"squash"``).
-        text: train on ``"captions"``, or on the joined names of the classes present (``"classes"``).
+        kind: `"folder"`, `"coco"`, `"sa1b"` or `"demo"` (drawn scenes); docs/data.md describes their files.
+        images: the folder of the data set; of COCO the folder of the images.
+        masks: COCO's panoptic, stuff or instances JSON; unused by the other kinds.
+        captions: COCO's captions JSON, or a JSON of image name -> caption(s) as `seg4diff caption` writes.
+        resolution: side in pixels of the square that images are resized to, once.
+        geometry: the central square (`"crop"`), or the whole image regardless of its aspect (`"squash"`).
+        text: train on `"captions"`, or on the joined names of the classes present (`"classes"`).
         caption_dropout: share of the samples that see an empty prompt, and no mask loss.
-        held_out: share of the pictures kept aside to choose the best checkpoint.
-        held_out_limit: most pictures kept aside.
-        limit: use this many pictures only; 0 for all.
-        cache: folder for encoded pictures and captions; empty for ``cache`` in the run's folder.
-        shard: pictures in one file of the cache.
+        held_out: share of the images kept aside to choose the best checkpoint.
+        held_out_limit: largest number of images kept aside.
+        limit: use this many images only; 0 for all.
+        cache: folder for encoded images and captions; empty for `cache` in the run's folder.
+        shard: images per file of the cache.
         workers: processes that read ahead.
-        scenes: of the demo scenes, how many, from seed ``first_scene`` on.
-        first_scene: see ``scenes``.
+        scenes: number of demo scenes, from seed `first_scene` on.
+        first_scene: see `scenes`.
     """
 
     kind: Literal["folder", "coco", "sa1b", "demo"] = "folder"

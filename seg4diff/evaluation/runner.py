@@ -332,13 +332,13 @@ def evaluate(
         check_predictions(dataset, out, evaluator.settings.protocols)
     identity = _identity(evaluator, dataset, about or {})
     if state.is_main_process:
-        _claim(out, identity, [sample.name for sample in dataset.samples], overwrite)
+        _claim(out, identity, [item.name for item in dataset.items], overwrite)
     state.wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)  # on machines that do not share a disk
     classes = len(dataset.classes)
     earlier = _gather(read_results(out, classes))
     size = evaluator.settings.batch_size * _BATCHES_IN_A_GROUP
-    everything = range(len(dataset.samples))
+    everything = range(len(dataset.items))
     groups = [list(everything[first : first + size]) for first in range(0, len(everything), size)]
     open_groups = [
         group for group in groups if not all(_is_done(earlier.get(index), len(group)) for index in group)
@@ -359,7 +359,7 @@ def evaluate(
         desc=dataset.name,
     )
     with bar, ThreadPoolExecutor(max(1, threads)) as pool:
-        for group in load_ahead(dataset.samples, mine, threads=threads):
+        for group in load_ahead(dataset.items, mine, threads=threads):
             results, answers = _evaluate_group(evaluator, dataset, group)
             if save_predictions:  # before its result, which says that the picture is done
                 list(pool.map(partial(_save_predictions, out), answers))
@@ -409,7 +409,7 @@ def seen_part(labels: np.ndarray, view: View) -> np.ndarray:
 
 def answer_again(evaluator: Evaluator, dataset: Dataset, indices: Sequence[int]) -> dict[int, Answer]:
     """Answers of some pictures, for looking at; those that cannot be read are left out."""
-    loaded = [load(dataset.samples[index], index) for index in indices]
+    loaded = [load(dataset.items[index], index) for index in indices]
     return {
         answer.index: answer
         for answer in evaluator.answer([picture for picture in loaded if isinstance(picture, Loaded)])
@@ -450,8 +450,8 @@ def _tally(evaluator: Evaluator, name: str, predicted: Tensor, labels: np.ndarra
 def check_predictions(dataset: Dataset, out: Path, protocols: Sequence[str]) -> None:
     """Raise ValueError if label maps that are saved would overwrite the data set's files or each other."""
     check_outputs(
-        [_prediction_path(out, name, sample.name) for name in protocols for sample in dataset.samples],
-        [file for sample in dataset.samples for file in sample.files],
+        [_prediction_path(out, name, item.name) for name in protocols for item in dataset.items],
+        [file for item in dataset.items for file in item.files],
     )
 
 
@@ -516,8 +516,8 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
         "noise": {"steps": steps, "level": level},
         "dataset": dataset.name,
         "source": dataset.source,
-        "pictures": len(dataset.samples),
-        "pictures_sha256": _digest([sample.name for sample in dataset.samples]),
+        "pictures": len(dataset.items),
+        "pictures_sha256": _digest([item.name for item in dataset.items]),
         "classes": dataset.classes,
         "prompts": dataset.prompts,
         "dtype": str(evaluator.pipe.transformer.dtype).removeprefix("torch."),

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from seg4diff.backbones import Pipeline, transformer_of
-from seg4diff.data.training_sets import Source, open_source
+from seg4diff.data.examples import open_training_set
+from seg4diff.data.registry import Dataset
 from seg4diff.lora.adapters import add_adapters
 from seg4diff.training.data.cache import Encodings, encode
 from seg4diff.training.data.samples import HeldOutSamples, TrainingSamples, collate, positions, split
@@ -57,7 +58,7 @@ def train(
 
     Raises:
         FileNotFoundError, ValueError: a setting, a file or the data set is invalid; see
-            :mod:`seg4diff.training.settings` and :mod:`seg4diff.data.training_sets`.
+            :mod:`seg4diff.training.settings` and :mod:`seg4diff.data.examples`.
         FloatingPointError: losses stayed NaN or infinite; the latest checkpoint is untouched.
         ImportError: ``report``, ``optimizer.name`` or ``memory.quantise`` needs a package that is missing.
         OSError: the adapters could not be written at the end. A checkpoint that cannot be written meanwhile
@@ -67,13 +68,13 @@ def train(
     _check_folder(settings)
     accelerator = _accelerator(settings)
     progress = progress and accelerator.is_local_main_process
-    source = open_source(settings.data)  # before a model is loaded, which takes longer
+    dataset = open_training_set(settings.data)  # before a model is loaded, which takes longer
     pipe = _load(settings, accelerator.device) if pipe is None else pipe
     transformer: Any = transformer_of(pipe)
     if settings.mask.weight > 0:
         mask_layers(transformer, settings.mask)  # refused here rather than after hours of encoding
 
-    encodings = _encode(pipe, source, settings, accelerator, progress)
+    encodings = _encode(pipe, dataset, settings, accelerator, progress)
     drawn = SamplePrompts(pipe, settings.sample_prompts) if settings.sample_prompts else None
     training, held_out, unusable = split(encodings, settings)
     samples = TrainingSamples(encodings, training, settings)
@@ -163,12 +164,12 @@ def _load(settings: TrainSettings, device: torch.device) -> Pipeline:
 
 
 def _encode(
-    pipe: Pipeline, source: Source, settings: TrainSettings, accelerator: Any, progress: bool
+    pipe: Pipeline, dataset: Dataset, settings: TrainSettings, accelerator: Any, progress: bool
 ) -> Encodings:
     """The cache, built by the first process of each machine if it has to be."""
     folder = Path(settings.data.cache) if settings.data.cache else Path(settings.out) / "cache"
     with accelerator.local_main_process_first(), _encoders_on(pipe, accelerator.device):
-        return encode(pipe, source, settings.data, folder, progress=progress)
+        return encode(pipe, dataset, settings.data, folder, progress=progress)
 
 
 @contextmanager

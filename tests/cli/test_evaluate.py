@@ -120,7 +120,7 @@ def test_an_unknown_class_in_the_names(tmp_path: Path, capsys: pytest.CaptureFix
     names = tmp_path / "names.json"
     names.write_text('{"appel": ["apple"]}')
     assert main(words(tmp_path / "no-such-model", tmp_path / "out", "--names", str(names))) == 2
-    assert "'appel' is no class of 'scenes'" in capsys.readouterr().err
+    assert "'appel' is not a class of 'scenes'" in capsys.readouterr().err
 
 
 def test_failures_are_named_and_end_in_an_error(

@@ -34,10 +34,10 @@ def test_counts_and_writes_a_folder_that_reads_the_same(
     assert "33.33" in printed
     official, plain = open_dataset("cityscapes19", root, partial=True), open_dataset("folder", out)
     assert plain.classes == official.classes
-    for one, other in zip(official.samples, plain.samples, strict=True):
+    for one, other in zip(official.items, plain.items, strict=True):
         assert one.name == other.name
-        assert np.array_equal(one.read_labels(), other.read_labels())
-        assert one.read_image().tobytes() == other.read_image().tobytes()
+        assert np.array_equal(one.labels(), other.labels())
+        assert one.image().tobytes() == other.image().tobytes()
 
 
 def test_names_what_is_at_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 from seg4diff.data.prepare import prepare
 from seg4diff.data.registry import (
     IncompleteDatasetError,
-    limit_samples,
     open_dataset,
+    subset,
     with_names,
 )
 from tests.support import miniature
@@ -35,7 +35,7 @@ from tests.support import miniature
         ("coco-stuff171", "coco/stuffthingmaps/val2017", "nightrome/cocostuff"),
         ("ade150", "ADEChallengeData2016/annotations/validation", "ADEChallengeData2016.zip"),
         ("cityscapes19", "cityscapes/gtFine/val", "gtFine_trainvaltest.zip"),
-        ("folder", "classes.txt", "one name to a line"),
+        ("folder", "classes.txt", "one name per line"),
     ],
 )
 def test_what_is_missing_and_where_to_get_it(tmp_path: Path, name: str, missing: str, download: str) -> None:
@@ -75,7 +75,7 @@ def test_names_that_lead_out_of_the_data_set(tmp_path: Path, kind: str, listed: 
 
     def run() -> None:
         if kind == "--images":
-            limit_samples(open_dataset("voc20", root, partial=True), listed=path)
+            subset(open_dataset("voc20", root, partial=True), listed=path)
         else:
             prepare(open_dataset(kind, root, partial=True), out, progress=False)
 
@@ -120,14 +120,14 @@ def test_half_unpacked(
 
 def test_fewer_pictures_than_the_data_set_has(tmp_path: Path) -> None:
     miniature.write_ade20k(tmp_path)
-    with pytest.raises(IncompleteDatasetError, match="1 of 2000 pictures are there .* --partial"):
+    with pytest.raises(IncompleteDatasetError, match="1 of 2000 images exist .* --partial"):
         open_dataset("ade150", tmp_path)
 
 
 def test_no_root_and_unknown_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'voc20' needs a data root"):
         open_dataset("voc20")
-    with pytest.raises(IncompleteDatasetError, match="no folder"):
+    with pytest.raises(IncompleteDatasetError, match="is not a folder"):
         open_dataset("voc20", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'voc' is unknown; known: voc20, voc21"):
         open_dataset("voc", tmp_path)
@@ -157,7 +157,7 @@ def test_values_that_stand_for_no_class(
     miniature.write_labels(tmp_path / path, values)
     dataset = open_dataset(name, tmp_path, partial=True)
     with pytest.raises(ValueError, match="(?s).*") as caught:
-        dataset.samples[0].read_labels()
+        dataset.items[0].labels()
     assert message in str(caught.value)
     assert Path(path).name in str(caught.value)
 
@@ -168,11 +168,11 @@ def test_label_maps_of_colours_and_damaged_ones(tmp_path: Path) -> None:
     folder = tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass"
     Image.new("RGB", (6, 4), (128, 0, 0)).save(folder / "2007_000033.png")
     with pytest.raises(ValueError, match="2007_000033.png' has mode RGB"):
-        dataset.samples[0].read_labels()
+        dataset.items[0].labels()
     whole = (folder / "2011_003271.png").read_bytes()
     (folder / "2011_003271.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="2011_003271.png' is unreadable"):
-        dataset.samples[1].read_labels()
+        dataset.items[1].labels()
 
 
 def test_damaged_mat_file(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_damaged_mat_file(tmp_path: Path) -> None:
     )
     dataset = open_dataset("pc59", tmp_path, partial=True)
     with pytest.raises(ValueError, match="2008_000002.mat' is unreadable"):
-        dataset.samples[0].read_labels()
+        dataset.items[0].labels()
 
 
 def test_unknown_names_in_lists_of_classes(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_unknown_names_in_lists_of_classes(tmp_path: Path) -> None:
     path = tmp_path / "VOCdevkit" / "VOC2010" / "59_labels.txt"
     listed = path.read_text()
     path.write_text(listed.replace("wood", "lumber"))
-    with pytest.raises(ValueError, match="names 'lumber', which is no class"):
+    with pytest.raises(ValueError, match="names 'lumber', which is not a class"):
         open_dataset("pc59", tmp_path, partial=True)
     path.write_text("aeroplane\n")
     with pytest.raises(ValueError, match="'number: name' expected"):
@@ -204,10 +204,10 @@ def test_damaged_instances(tmp_path: Path) -> None:
     document["annotations"][0]["category_id"] = 12
     path.write_text(json.dumps(document))
     dataset = open_dataset("coco-object", tmp_path, partial=True)
-    with pytest.raises(ValueError, match="'000000000285.jpg' has the unknown category 12"):
-        dataset.samples[1].read_labels()
+    with pytest.raises(ValueError, match="unknown category .12 in instances_val2017.json"):
+        dataset.items[1].labels()
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match="holds no annotations of COCO, or is damaged"):
+    with pytest.raises(ValueError, match="is not JSON .* get a whole copy"):
         open_dataset("coco-object", tmp_path, partial=True)
 
 
@@ -229,7 +229,7 @@ def test_folders_with_files_that_do_not_pair(tmp_path: Path) -> None:
         open_dataset("folder", tmp_path)
     shutil.copy(tmp_path / "b.png", tmp_path / "images" / "b.png")
     shutil.copy(tmp_path / "b.png", tmp_path / "images" / "b.jpg")
-    with pytest.raises(ValueError, match="images/b has two pictures"):
+    with pytest.raises(ValueError, match="holds both .b.jpg. and .b.png."):
         open_dataset("folder", tmp_path)
     (tmp_path / "images" / "b.jpg").unlink()
     (tmp_path / "labels" / "b.png").unlink()
@@ -247,14 +247,14 @@ def test_names_to_prompt(tmp_path: Path) -> None:
     path = tmp_path / "names.json"
     path.write_text(json.dumps({"cup": ["mug", "cup"], "tvmonitor": "screen"}))
     assert with_names(dataset, path).prompts == (("screen",), ("mug", "cup"), ("background",))
-    with pytest.raises(ValueError, match="'saucer' is no class of 'folder'; its classes: tvmonitor, cup"):
+    with pytest.raises(ValueError, match="'saucer' is not a class of 'folder'; its classes: tvmonitor, cup"):
         with_names(dataset, {"saucer": ["plate"]})
     with pytest.raises(ValueError, match="'cup' has the names"):
         with_names(dataset, {"cup": [" "]})
     with pytest.raises(FileNotFoundError, match="neither 'paper' nor 'better'"):
         with_names(dataset, "best")
     path.write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         with_names(dataset, path)
 
 
@@ -268,17 +268,17 @@ def test_background_does_not_compete_with_classes_of_its_names(tmp_path: Path) -
 def test_some_of_the_pictures(tmp_path: Path) -> None:
     miniature.write_folder(tmp_path, ["cup"], {name: [[0]] for name in "abcd"})
     dataset = open_dataset("folder", tmp_path)
-    assert [sample.name for sample in limit_samples(dataset, limit=2).samples] == ["a", "b"]
+    assert [item.name for item in subset(dataset, limit=2).items] == ["a", "b"]
     listed = tmp_path / "listed.txt"
     listed.write_text("d\nb\n")
-    assert [sample.name for sample in limit_samples(dataset, listed=listed).samples] == ["d", "b"]
+    assert [item.name for item in subset(dataset, listed=listed).items] == ["d", "b"]
     listed.write_text("d\nz\n")
     with pytest.raises(ValueError, match="names 'z'"):
-        limit_samples(dataset, listed=listed)
+        subset(dataset, listed=listed)
     with pytest.raises(ValueError, match="limit=0"):
-        limit_samples(dataset, limit=0)
-    with pytest.raises(FileNotFoundError, match="list of pictures"):
-        limit_samples(dataset, listed=tmp_path / "none.txt")
+        subset(dataset, limit=0)
+    with pytest.raises(FileNotFoundError, match="list of images"):
+        subset(dataset, listed=tmp_path / "none.txt")
 
 
 def test_palette_does_not_change_values(tmp_path: Path) -> None:
@@ -287,6 +287,6 @@ def test_palette_does_not_change_values(tmp_path: Path) -> None:
     miniature.write_labels(tmp_path / "labels" / "y.png", values, palette=True)
     with Image.open(tmp_path / "labels" / "y.png") as stored:
         assert stored.mode == "P"
-    grey, coloured = (sample.read_labels() for sample in open_dataset("folder", tmp_path).samples)
+    grey, coloured = (item.labels() for item in open_dataset("folder", tmp_path).items)
     assert np.array_equal(grey, coloured)
     assert grey.tolist() == values

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from seg4diff.data.annotations import read_captions
 from seg4diff.data.captioning import write_captions
-from seg4diff.data.training_sets import read_captions
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "cat", "dog", "on", "sofa", "red")
 
@@ -43,23 +43,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     for number in range(count):
         Image.new("RGB", (40, 30), (number * 40, 0, 0)).save(folder / f"{number}.png")
 
 
-def test_every_picture_gets_a_caption(model: str, tmp_path: Path) -> None:
-    pictures(tmp_path, 3)
+def test_every_image_gets_a_caption(model: str, tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     out = write_captions(
         tmp_path, model, tmp_path / "captions.json", batch_size=2, max_tokens=5, progress=False
     )
     captions = read_captions(out)
-    assert captions.keys() == {"0.png", "1.png", "2.png"}
+    assert captions.texts.keys() == {"0.png", "1.png", "2.png"}
 
 
 def test_captions_that_are_there_stay(model: str, tmp_path: Path) -> None:
-    pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     out = tmp_path / "captions.json"
     out.write_text(json.dumps({"0.png": "written by hand"}))
     write_captions(tmp_path, model, out, prompt="a red", progress=False)
@@ -72,13 +72,13 @@ def test_captions_that_are_there_stay(model: str, tmp_path: Path) -> None:
 
 
 def test_wrong_input(model: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         write_captions(tmp_path / "nowhere", model, tmp_path / "c.json")
-    with pytest.raises(ValueError, match="holds no picture"):
+    with pytest.raises(FileNotFoundError, match="holds no image"):
         write_captions(tmp_path, model, tmp_path / "c.json")
-    pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="does not hold captions"):
         write_captions(tmp_path, model, tmp_path / "other.json")
     with pytest.raises(ValueError, match="cannot be loaded as an image-to-text model"):
         write_captions(tmp_path, str(tmp_path), tmp_path / "c.json", progress=False)

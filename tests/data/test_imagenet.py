@@ -20,12 +20,12 @@ def test_pictures_labels_and_names(tmp_path: Path) -> None:
     miniature.write_imagenet(tmp_path)
     dataset = open_dataset("imagenet-seg", tmp_path, partial=True)
     assert (dataset.classes, dataset.background) == (("background", "object"), 0)
-    assert [sample.name for sample in dataset.samples] == ["00000_n02690373_1016", "00001_n02123045_7"]
-    for sample, values in zip(dataset.samples, miniature.IMAGENET_VALUES.values(), strict=True):
-        assert sample.read_labels().tolist() == values
-        red = np.asarray(sample.read_image())[:, :, 0]
+    assert [item.name for item in dataset.items] == ["00000_n02690373_1016", "00001_n02123045_7"]
+    for item, values in zip(dataset.items, miniature.IMAGENET_VALUES.values(), strict=True):
+        assert item.labels().tolist() == values
+        red = np.asarray(item.image())[:, :, 0]
         assert red.tolist() == (np.array(values) * 200 + np.arange(len(values[0]))).tolist()
-    assert [sample.prompts for sample in dataset.samples] == [{1: ("airliner",)}, {1: ("tabby",)}]
+    assert [item.prompts for item in dataset.items] == [{1: ("airliner",)}, {1: ("tabby",)}]
 
 
 def test_each_picture_is_asked_for_its_own_object(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_each_picture_is_asked_for_its_own_object(tmp_path: Path) -> None:
         ("threshold", ["airliner", "tabby"]),
     ):
         protocol = Protocol("oracle", dataset, find_preset("paper"), span, background=background)  # type: ignore[arg-type]
-        questions = [protocol.question(s.read_labels(), s.prompts) for s in dataset.samples]
+        questions = [protocol.question(item.labels(), item.prompts) for item in dataset.items]
         assert [question.prompts[0].text for question in questions] == prompts
     with pytest.raises(ValueError, match="no vocabulary common to its pictures"):
         Protocol("full", dataset, find_preset("paper"), span)
@@ -49,13 +49,13 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(IncompleteDatasetError, match="missing: gtsegs_ijcv.mat, words.txt. Get"):
         open_dataset("imagenet-seg", tmp_path)
     miniature.write_imagenet(tmp_path)
-    with pytest.raises(IncompleteDatasetError, match="2 of 4276 pictures"):
+    with pytest.raises(IncompleteDatasetError, match="2 of 4276 images"):
         open_dataset("imagenet-seg", tmp_path)
     with h5py.File(tmp_path / "gtsegs_ijcv.mat", "a") as file:
         file["#refs#/inside1"][:] = 2
     dataset = open_dataset("imagenet-seg", tmp_path, partial=True)
-    with pytest.raises(ValueError, match="picture 1 of .* holds 2, which stands for no class"):
-        dataset.samples[1].read_labels()
+    with pytest.raises(ValueError, match="image 1 of .* holds 2, which stands for no class"):
+        dataset.items[1].labels()
     (tmp_path / "words.txt").write_text("n02690373 airliner\n")
     with pytest.raises(ValueError, match="no line for 'n02123045'"):
         open_dataset("imagenet-seg", tmp_path, partial=True)

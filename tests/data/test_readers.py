@@ -107,12 +107,12 @@ def test_every_pixel_has_its_class(
 ) -> None:
     write(tmp_path)
     dataset = open_dataset(name, tmp_path, partial=True)
-    assert [sample.name for sample in dataset.samples] == sorted(expected)
-    for sample in dataset.samples:
-        labels = sample.read_labels()
-        assert names_of(dataset, labels) == expected[sample.name]
-        assert sample.read_image().size == (labels.shape[1], labels.shape[0])
-        assert sample.read_image().mode == "RGB"
+    assert [item.name for item in dataset.items] == sorted(expected)
+    for item in dataset.items:
+        labels = item.labels()
+        assert names_of(dataset, labels) == expected[item.name]
+        assert item.image().size == (labels.shape[1], labels.shape[0])
+        assert item.image().mode == "RGB"
     assert dataset.prompts == tuple((cls,) for cls in dataset.classes)
 
 
@@ -144,8 +144,8 @@ def test_voc_matrix_counted_by_hand(tmp_path: Path) -> None:
     dataset = open_dataset("voc20", tmp_path, partial=True)
     total = torch.zeros(20, 20, dtype=torch.int64)
     cat = 7
-    for sample in dataset.samples:
-        labels = torch.from_numpy(sample.read_labels())
+    for item in dataset.items:
+        labels = torch.from_numpy(item.labels())
         total += confusion_matrix(torch.full_like(labels, cat), labels, 20)
     expected = torch.zeros(20, 20, dtype=torch.int64)
     expected[0, cat], expected[14, cat], expected[19, cat] = 4, 2, 2  # aeroplane, person, tvmonitor
@@ -156,7 +156,7 @@ def test_voc_matrix_counted_by_hand(tmp_path: Path) -> None:
 def test_cityscapes_matrix_counted_by_hand(tmp_path: Path) -> None:
     miniature.write_cityscapes(tmp_path)
     dataset = open_dataset("cityscapes19", tmp_path, partial=True)
-    labels = torch.from_numpy(dataset.samples[0].read_labels())
+    labels = torch.from_numpy(dataset.items[0].labels())
     predicted = torch.tensor([[0, 0, 0, 0], [2, 11, 11, 13], [5, 5, 18, 10]])
     matrix = confusion_matrix(predicted, labels, 19)
     counted = {(row, column): int(matrix[row, column]) for row, column in matrix.nonzero().tolist()}
@@ -180,7 +180,7 @@ def test_own_split_of_pascal_context_is_preferred(tmp_path: Path) -> None:
     split.parent.mkdir()
     split.write_text("2008_000002\n")
     dataset = open_dataset("pc59", tmp_path, partial=True)
-    assert [sample.name for sample in dataset.samples] == ["2008_000002"]
+    assert [item.name for item in dataset.items] == ["2008_000002"]
     assert "SegmentationContext" in dataset.source
 
 
@@ -194,7 +194,7 @@ def test_pascal_context_follows_the_order_of_its_list(tmp_path: Path) -> None:
     values = [[number["aeroplane"], number["bedcloth"], 0, number["wood"]]] * 3
     miniature.write_labels(path.parent / "59_context_labels" / "2008_000002.png", values)
     dataset = open_dataset("pc59", tmp_path, partial=True)
-    labels = dataset.samples[0].read_labels()
+    labels = dataset.items[0].labels()
     assert names_of(dataset, labels)[0] == ["aeroplane", "bedclothes", None, "wood"]
 
 
@@ -206,12 +206,12 @@ def test_folder(tmp_path: Path) -> None:
     dataset = open_dataset("folder", root)
     assert dataset.title == "kitchen"
     assert dataset.background is None
-    assert [sample.name for sample in dataset.samples] == ["a", "inside/b"]
-    assert names_of(dataset, dataset.samples[0].read_labels()) == [
+    assert [item.name for item in dataset.items] == ["a", "inside/b"]
+    assert names_of(dataset, dataset.items[0].labels()) == [
         ["cup", "plate", "tea pot"],
         ["tea pot", None, "plate"],
     ]
-    assert dataset.samples[1].read_image().size == (1, 3)
+    assert dataset.items[1].image().size == (1, 3)
 
 
 def test_folder_with_background(tmp_path: Path) -> None:
@@ -226,8 +226,8 @@ def test_scenes_are_the_held_out_ones(name: str, conditions: Any) -> None:
     dataset = open_dataset(name)
     assert dataset.classes == CLASSES
     drawn = scene(HELD_OUT + 3, conditions)
-    labels = dataset.samples[3].read_labels()
+    labels = dataset.items[3].labels()
     assert {CLASSES[value] for value in np.unique(labels)} == set(drawn.classes)
     row, column = 100, 20
     assert CLASSES[labels[row, column]] == drawn.classes[drawn.labels[row, column]]
-    assert dataset.samples[3].read_image().tobytes() == drawn.image.tobytes()
+    assert dataset.items[3].image().tobytes() == drawn.image.tobytes()

@@ -58,8 +58,8 @@ def test_regions_without_names(out: Path) -> None:
     dataset = open_dataset("scenes")
     hits = np.zeros(len(CLASSES))
     union = np.zeros(len(CLASSES))
-    for sample in dataset.samples[:SCENES]:
-        pixels = np.bincount(sample.read_labels().ravel(), minlength=len(CLASSES))
+    for sample in dataset.items[:SCENES]:
+        pixels = np.bincount(sample.labels().ravel(), minlength=len(CLASSES))
         hits[pixels.argmax()] += pixels.max()
         union += pixels
         union[pixels.argmax()] += pixels.sum() - pixels.max()
@@ -70,9 +70,9 @@ def test_regions_without_names(out: Path) -> None:
 @pytest.mark.slow
 def test_predictions_on_disk_are_what_was_counted(out: Path) -> None:
     hits = total = 0
-    for sample in open_dataset("scenes").samples[:SCENES]:
+    for sample in open_dataset("scenes").items[:SCENES]:
         predicted = np.asarray(Image.open(out / "scenes" / "predictions" / "oracle" / f"{sample.name}.png"))
-        labels = sample.read_labels()
+        labels = sample.labels()
         assert predicted.shape == labels.shape
         assert set(np.unique(predicted)) <= set(np.unique(labels))  # the oracle names nothing else
         hits += int((predicted == labels).sum())

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import seg4diff
-from seg4diff.data.registry import Dataset, limit_samples, open_dataset
+from seg4diff.data.registry import Dataset, open_dataset, subset
 from seg4diff.evaluation import runner
 from seg4diff.evaluation.protocols import PROTOCOLS
 from seg4diff.evaluation.results import Tally, add_up, read_results
@@ -159,11 +159,11 @@ def test_the_stray_name_counts_as_a_miss(pipe: Any, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("preset", ["default", "paper", "reference"])
 def test_labels_are_those_of_segment(pipe: Any, preset: str) -> None:
     """The evaluation answers as the library: with names `segment`, without `segment_unsupervised`."""
-    dataset = limit_samples(open_dataset("scenes"), limit=2)
+    dataset = subset(open_dataset("scenes"), limit=2)
     settings = Settings(("full", "unsupervised"), preset=preset, layers=(1,), seed=3)
     evaluator = runner.make_evaluator(pipe, dataset, settings)
     for index, answer in runner.answer_again(evaluator, dataset, [0, 1]).items():
-        image = dataset.samples[index].read_image()
+        image = dataset.items[index].image()
         named = seg4diff.segment(pipe, image, dataset.classes, preset=preset, layers=(1,), seed=3)
         assert torch.equal(answer.predicted["full"].long(), named.labels)
         regions = seg4diff.segment_unsupervised(pipe, image, preset=preset, layers=(1,), seed=3)
@@ -178,7 +178,7 @@ SCENES = Settings(("oracle", "full", "unsupervised"), preset="default", batch_si
 @pytest.fixture(scope="module")
 def uninterrupted(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     out = tmp_path_factory.mktemp("uninterrupted")
-    return out, run(pipe, limit_samples(open_dataset("scenes"), limit=10), out, SCENES)
+    return out, run(pipe, subset(open_dataset("scenes"), limit=10), out, SCENES)
 
 
 def lines_of(out: Path) -> list[str]:
@@ -195,7 +195,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Killed while it writes the results of the second group of four pictures."""
-    dataset = limit_samples(open_dataset("scenes"), limit=10)
+    dataset = subset(open_dataset("scenes"), limit=10)
     append = runner.append_results
     written: list[int] = []
 
@@ -228,7 +228,7 @@ def same_figures(one: Report, other: Report) -> bool:
 
 
 def test_results_of_other_settings_are_not_mixed(pipe: Any, tmp_path: Path) -> None:
-    dataset = limit_samples(open_dataset("scenes"), limit=2)
+    dataset = subset(open_dataset("scenes"), limit=2)
     first = run(pipe, dataset, tmp_path, Settings(seed=1), about={"model": "one"})
     with pytest.raises(
         ValueError, match=r"other settings: model was 'one', is 'two'; seed was 1, is 2\. .*overwrite"
@@ -237,7 +237,7 @@ def test_results_of_other_settings_are_not_mixed(pipe: Any, tmp_path: Path) -> N
     with backend("aten"), pytest.raises(ValueError, match="attention was None, is 'aten'"):
         run(pipe, dataset, tmp_path, Settings(seed=1), about={"model": "one"})
     with pytest.raises(ValueError, match="pictures was 2, is 1"):
-        run(pipe, limit_samples(dataset, limit=1), tmp_path, Settings(seed=1), about={"model": "one"})
+        run(pipe, subset(dataset, limit=1), tmp_path, Settings(seed=1), about={"model": "one"})
     other = run(pipe, dataset, tmp_path, Settings(seed=2), about={"model": "one"}, overwrite=True)
     assert other.settings["seed"] == 2
     assert not same_figures(first, other)
@@ -340,7 +340,7 @@ def test_pictures_without_a_pixel_that_counts(
 def test_each_picture_and_each_prompt_is_encoded_once(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = limit_samples(open_dataset("scenes"), limit=6)
+    dataset = subset(open_dataset("scenes"), limit=6)
     encoded: list[int] = []
     prompts: list[str] = []
     handle = pipe.vae.encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
@@ -361,7 +361,7 @@ def test_each_picture_and_each_prompt_is_encoded_once(
 
 def test_prompts_met_long_ago_are_forgotten(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_KEPT_PROMPTS", 3)
-    dataset = limit_samples(open_dataset("scenes"), limit=6)
+    dataset = subset(open_dataset("scenes"), limit=6)
     evaluator = runner.make_evaluator(
         pipe, dataset, Settings(("oracle", "full"), preset="default", layers=(1,))
     )
@@ -401,7 +401,7 @@ def test_versions_and_settings_are_reported(uninterrupted: tuple[Path, Report]) 
     ],
 )
 def test_bad_settings(pipe: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    dataset = limit_samples(open_dataset("scenes"), limit=1)
+    dataset = subset(open_dataset("scenes"), limit=1)
     with pytest.raises(ValueError, match=message):
         evaluate(pipe, dataset, tmp_path, Settings(**settings), progress=False)
     assert not list(tmp_path.iterdir())
@@ -468,10 +468,8 @@ def test_two_processes_equal_one(pipe: Any, uninterrupted: tuple[Path, Report], 
 def test_pictures_may_have_names_of_their_own(
     pipe: Any, painted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = [
-        replace(sample, prompts={2: ("dog",)}) if sample.name == "b" else sample for sample in painted.samples
-    ]
+    own = [replace(item, prompts={2: ("dog",)}) if item.name == "b" else item for item in painted.items]
     maps = PerfectMaps(["cat", "red sofa", "dog", "dog house"])
     monkeypatch.setattr(runner, "run_maps", maps)
-    run(pipe, replace(painted, samples=tuple(own[:2])), tmp_path / "out", Settings(preset="default"))
+    run(pipe, replace(painted, items=tuple(own[:2])), tmp_path / "out", Settings(preset="default"))
     assert sorted(maps.prompts) == [["cat dog dog house"], ["cat red sofa tree"]]

@@ -4,7 +4,7 @@ Encoding precedes training, so that neither VAE nor text encoders occupy memory 
 is stale, cut off or half built is completed before use.
 
 A cache is a folder of shards. A shard is a safetensors file with an identity in its header: a hash of the
-encoders' weights, the source's files and every setting that decides what is stored. Its last 32 bytes are
+encoders' weights, the data set's files and every setting that decides what is stored. Its last 32 bytes are
 the SHA-256 of all before them. A process compares that hash when it first uses the shard. At the start only
 sizes, identities and descriptions are compared: a cache of a large data set has hundreds of gigabytes.
 """
@@ -31,16 +31,18 @@ from tqdm import tqdm
 
 from seg4diff.backbones import Pipeline, find_backbone
 from seg4diff.backbones.text import find_words
+from seg4diff.data.examples import Example, fingerprint, read_example
+from seg4diff.data.items import Item, UnusableItemError
+from seg4diff.data.registry import Dataset
 from seg4diff.data.settings import DataSettings
-from seg4diff.data.training_sets import Example, Source, UnusableExampleError
 from seg4diff.files import SEAL_BYTES, DamagedFileError, read_sealed, write_sealed
 from seg4diff.masks import decode_mask, run_lengths
 from seg4diff.segmentation.prompts import plan_prompts
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "seg4diff-magnet-encodings-2"
-_MASK_SIDE = 256  # masks are kept at the picture's resolution, but no larger than this
+_FORMAT = "seg4diff-magnet-encodings-3"
+_MASK_SIDE = 256  # masks are kept at the image's resolution, but no larger than this
 _THUMBNAIL = 128
 _SEAL = "~seal"  # the tensor that ends a shard; safetensors sorts by dtype, then by name
 _OPEN_FILES = 32
@@ -49,7 +51,7 @@ CUT_OFF = "class words cut off by the length of a prompt"
 
 @dataclass(frozen=True)
 class EncodedText:
-    """One prompt of a picture.
+    """One prompt of an image.
 
     Attributes:
         text: the prompt.
@@ -66,11 +68,11 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of an encoded picture without reading its tensors.
+    """What is known of an encoded image without reading its tensors.
 
     Attributes:
-        name: of the picture.
-        classes: the name of each mask, or ``""``.
+        name: of the image.
+        classes: the name of each mask, or `""`.
         masks: run-length encodings (pycocotools), all of one size.
         texts: its prompts: text, content columns, columns by class, shapes by argument.
     """
@@ -107,7 +109,7 @@ class Encodings:
         return _tensor(path, f"{row}.thumbnail")
 
     def text(self, index: int, number: int) -> EncodedText:
-        """Prompt ``number`` of an image."""
+        """Prompt `number` of an image."""
         path, row = self._places[index]
         return _text(path, row, self.descriptions[index], number)
 
@@ -202,21 +204,21 @@ def _text(path: Path, row: int, description: Description, number: int) -> Encode
 
 
 def encode(
-    pipe: Pipeline, source: Source, data: DataSettings, folder: Path, *, progress: bool = True
+    pipe: Pipeline, dataset: Dataset, data: DataSettings, folder: Path, *, progress: bool = True
 ) -> Encodings:
-    """Open the cache in ``folder``, after building whatever of it is missing, stale or cut off.
+    """Open the cache in `folder`, after building whatever of it is missing, stale or cut off.
 
     Shards are written whole, one after the other: an interrupted build goes on where it stopped.
 
     Args:
         pipe: a pipeline with VAE and text encoders.
-        source: the examples.
+        dataset: images with masks and captions.
         data: resolution, geometry, kind of text, shard size, limit.
         folder: of the cache.
         progress: whether to show a bar.
 
     Raises:
-        ValueError: not one example can be used (the message counts the reasons), or the resolution does not
+        ValueError: not one image can be used (the message counts the reasons), or the resolution does not
             suit the model.
         OSError: the cache cannot be written; what is complete stays and is used the next time.
     """
@@ -227,9 +229,12 @@ def encode(
             f"data.resolution={data.resolution} does not suit this model: use a multiple of {multiple} "
             f"up to {largest}"
         )
-    count = min(len(source), data.limit or len(source))
-    identity = cache_identity(pipe, source, data)
-    shards = [folder / f"shard-{number:05d}.safetensors" for number in range(-(-count // data.shard))]
+    items = dataset.items[: data.limit or None]
+    identity = cache_identity(pipe, dataset, data)
+    shards = {
+        folder / f"shard-{number:05d}.safetensors": items[first : first + data.shard]
+        for number, first in enumerate(range(0, len(items), data.shard))
+    }
     empty = folder / "empty-prompt.safetensors"
     found = {path: _read_shard(path, identity) for path in (empty, *shards)}
     encoder = _Encoder(pipe, data)
@@ -238,41 +243,37 @@ def encode(
             text, tensors = encoder.texts([{"text": "", "content": [], "classes": {}}])
             description = {"name": "", "classes": [], "masks": [], "texts": text}
             _save_shard(empty, identity, [description], {f"0.{n}": t for n, t in tensors.items()}, {})
-        numbers = {
-            path: range(number * data.shard, min((number + 1) * data.shard, count))
-            for number, path in enumerate(shards)
-            if found[path] is None
-        }
+        missing = {path: part for path, part in shards.items() if found[path] is None}
         with tqdm(
-            total=sum(map(len, numbers.values())),
+            total=sum(map(len, missing.values())),
             desc="encoding",
             unit="image",
             disable=None if progress else True,
         ) as bar:
-            for path, indices in numbers.items():
-                _write_shard(path, identity, encoder, source, indices, bar)
+            for path, part in missing.items():
+                _write_shard(path, identity, encoder, part, bar)
     except OSError as error:
         raise OSError(
             f"the cache in {str(folder)!r} cannot be written ({error}); free some space or set data.cache to "
             "another folder, and start again: what is complete is kept"
         ) from error
-    for path in set(folder.glob("shard-*.safetensors")) - set(shards):  # of a larger data set, once
+    for path in set(folder.glob("shard-*.safetensors")) - shards.keys():  # of a larger data set, once
         path.unlink(missing_ok=True)
     whole = {path: shard or _read_shard(path, identity) for path, shard in found.items()}
     complete = [shard for shard in whole.values() if shard is not None]
     if len(complete) < len(whole):
         raise DamagedFileError(f"the cache in {str(folder)!r} changed while it was built; start again")
     encodings = Encodings(complete[1:], complete[0])
-    _report(encodings, count)
+    _report(encodings, len(items))
     return encodings
 
 
-def cache_identity(pipe: Pipeline, source: Source, data: DataSettings) -> str:
+def cache_identity(pipe: Pipeline, dataset: Dataset, data: DataSettings) -> str:
     """Hash of everything that decides what a cache holds."""
     what = {
         "format": _FORMAT,
         "model": encoders_identity(pipe),
-        "source": source.fingerprint(),
+        "dataset": fingerprint(dataset),
         **{
             name: getattr(data, name) for name in ("kind", "resolution", "geometry", "text", "limit", "shard")
         },
@@ -313,12 +314,12 @@ class _Encoder:
         """Description, tensors, and what was left out of the texts.
 
         Raises:
-            UnusableExampleError: nothing to train on is left.
+            UnusableItemError: nothing to train on is left.
         """
         fitted = _fit(example, self._data)
         chosen, left_out = self._chosen_texts(fitted)
         if not chosen:
-            raise UnusableExampleError("no text to train on", example.name)
+            raise UnusableItemError("no text to train on", example.name)
         texts, tensors = self.texts(chosen)
         pixels = torch.from_numpy(np.array(fitted.image)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
         latents = self._backbone.latents(self._pipe, pixels)[0]
@@ -349,11 +350,11 @@ class _Encoder:
         names = list(dict.fromkeys(name for name in example.classes if name))
         if self._data.text == "classes":
             if not names:
-                raise UnusableExampleError("no class names", example.name)
+                raise UnusableItemError("no class names", example.name)
             try:
                 prompts = plan_prompts(names, self._span)
             except ValueError as error:
-                raise UnusableExampleError("class names that no prompt holds", str(error)) from None
+                raise UnusableItemError("class names that no prompt holds", str(error)) from None
             first = prompts[0]
             kept = names[: len(first.columns)]
             left_out[CUT_OFF] += len(names) - len(kept)
@@ -396,21 +397,19 @@ def _fit(example: Example, data: DataSettings) -> Example:
             masks.append(fitted)
             classes.append(name)
     if not masks:
-        raise UnusableExampleError("no mask on the square", example.name)
+        raise UnusableItemError("no mask on the square", example.name)
     return Example(example.name, image, tuple(masks), tuple(classes), example.captions)
 
 
-def _write_shard(
-    path: Path, identity: str, encoder: _Encoder, source: Source, indices: range, bar: Any
-) -> None:
+def _write_shard(path: Path, identity: str, encoder: _Encoder, items: Sequence[Item], bar: Any) -> None:
     descriptions: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     skipped: Counter[str] = Counter()
-    for index in indices:
+    for item in items:
         try:
-            description, of_example, left_out = encoder(source.load(index))
-        except UnusableExampleError as error:
-            logger.debug("skipping %s: %s", source.name(index), error)
+            description, of_example, left_out = encoder(read_example(item))
+        except UnusableItemError as error:
+            logger.debug("skipping %s: %s", item.name, error)
             skipped[error.reason] += 1
         else:
             tensors.update({f"{len(descriptions)}.{name}": tensor for name, tensor in of_example.items()})
@@ -423,9 +422,9 @@ def _write_shard(
 def _report(encodings: Encodings, count: int) -> None:
     reasons = ", ".join(f"{number} x {reason}" for reason, number in encodings.skipped.most_common())
     if len(encodings) == 0:
-        raise ValueError(f"none of the {count} pictures can be used: {reasons}")
+        raise ValueError(f"none of the {count} images can be used: {reasons}")
     if reasons:
-        logger.warning("%d of %d pictures are used; left out: %s", len(encodings), count, reasons)
+        logger.warning("%d of %d images are used; left out: %s", len(encodings), count, reasons)
 
 
 def _trimmed_arguments(arguments: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
@@ -459,7 +458,7 @@ def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _sized(mask: Mapping[str, Any]) -> tuple[Mapping[str, Any], int, int]:
-    """Arguments of :func:`decode_mask` for a mask of a cache."""
+    """Arguments of `decode_mask` for a mask of a cache."""
     height, width = mask["size"]
     if not (0 < height <= _MASK_SIDE and 0 < width <= _MASK_SIDE):
         raise ValueError(f"a mask of the cache is {width} x {height}, larger than {_MASK_SIDE}; delete it")
@@ -467,14 +466,9 @@ def _sized(mask: Mapping[str, Any]) -> tuple[Mapping[str, Any], int, int]:
 
 
 def areas(masks: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Share of the picture that each run-length mask covers."""
+    """Share of the image that each run-length mask covers."""
     runs = [run_lengths(*_sized(mask)) for mask in masks]
     return [float(lengths[1::2].sum() / lengths.sum()) for lengths in runs]
-
-
-def union(masks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One run-length mask from several."""
-    return _run_lengths(np.any([decode_mask(*_sized(mask)) for mask in masks], axis=0))
 
 
 def decode_masks(masks: Sequence[Mapping[str, Any]]) -> Tensor:

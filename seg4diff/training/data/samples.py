@@ -1,6 +1,6 @@
 """What every step trains on, as a function of the seed and the sample's position alone.
 
-Called by the trainer. Order, prompt, noise, noise level and caption dropout of a sample depend on nothing
+Order, prompt, noise, noise level and caption dropout of a sample depend on nothing
 that ran before it, so a resumed run sees what the interrupted one would have seen, and two processes with
 half the batch see what one process sees.
 """
@@ -12,13 +12,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from seg4diff.training.data.cache import Description, EncodedText, Encodings, areas, decode_masks, union
+from seg4diff.training.data.cache import Description, EncodedText, Encodings, areas, decode_masks
 from seg4diff.training.objective.magnet import Batch
 from seg4diff.training.settings import NoiseSettings, TrainSettings
 
@@ -26,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 def split(encodings: Encodings, settings: TrainSettings) -> tuple[list[int], list[int], Counter[str]]:
-    """Pictures to train on, pictures held out, and how many of use for neither, by reason.
+    """Images to train on, images held out, and how many are of use for neither, by reason.
 
-    A picture is held out by a hash of its name: the split does not change when pictures are added.
+    An image is held out by a hash of its name: the split does not change when images are added.
 
     Raises:
         ValueError: nothing is left to train on.
@@ -50,7 +49,7 @@ def split(encodings: Encodings, settings: TrainSettings) -> tuple[list[int], lis
     training = [index for _, index in ranked if index not in kept_aside]
     if not training:
         raise ValueError(
-            f"no picture is left to train on: {len(encodings)} encoded, {len(held_out)} held out, "
+            f"no image is left to train on: {len(encodings)} encoded, {len(held_out)} held out, "
             f"{dict(unusable)}; lower data.held_out or check the captions"
         )
     return training, held_out, unusable
@@ -77,7 +76,7 @@ class TrainingSamples(Dataset[Batch]):
 
 
 class HeldOutSamples:
-    """The held-out pictures, each with one prompt, noise and noise level that never change."""
+    """The held-out images, each with one prompt, noise and noise level that never change."""
 
     def __init__(self, encodings: Encodings, indices: Sequence[int], settings: TrainSettings) -> None:
         self._encodings = encodings
@@ -95,7 +94,7 @@ class HeldOutSamples:
 
 
 def positions(forwards: range, batch: int, *, process: int = 0, processes: int = 1) -> list[list[int]]:
-    """Positions of the samples of one process, a list of ``batch`` for each of its forwards."""
+    """Positions of the samples of one process, a list of `batch` for each of its forwards."""
     starts = ((forward * processes + process) * batch for forward in forwards)
     return [list(range(start, start + batch)) for start in starts]
 
@@ -139,35 +138,25 @@ def _sample(
 def _pairs(
     description: Description, text: EncodedText, settings: TrainSettings
 ) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
-    """The masks of a sample [M, height, width] and its groups of text columns, see :class:`Batch`."""
+    """The masks of a sample [M, height, width] and its groups of text columns, see `Batch`."""
     size = description.masks[0]["size"]
     nothing = torch.zeros(0, *size, dtype=torch.uint8), ()
     if settings.mask.weight == 0 or not text.content:
         return nothing
-    masks: list[dict[str, Any]]
-    names: list[str]
-    if settings.mask.pairing == "class":
-        names = [name for name in dict.fromkeys(description.classes) if text.classes.get(name)]
-        by_name = [
-            [
-                mask
-                for mask, label in zip(description.masks, description.classes, strict=True)
-                if label == name
-            ]
-            for name in names
-        ]
-        masks = [several[0] if len(several) == 1 else union(several) for several in by_name]
-    else:
-        names, masks = list(description.classes), list(description.masks)
-    sizes = areas(masks)
-    largest_first = sorted(range(len(masks)), key=lambda position: (-sizes[position], position))
-    chosen = [position for position in largest_first if sizes[position] >= settings.mask.min_area]
-    chosen = chosen[: settings.mask.max_masks]
+    by_class = settings.mask.pairing == "class"
+    usable = [
+        (mask, name)
+        for mask, name in zip(description.masks, description.classes, strict=True)
+        if not by_class or text.classes.get(name)
+    ]
+    sizes = areas([mask for mask, _ in usable])
+    large = [position for position, size in enumerate(sizes) if size >= settings.mask.min_area]
+    chosen = sorted(large, key=lambda position: -sizes[position])[: settings.mask.max_masks]
     if not chosen:
         return nothing
-    decoded = decode_masks([masks[position] for position in chosen])
-    if settings.mask.pairing == "class":
-        return decoded, tuple(text.classes[names[position]] for position in chosen)
+    decoded = decode_masks([usable[position][0] for position in chosen])
+    if by_class:
+        return decoded, tuple(text.classes[usable[position][1]] for position in chosen)
     return decoded, tuple((column,) for column in text.content)
 
 

@@ -15,8 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from seg4diff.backbones import find_backbone
+from seg4diff.data.examples import Example, read_example
+from seg4diff.data.items import Item, Mask, UnusableItemError
+from seg4diff.data.registry import Dataset
 from seg4diff.data.settings import DataSettings
-from seg4diff.data.training_sets import Example, UnusableExampleError
 from seg4diff.files import DamagedFileError
 from seg4diff.training.data import cache
 from seg4diff.training.data.cache import CUT_OFF, encode
@@ -26,28 +28,24 @@ from tests.support import runs, tiny
 
 
 class Examples:
-    """Examples in memory."""
+    """A data set in memory, which counts the items that are read."""
 
     def __init__(self, examples: list[Example | str], mark: str = "") -> None:
         self.examples = examples
-        self.mark = mark
         self.loaded: list[int] = []
+        items = [self._item(number, given) for number, given in enumerate(examples)]
+        self.dataset = Dataset("made up", "", (), (), None, items, f"made up {mark}")
 
-    def __len__(self) -> int:
-        return len(self.examples)
+    def _item(self, number: int, given: Example | str) -> Item:
+        def masks(height: int, width: int) -> list[Mask]:
+            self.loaded.append(number)
+            if isinstance(given, str):
+                raise UnusableItemError(given, "made up")
+            return [Mask(*pair) for pair in zip(given.classes, given.masks, strict=True)]
 
-    def name(self, index: int) -> str:
-        return f"picture-{index}"
-
-    def load(self, index: int) -> Example:
-        self.loaded.append(index)
-        example = self.examples[index]
-        if isinstance(example, str):
-            raise UnusableExampleError(example)
-        return example
-
-    def fingerprint(self) -> str:
-        return f"{len(self.examples)} {self.mark}"
+        image = Image.new("RGB", (8, 8)) if isinstance(given, str) else given.image
+        captions = () if isinstance(given, str) else given.captions
+        return Item(f"image-{number}", lambda: image, read_masks=masks, read_captions=lambda: captions)
 
 
 def example(
@@ -57,7 +55,7 @@ def example(
     pixels = generator.integers(0, 255, (size[1], size[0], 3), np.uint8)
     cat = np.zeros((size[1], size[0]), bool)
     cat[: size[1] // 2] = True
-    return Example(f"picture-{number}", Image.fromarray(pixels), (cat, ~cat), ("cat", "sofa"), (caption,))
+    return Example(f"image-{number}", Image.fromarray(pixels), (cat, ~cat), ("cat", "sofa"), (caption,))
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +68,13 @@ DATA = DataSettings(resolution=64, shard=2)
 
 def test_what_is_stored_is_what_the_encoders_say(pipe: Any, tmp_path: Path) -> None:
     source = Examples([example(0), example(1, "cat")])
-    found = encode(pipe, source, DATA, tmp_path, progress=False)
+    found = encode(pipe, source.dataset, DATA, tmp_path, progress=False)
     backbone = find_backbone(pipe)
-    pixels = torch.from_numpy(np.array(source.load(1).image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.array(read_example(source.dataset.items[1]).image)).permute(2, 0, 1)[None].float()
+        / 127.5
+        - 1
+    )
     with torch.no_grad():
         torch.testing.assert_close(found.latents(1), backbone.latents(pipe, pixels)[0], rtol=0, atol=0)
         for number, text in enumerate(["a red cat on a sofa", "cat"]):
@@ -91,12 +93,12 @@ def test_what_is_stored_is_what_the_encoders_say(pipe: Any, tmp_path: Path) -> N
 
 def test_built_once(pipe: Any, tmp_path: Path) -> None:
     source = Examples([example(number) for number in range(5)])
-    encode(pipe, source, DATA, tmp_path, progress=False)
+    encode(pipe, source.dataset, DATA, tmp_path, progress=False)
     assert source.loaded == [0, 1, 2, 3, 4]
     source.loaded.clear()
-    found = encode(pipe, source, DATA, tmp_path, progress=False)
+    found = encode(pipe, source.dataset, DATA, tmp_path, progress=False)
     assert source.loaded == []
-    assert [d.name for d in found.descriptions] == [f"picture-{number}" for number in range(5)]
+    assert [d.name for d in found.descriptions] == [f"image-{number}" for number in range(5)]
 
 
 @pytest.mark.parametrize("damage", ["cut off", "longer", "missing", "empty", "header", "description"])
@@ -104,7 +106,7 @@ def test_a_damaged_shard_is_built_again_and_alone(
     damage: str, pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Examples([example(number) for number in range(4)])
-    before = encode(pipe, source, DATA, tmp_path, progress=False)
+    before = encode(pipe, source.dataset, DATA, tmp_path, progress=False)
     expected = before.latents(3)
     shard = tmp_path / "shard-00001.safetensors"
     content = shard.read_bytes()
@@ -116,13 +118,13 @@ def test_a_damaged_shard_is_built_again_and_alone(
             "longer": content + b"x",
             "empty": b"",
             "header": content.replace(b'"dtype"', b'"dtypf"', 1),
-            "description": content.replace(b'"name": "picture-3"', b'"name": "picture-2"'),
+            "description": content.replace(b'"name": "image-3"', b'"name": "image-2"'),
         }
         assert altered[damage] != content
         shard.write_bytes(altered[damage])
     source.loaded.clear()
     with caplog.at_level(logging.WARNING, logger="seg4diff"):
-        found = encode(pipe, source, DATA, tmp_path, progress=False)
+        found = encode(pipe, source.dataset, DATA, tmp_path, progress=False)
     assert source.loaded == [2, 3]
     assert ("built again" in caplog.text) == (damage != "missing")
     assert torch.equal(found.latents(3), expected)
@@ -130,12 +132,12 @@ def test_a_damaged_shard_is_built_again_and_alone(
 
 def test_an_altered_shard_is_noticed_when_it_is_first_used(pipe: Any, tmp_path: Path) -> None:
     source = Examples([example(number) for number in range(4)])
-    latents = encode(pipe, source, DATA, tmp_path, progress=False).latents(0).numpy().tobytes()
+    latents = encode(pipe, source.dataset, DATA, tmp_path, progress=False).latents(0).numpy().tobytes()
     shard = tmp_path / "shard-00000.safetensors"
     content = shard.read_bytes()
     place = content.index(latents)
     shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    found = encode(pipe, source, DATA, tmp_path, progress=False)  # reads no tensor
+    found = encode(pipe, source.dataset, DATA, tmp_path, progress=False)  # reads no tensor
     assert found.latents(2).isfinite().all()
     for use in (lambda: found.latents(1), lambda: found.text(1, 0), lambda: found.thumbnail(0)):
         with pytest.raises(
@@ -144,13 +146,15 @@ def test_an_altered_shard_is_noticed_when_it_is_first_used(pipe: Any, tmp_path: 
             use()
     shard.unlink()
     source.loaded.clear()
-    assert encode(pipe, source, DATA, tmp_path, progress=False).latents(0).numpy().tobytes() == latents
+    assert (
+        encode(pipe, source.dataset, DATA, tmp_path, progress=False).latents(0).numpy().tobytes() == latents
+    )
     assert source.loaded == [0, 1]
 
 
 def test_every_flipped_bit_of_a_shard_is_noticed(pipe: Any, tmp_path: Path) -> None:
     """In the header, the descriptions, the tensors or the seal: before use, or at the first."""
-    encode(pipe, Examples([example(0)]), DATA, tmp_path, progress=False)
+    encode(pipe, Examples([example(0)]).dataset, DATA, tmp_path, progress=False)
     shard = tmp_path / "shard-00000.safetensors"
     whole = shard.read_bytes()
     with safe_open(shard, "pt") as file:
@@ -175,7 +179,9 @@ def test_every_flipped_bit_of_a_shard_is_noticed(pipe: Any, tmp_path: Path) -> N
 def test_a_shard_is_opened_and_verified_once(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = encode(pipe, Examples([example(number) for number in range(4)]), DATA, tmp_path, progress=False)
+    found = encode(
+        pipe, Examples([example(number) for number in range(4)]).dataset, DATA, tmp_path, progress=False
+    )
     opened, verified = [], []
     whole_open, whole_read = cache.safe_open, cache.read_sealed
     monkeypatch.setattr(cache, "safe_open", lambda p, kind: (opened.append(p), whole_open(p, kind))[1])
@@ -192,7 +198,7 @@ def test_a_stale_cache_is_built_again(
     change: str, pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Examples([example(0), example(1)])
-    encode(pipe, source, DATA, tmp_path, progress=False)
+    encode(pipe, source.dataset, DATA, tmp_path, progress=False)
     other = tiny.pipeline(seed=1) if change == "model" else pipe
     data = {
         "resolution": DataSettings(resolution=48, shard=2),
@@ -200,7 +206,7 @@ def test_a_stale_cache_is_built_again(
     }
     source = Examples(source.examples, "changed" if change == "files" else "")
     with caplog.at_level(logging.WARNING, logger="seg4diff"):
-        encode(other, source, data.get(change, DATA), tmp_path, progress=False)
+        encode(other, source.dataset, data.get(change, DATA), tmp_path, progress=False)
     assert source.loaded == [0, 1]
     assert "another model, other data or settings" in caplog.text
 
@@ -218,13 +224,13 @@ def test_an_interrupted_build_goes_on(pipe: Any, tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="set data.cache to another folder"):
-            encode(pipe, source, DATA, tmp_path, progress=False)
+            encode(pipe, source.dataset, DATA, tmp_path, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "empty-prompt.safetensors",
         "shard-00000.safetensors",
     ]
     source.loaded.clear()
-    assert len(encode(pipe, source, DATA, tmp_path, progress=False)) == 4
+    assert len(encode(pipe, source.dataset, DATA, tmp_path, progress=False)) == 4
     assert source.loaded == [2, 3]
 
 
@@ -235,16 +241,16 @@ def test_skips_are_counted_also_from_the_cache(
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="seg4diff"):
-            found = encode(pipe, source, DATA, tmp_path, progress=False)
+            found = encode(pipe, source.dataset, DATA, tmp_path, progress=False)
         assert found.skipped == Counter({"no mask": 2, "missing file": 1})
-        assert "1 of 4 pictures are used; left out: 2 x no mask, 1 x missing file" in caplog.text
-    with pytest.raises(ValueError, match="none of the 2 pictures can be used: 2 x no mask"):
-        encode(pipe, Examples(["no mask"] * 2), DATA, tmp_path, progress=False)
+        assert "1 of 4 images are used; left out: 2 x no mask, 1 x missing file" in caplog.text
+    with pytest.raises(ValueError, match="none of the 2 images can be used: 2 x no mask"):
+        encode(pipe, Examples(["no mask"] * 2).dataset, DATA, tmp_path, progress=False)
 
 
 def test_class_words_lost_to_truncation_are_counted(pipe: Any, tmp_path: Path) -> None:
     long = "a cat " + "tree " * 90 + "sofa"
-    found = encode(pipe, Examples([example(0, long)]), DATA, tmp_path, progress=False)
+    found = encode(pipe, Examples([example(0, long)]).dataset, DATA, tmp_path, progress=False)
     assert found.skipped[CUT_OFF] == 1
     assert found.text(0, 0).classes.keys() == {"cat"}
     settings = TrainSettings(data=DATA).replaced(data={"held_out": 0.0, "caption_dropout": 0.0})
@@ -257,7 +263,7 @@ def test_a_prompt_of_classes_keeps_what_fits(pipe: Any, tmp_path: Path) -> None:
     whole = example(0)
     many = Example(whole.name, whole.image, (whole.masks[0],) * 40, tuple(names), ())
     data = DataSettings(resolution=64, text="classes")
-    found = encode(pipe, Examples([many]), data, tmp_path, progress=False)
+    found = encode(pipe, Examples([many]).dataset, data, tmp_path, progress=False)
     kept = found.text(0, 0).classes
     assert 0 < len(kept) < 40
     assert found.skipped[CUT_OFF] == 40 - len(kept)
@@ -269,15 +275,17 @@ def test_masks_outside_the_square_are_no_masks(pipe: Any, tmp_path: Path) -> Non
     edge[:, :5] = True
     wide = Example("wide", whole.image, (edge,), ("cat",), ("a cat",))
     with pytest.raises(ValueError, match="1 x no mask on the square"):
-        encode(pipe, Examples([wide]), DATA, tmp_path, progress=False)
+        encode(pipe, Examples([wide]).dataset, DATA, tmp_path, progress=False)
     squash = DataSettings(resolution=64, geometry="squash")
-    assert len(encode(pipe, Examples([wide]), squash, tmp_path, progress=False)) == 1
+    assert len(encode(pipe, Examples([wide]).dataset, squash, tmp_path, progress=False)) == 1
 
 
 @pytest.mark.parametrize("resolution", [60, 4096])
 def test_resolutions_that_do_not_suit(resolution: int, pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"data.resolution={resolution} does not suit this model"):
-        encode(pipe, Examples([example()]), DataSettings(resolution=resolution), tmp_path, progress=False)
+        encode(
+            pipe, Examples([example()]).dataset, DataSettings(resolution=resolution), tmp_path, progress=False
+        )
 
 
 # Samples
@@ -286,7 +294,7 @@ def test_resolutions_that_do_not_suit(resolution: int, pipe: Any, tmp_path: Path
 @pytest.fixture(scope="module")
 def encodings(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     source = Examples([example(number) for number in range(12)])
-    return encode(pipe, source, DATA, tmp_path_factory.mktemp("cache"), progress=False)
+    return encode(pipe, source.dataset, DATA, tmp_path_factory.mktemp("cache"), progress=False)
 
 
 def test_split_by_name(encodings: Any, tmp_path: Path) -> None:
@@ -296,7 +304,7 @@ def test_split_by_name(encodings: Any, tmp_path: Path) -> None:
     assert held_out
     assert split(encodings, settings)[1] == held_out
     assert split(encodings, settings.replaced(data={"held_out": 0.0}))[1] == []
-    with pytest.raises(ValueError, match="no picture is left to train on"):
+    with pytest.raises(ValueError, match="no image is left to train on"):
         split(encodings, settings.replaced(data={"held_out": 0.999, "held_out_limit": 100}))
 
 
@@ -309,7 +317,7 @@ def test_samples_depend_on_seed_and_position_alone(encodings: Any, tmp_path: Pat
         assert sample.names == expected.names
         assert torch.equal(sample.noise, expected.noise)
         assert torch.equal(sample.sigma, expected.sigma)
-    assert sorted(s.names[0] for s in first[:10]) == sorted(f"picture-{n}" for n in range(10))
+    assert sorted(s.names[0] for s in first[:10]) == sorted(f"image-{n}" for n in range(10))
     assert [s.names for s in first[:10]] != [s.names for s in first[10:20]]
     other = TrainingSamples(encodings, range(10), settings.replaced(seed=1))[0]
     assert not torch.equal(other.noise, first[0].noise)
@@ -334,7 +342,7 @@ def test_masks_are_the_largest_first_and_large_enough(pipe: Any, tmp_path: Path)
         mask[:side, :side] = True
         masks.append(mask)
     several = Example("a", whole.image, tuple(masks), ("", "", ""), ("a cat",))
-    found = encode(pipe, Examples([several]), DATA, tmp_path, progress=False)
+    found = encode(pipe, Examples([several]).dataset, DATA, tmp_path, progress=False)
 
     def chosen(**mask: Any) -> list[int]:
         settings = runs.settings(tmp_path, mask={"pairing": "token", **mask}, data={"caption_dropout": 0.0})
