@@ -5,13 +5,12 @@ A data set is opened with its files found, but none read: items are read one by 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seg4diff.data import ade20k, cityscapes, class_names, coco, folder, imagenet, pascal, scenes
-from seg4diff.data.annotations import Captions, read_captions
+from seg4diff.data.annotations import Captions, read_captions, read_json
 from seg4diff.data.items import Item, Items
 from seg4diff.data.paths import IncompleteDatasetError, read_list
 from seg4diff.demo.scenes import CLASSES
@@ -187,12 +186,7 @@ def with_names(dataset: Dataset, names: str | Path | Mapping[str, Sequence[str]]
         path = Path(names)
         if not path.is_file():
             raise FileNotFoundError(f"names {str(names)!r} are neither 'paper' nor 'better' nor a JSON file")
-        try:
-            names = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
-        if not isinstance(names, dict):
-            raise ValueError(f"{str(path)!r} must map classes to lists of names")
+        names = read_json(path)
     unknown = [name for name in names if name not in dataset.classes]
     if unknown:
         raise ValueError(

@@ -269,7 +269,7 @@ def file_vanishes(root: Path) -> None:
     ("damage", "reason"),
     [
         (damaged_image, "b.png' is damaged or truncated"),
-        (size_differs, "the picture is 2 x 5, its label map 2 x 2"),
+        (size_differs, "the image is 2 x 5, its label map 2 x 2"),
         (value_out_of_range, "b.png' holds 4, which stands for no class"),
         (file_vanishes, "b.png' is unreadable"),
     ],
