@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from seg4diff.files import checked_name
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -86,7 +89,8 @@ def files_in(folder: Path, suffixes: Sequence[str]) -> list[str]:
 
     Args:
         folder: without it there are no files.
-        suffixes: what a name must end in, in any case. Hidden files and folders are left out.
+        suffixes: what a name must end in, in any case. Hidden files and folders are left out, and names
+            that lead elsewhere on Windows.
     """
     endings = tuple(suffix.lower() for suffix in suffixes)
     found = []
@@ -95,7 +99,12 @@ def files_in(folder: Path, suffixes: Sequence[str]) -> list[str]:
         prefix = Path(inside).relative_to(folder).as_posix() + "/"
         prefix = "" if prefix == "./" else prefix
         found += [prefix + f for f in files if f.lower().endswith(endings) and not f.startswith(".")]
-    return sorted(found)
+    unsafe = [path for path in found if "\\" in path or path[1:2] == ":"]  # see `checked_name`
+    if unsafe:
+        logger.warning(
+            "%d names in %s are left out, such as %r: no backslash or drive", len(unsafe), folder, unsafe[0]
+        )
+    return sorted(set(found) - set(unsafe)) if unsafe else sorted(found)
 
 
 def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:

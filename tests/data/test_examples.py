@@ -87,7 +87,16 @@ def test_the_folder_of_an_evaluation_trains(tmp_path: Path) -> None:
 
 def test_images_alone(tmp_path: Path) -> None:
     """Labelling reads a folder in which nothing else exists; two images may differ in their suffix alone."""
-    for name in ("b.png", "inner/a.JPG", "b.jpg", ".hidden.png", ".cache/c.png", "masks.json"):
+    for name in (
+        "b.png",
+        "inner/a.JPG",
+        "b.jpg",
+        ".hidden.png",
+        ".cache/c.png",
+        "masks.json",
+        "a\\b.png",
+        "c:d.png",
+    ):
         write_image(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.png").rename(tmp_path / name)
     items = open_dataset("images", tmp_path).items
