@@ -11,7 +11,7 @@ _BASE = "ADEChallengeData2016"
 
 
 def read_ade20k(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
-    """The 2000 validation images with 150 classes; value 0 does not count. See `LabelMaps.items`."""
+    """The 2000 validation images with 150 classes; value 0 does not count. A `Reader`."""
     return LabelMaps(
         images=f"{_BASE}/images/validation",
         labels=f"{_BASE}/annotations/validation",

@@ -13,10 +13,7 @@ _ALL_IDS = range(34)
 
 
 def read_cityscapes(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
-    """The 500 validation images with 19 classes, from the `labelIds` maps; other ids do not count.
-
-    See `LabelMaps.items`.
-    """
+    """The 500 validation images with 19 classes, from the `labelIds` maps. A `Reader`."""
     positions = {identity: position for position, identity in enumerate(CITYSCAPES_IDS)}
     return LabelMaps(
         images=f"{_BASE}/leftImg8bit/val",

@@ -38,12 +38,9 @@ _STUFF_IDS = tuple(range(92, 183))
 
 
 def read_coco_stuff(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
-    """The 5000 validation images of COCO 2017 with the pixel maps of COCO-Stuff. See `LabelMaps.items`.
+    """The 5000 validation images of COCO 2017 with the pixel maps of COCO-Stuff; a `Reader`.
 
-    Args:
-        dataset: its name.
-        root: the data root.
-        classes: the 27 super-categories, or all 171 classes.
+    Classes are the 27 super-categories, or all 171.
     """
     coarse = classes == class_names.COCO_STUFF_27
     positions = {
@@ -56,19 +53,10 @@ def read_coco_stuff(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple
 
 
 def read_coco_object(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
-    """The 5000 validation images of COCO 2017 with the 80 things; all else is background.
+    """The 5000 validation images of COCO 2017 with the 80 things; all else is background. A `Reader`.
 
     Labels are the things of COCO-Stuff's pixel maps, as in the literature since GroupViT; where those are
     missing, the instances of COCO's own annotations, the largest below.
-
-    Args:
-        dataset: its name.
-        root: the data root.
-        classes: the 80 things; background does not count unless it is the first of 81.
-
-    Raises:
-        IncompleteDatasetError: files are missing.
-        ValueError: the annotations are unreadable.
     """
     background = classes[0] == class_names.BACKGROUND
     nothing = 0 if background else IGNORED

@@ -23,17 +23,10 @@ _DOWNLOAD = (
 
 
 def read_imagenet(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
-    """The images of `gtsegs_ijcv.mat`, and what their labels are.
-
-    Args:
-        dataset: its name.
-        root: the data root.
-        classes: background, and the object, which each item names in its prompts.
+    """The images of `gtsegs_ijcv.mat`; each item names its object in its prompts. A `Reader`.
 
     Raises:
-        IncompleteDatasetError: a file is missing.
         ModuleNotFoundError: h5py is not installed.
-        ValueError: the file is damaged, or names an object that `words.txt` lacks.
     """
     require(dataset, root, [_FILE, _WORDS], _DOWNLOAD)
     path = root / _FILE

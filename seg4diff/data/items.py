@@ -136,3 +136,11 @@ class Items(Sequence[Item]):
         if isinstance(index, slice):
             return Items(self._names[index], self._make)
         return self._make(self._names[index])
+
+
+Reader = Callable[[str, Path, tuple[str, ...]], tuple[Items, str]]
+"""Reads a data set, from its name, the data root and its classes: the items, and what their labels are.
+
+Background is a class if `classes` begin with it; else it does not count. Raises IncompleteDatasetError if
+files are missing, and ValueError if a list of names, classes or annotations is damaged.
+"""

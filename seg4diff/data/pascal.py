@@ -31,13 +31,7 @@ _OWN_NAMES = {"table": "diningtable", "bedcloth": "bedclothes", "clothes": "clot
 
 
 def read_voc(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
-    """The 1449 validation images of Pascal VOC 2012. See `LabelMaps.items`.
-
-    Args:
-        dataset: its name.
-        root: the data root.
-        classes: the 20 classes; background does not count unless it is the first of 21.
-    """
+    """The 1449 validation images of Pascal VOC 2012; a `Reader`."""
     return LabelMaps(
         images=f"{_VOC}/JPEGImages",
         labels=f"{_VOC}/SegmentationClass",
@@ -49,20 +43,11 @@ def read_voc(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items,
 
 
 def read_context(dataset: str, root: Path, classes: tuple[str, ...]) -> tuple[Items, str]:
-    """The validation images of Pascal Context, with its 59 frequent classes.
+    """The validation images of Pascal Context, with its 59 frequent classes; a `Reader`.
 
     Labels are, whichever exists: `59_context_labels/*.png`; `trainval/*.mat` of all 459 classes; or
     `SegmentationClassContext/*.png` as the detail API converts them. The split is VOC 2010's own list of
     validation images, or `ImageSets/SegmentationContext/val.txt` if it exists.
-
-    Args:
-        dataset: its name.
-        root: the data root.
-        classes: the 59 classes; what is none of them does not count unless background is the first of 60.
-
-    Raises:
-        IncompleteDatasetError: files are missing.
-        ValueError: the lists of classes are not those of Pascal Context.
     """
     require(dataset, root, [f"{_CONTEXT}/JPEGImages"], _CONTEXT_DOWNLOAD)
     folder = first_present(

@@ -5,13 +5,13 @@ A data set is opened with its files found, but none read: items are read one by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seg4diff.data import ade20k, cityscapes, class_names, coco, folder, imagenet, pascal, scenes
 from seg4diff.data.annotations import Captions, read_captions, read_json
-from seg4diff.data.items import Item, Items
+from seg4diff.data.items import Item, Items, Reader
 from seg4diff.data.paths import IncompleteDatasetError, read_list
 from seg4diff.demo.scenes import CLASSES
 
@@ -48,11 +48,11 @@ class Dataset:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A data set of the papers: `read` takes its name, the data root and the classes."""
+    """A data set of the papers."""
 
     title: str
     classes: tuple[str, ...]
-    read: Callable[[str, Path, tuple[str, ...]], tuple[Items, str]]
+    read: Reader
     expected: int
     stray_name: str | None = None
     common_vocabulary: bool = True

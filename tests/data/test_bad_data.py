@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from seg4diff.data.names import DatasetName
 from seg4diff.data.prepare import prepare
 from seg4diff.data.registry import (
     IncompleteDatasetError,
@@ -127,8 +129,9 @@ def test_fewer_pictures_than_the_data_set_has(tmp_path: Path) -> None:
 def test_no_root_and_unknown_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'voc20' needs a data root"):
         open_dataset("voc20")
-    with pytest.raises(IncompleteDatasetError, match="is not a folder"):
-        open_dataset("voc20", tmp_path / "nowhere")
+    for name in set(get_args(DatasetName)) - {"scenes"}:
+        with pytest.raises(IncompleteDatasetError, match="is not a folder"):
+            open_dataset(name, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'voc' is unknown; known: voc20, voc21"):
         open_dataset("voc", tmp_path)
 
