@@ -80,7 +80,10 @@ def read_sealed(path: str | os.PathLike[str]) -> memoryview:
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write an image in the format that the suffix names, see `write_atomically`."""
-    return write_atomically(path, image.save)
+    try:
+        return write_atomically(path, image.save)
+    except OSError as error:
+        raise no_space(error, Path(path)) from error
 
 
 def check_folder(out: Path) -> None:
@@ -191,7 +194,5 @@ def no_space(error: OSError, path: Path) -> OSError:
         return error
     return OSError(
         error.errno,
-        f"no space left for {str(path)!r}; what is done is kept: make room (predictions need most of it) "
-        "and run the "
-        "same command again",
+        f"no space left for {str(path)!r}; what is done is kept: make room and run the same command again",
     )

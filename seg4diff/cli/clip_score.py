@@ -14,7 +14,7 @@ from seg4diff.cli.options import ModelOptions, OptionalNumber, at_least_one, end
 
 @dataclass(frozen=True, kw_only=True)
 class ClipScore(ModelOptions):
-    """Measure how well drawn images fit their prompts (CLIPScore), with and without --lora.
+    """Measure how well generated images fit their prompts (CLIPScore), with and without --lora.
 
     The same command continues an interrupted one. `accelerate launch -m seg4diff clip-score ...` shares the
     images among GPUs. Writes OUT/base and OUT/lora with the images, OUT/report.json and report.md:
@@ -36,7 +36,7 @@ class ClipScore(ModelOptions):
     guidance_scale: float = 7.0
     """Scale of classifier-free guidance; 1 is none."""
     batch_size: int = 1
-    """Images that are drawn together."""
+    """Images that are generated together."""
     clip_models: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = (
         "openai/clip-vit-large-patch14",
     )
@@ -45,18 +45,18 @@ class ClipScore(ModelOptions):
     """`compbench` names files as the tools of T2I-CompBench++ expect them."""
 
     def run(self) -> None:
-        """Draw the images and score them.
+        """Generate the images and score them.
 
         Raises:
             ValueError, FileNotFoundError: an option makes no sense, or files are missing.
             ModuleNotFoundError: torchmetrics is not installed.
         """
         try:
-            self._draw_and_score()
+            self._generate_and_score()
         finally:
             end_processes()
 
-    def _draw_and_score(self) -> None:
+    def _generate_and_score(self) -> None:
         at_least_one(self, "batch_size", "limit", "steps")
         self.check(self.out)
 
@@ -79,8 +79,10 @@ class ClipScore(ModelOptions):
 
         import seg4diff
         from seg4diff.evaluation.clip_score import clip_score, generate, markdown
-        from seg4diff.evaluation.runner import process_state, versions_of
+        from seg4diff.evaluation.report import versions_of
+        from seg4diff.evaluation.runner import process_state
         from seg4diff.files import write_atomically
+        from seg4diff.jobs import Share
 
         pipe = self.load(lora=False)
         state = process_state(pipe)
@@ -96,8 +98,7 @@ class ClipScore(ModelOptions):
                 self.out / name,
                 settings,
                 about={"model": self.model, "lora": digest(lora)},
-                process=state.process_index,
-                processes=state.num_processes,
+                share=Share(state.process_index, state.num_processes),
                 progress=state.is_main_process,
             )
         state.wait_for_everyone()
@@ -114,7 +115,7 @@ class ClipScore(ModelOptions):
         table = markdown(scores, len(prompts), settings)
         document = {
             "clip_score": scores,
-            "prompts": len(prompts),
+            "prompts": prompts,
             "settings": json.loads((self.out / "base" / "settings.json").read_text(encoding="utf-8")),
             "lora": digest(self.lora),
             "versions": versions_of(pipe),

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -18,12 +18,14 @@ from seg4diff.cli.options import (
     end_processes,
 )
 from seg4diff.data.names import DatasetName
+from seg4diff.evaluation import BackgroundBy, ProtocolName
 from seg4diff.segmentation.presets import PresetName
 
 if TYPE_CHECKING:
     from seg4diff.backbones import Pipeline
     from seg4diff.data.registry import Dataset
-    from seg4diff.evaluation.runner import Report, Settings
+    from seg4diff.evaluation.evaluator import EvaluationSettings
+    from seg4diff.evaluation.report import EvaluationReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,7 @@ class Evaluate(DataOptions, ModelOptions):
     cityscapes19, imagenet-seg; folder: one of your own; scenes: those of the bundled model, and scenes-hard
     the same in bad light."""
     protocol: Annotated[
-        tuple[Literal["oracle", "full", "unsupervised"], ...],
-        tyro.conf.arg(metavar="{oracle,full,unsupervised} [...]"),
+        tuple[ProtocolName, ...], tyro.conf.arg(metavar="{oracle,full,unsupervised} [...]")
     ] = ("oracle",)
     """oracle: prompt the classes present in each image, as the paper does; full: all classes; unsupervised:
     none. Several are answered in one pass."""
@@ -59,7 +60,7 @@ class Evaluate(DataOptions, ModelOptions):
     names: str = "paper"
     """Names to prompt: `paper` for those of the data set; `better` for names that say more; or a JSON file
     that maps classes to lists of names."""
-    background: Literal["prompt", "threshold"] = "prompt"
+    background: BackgroundBy = "prompt"
     """How a background class is found: named in the prompt like the others, or where no name scores high."""
     background_threshold: float = 0.5
     """With `threshold`: pixels below this share of the image's highest score are background."""
@@ -102,14 +103,15 @@ class Evaluate(DataOptions, ModelOptions):
             for name in self.dataset
         ]
 
-        from seg4diff.evaluation.report import markdown
-        from seg4diff.evaluation.runner import Settings, check_predictions, process_state
+        from seg4diff.evaluation.evaluator import EvaluationSettings
+        from seg4diff.evaluation.report import failures_line, markdown
+        from seg4diff.evaluation.runner import check_predictions, process_state
         from seg4diff.files import write_atomically
 
         if self.save_predictions:
             for dataset in datasets:
                 check_predictions(dataset, self.out / dataset.name, self.protocol)
-        settings = Settings(
+        settings = EvaluationSettings(
             protocols=self.protocol,
             preset=self.preset,
             layers=self.layers,
@@ -126,13 +128,17 @@ class Evaluate(DataOptions, ModelOptions):
         table = markdown(reports)
         write_atomically(self.out / "report.md", lambda path: path.write_text(table, encoding="utf-8"))
         _print_table(Console(), reports)
-        failures = [(f.name, f.reason) for report in reports for f in report.failures]
+        failures = {name: reason for report in reports for name, reason in report.failures.items()}
         if failures:
-            raise RuntimeError(failed(failures, sum(report.total for report in reports)))
+            raise RuntimeError(failures_line(failures, sum(report.total for report in reports)))
 
-    def _one(self, pipe: Pipeline, dataset: Dataset, settings: Settings, about: dict[str, Any]) -> Report:
-        from seg4diff.evaluation.report import write_contact_sheet, write_report
-        from seg4diff.evaluation.runner import evaluate, make_evaluator, process_state
+    def _one(
+        self, pipe: Pipeline, dataset: Dataset, settings: EvaluationSettings, about: dict[str, Any]
+    ) -> EvaluationReport:
+        from seg4diff.evaluation.contact_sheet import write_contact_sheet
+        from seg4diff.evaluation.evaluator import Evaluator
+        from seg4diff.evaluation.report import write_report
+        from seg4diff.evaluation.runner import evaluate, process_state
 
         out = self.out / dataset.name
         report = evaluate(
@@ -148,16 +154,15 @@ class Evaluate(DataOptions, ModelOptions):
         state = process_state(pipe)
         if state.is_main_process:
             write_report(report, out)
-            write_contact_sheet(make_evaluator(pipe, dataset, settings), dataset, out)
+            write_contact_sheet(Evaluator(pipe, dataset, settings), dataset, out)
         state.wait_for_everyone()
         return report
 
 
-def _print_table(console: Any, reports: Sequence[Report]) -> None:
+def _print_table(console: Any, reports: Sequence[EvaluationReport]) -> None:
     from rich.table import Table
 
     from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
-    from seg4diff.evaluation.report import speed_line
 
     table = Table(caption=f"preset {reports[0].settings['preset']}")
     for column in ("data set", "protocol", "images", "mIoU %", "pixel acc. %", f"paper ({PAPER_ROWS[0]})"):
@@ -175,12 +180,12 @@ def _print_table(console: Any, reports: Sequence[Report]) -> None:
             )
     console.print(table)
     for report in reports:
-        if report.speed is not None:
-            console.print(f"{report.title}: {speed_line(report.speed)}")
+        if report.images_per_second is not None:
+            console.print(f"{report.title}: {report.images_per_second:.2f} images/s")
 
 
 def digest(lora: Path | None) -> dict[str, str] | None:
-    """Which LoRA it is: its path, and a checksum of its files."""
+    """Identity of a LoRA: its path and a checksum of its files."""
     if lora is None:
         return None
     files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
@@ -188,10 +193,3 @@ def digest(lora: Path | None) -> dict[str, str] | None:
     for path in files:
         checksum.update(path.read_bytes())
     return {"path": str(lora), "sha256": checksum.hexdigest()}
-
-
-def failed(failures: Sequence[tuple[str, str]], total: int) -> str:
-    """The message for images that could not be read or evaluated, given as name and reason."""
-    shown = "; ".join(f"{name}: {reason}" for name, reason in failures[:10])
-    more = f"; and {len(failures) - 10} more" if len(failures) > 10 else ""
-    return f"{len(failures)} of {total} images could not be evaluated and were excluded: {shown}{more}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from seg4diff.cli.evaluate import failed
 from seg4diff.cli.options import DataOptions, OptionalPath, at_least_one
 from seg4diff.data.names import DatasetName
 from seg4diff.files import check_folder
@@ -41,6 +40,7 @@ class Prepare(DataOptions):
 
         from seg4diff.data.prepare import prepare
         from seg4diff.data.registry import subset
+        from seg4diff.evaluation.report import failures_line
 
         dataset = subset(self.open(self.dataset), limit=self.limit)
         found = prepare(dataset, self.out, threads=self.threads)
@@ -54,4 +54,5 @@ class Prepare(DataOptions):
         table.add_row("(does not count)", "", f"{100 * found.ignored / total:.2f}")
         Console().print(table)
         if found.failures:
-            raise RuntimeError(failed([(f.name, f.reason) for f in found.failures], len(dataset.items)))
+            failures = {failure.name: failure.reason for failure in found.failures}
+            raise RuntimeError(failures_line(failures, len(dataset.items)))

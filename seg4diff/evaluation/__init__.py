@@ -1,1 +1,6 @@
-"""How well label maps fit: figures of merit, data sets and the protocols of the papers."""
+"""Segmentation measured on data sets under the protocols of the papers, and CLIP score."""
+
+from typing import Literal
+
+ProtocolName = Literal["oracle", "full", "unsupervised"]
+BackgroundBy = Literal["threshold", "prompt"]

@@ -1,7 +1,7 @@
-"""Pictures from prompts at fixed seeds, with and without a LoRA, and how well they fit (CLIPScore).
+"""Images from prompts at fixed seeds, with and without a LoRA, and how well they fit (CLIPScore).
 
-Pictures are files, so a run that was interrupted goes on where it stopped, and other tools can score them:
-:func:`sample_path` also knows the names that T2I-CompBench++ expects.
+Images are files that other tools can score as well: `sample_path` also has the names that T2I-CompBench++
+expects.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from seg4diff.backbones import Pipeline
 from seg4diff.evaluation.published import CLIP_SCORE
-from seg4diff.files import no_space, write_atomically
+from seg4diff.evaluation.report import markdown_row
+from seg4diff.files import save_image
 from seg4diff.images import as_rgb
+from seg4diff.jobs import Share, claim, results_in
 
 Layout = Literal["plain", "compbench"]
 
@@ -29,20 +30,20 @@ CLIP_MODELS = ("openai/clip-vit-large-patch14",)
 """Names on the Hugging Face hub. The paper does not name its CLIP; this is torchmetrics' default."""
 
 _LONGEST_FILE_NAME = 255  # bytes
-_PICTURES_SCORED_AT_ONCE = 16
+_IMAGES_SCORED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What decides the pictures.
+    """Settings that decide the images.
 
     Attributes:
-        seeds: one picture of each prompt for each; all different.
-        steps: of the noise schedule.
-        guidance_scale: of classifier-free guidance.
-        size: side of the square pictures in pixels; the model's own when None.
-        batch_size: pictures that run together.
-        layout: ``"plain"``, or ``"compbench"`` for the file names of T2I-CompBench++.
+        seeds: seeds of the noise, all different; one image of each prompt for each seed.
+        steps: denoising steps.
+        guidance_scale: scale of classifier-free guidance.
+        size: side of the square images in pixels; the model's own when None.
+        batch_size: images that are generated together.
+        layout: `"plain"`, or `"compbench"` for the file names of T2I-CompBench++.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -91,9 +92,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def sample_path(
     folder: Path, prompts: Sequence[str], number: int, seed_position: int, settings: GenerationSettings
 ) -> Path:
-    """Where the picture of a prompt and a seed is, inside the folder of a model.
+    """Where the image of a prompt and a seed is, inside the folder of a model.
 
-    T2I-CompBench++ expects ``samples/PROMPT_NUMBER.png``, numbers in the order of its prompts, ten (or as
+    T2I-CompBench++ expects `samples/PROMPT_NUMBER.png`, numbers in the order of its prompts, ten (or as
     many as there are seeds) of each.
     """
     if settings.layout == "plain":
@@ -127,53 +128,56 @@ def generate(
     settings: GenerationSettings,
     *,
     about: Mapping[str, Any] | None = None,
-    process: int = 0,
-    processes: int = 1,
+    share: Share = Share(),
     progress: bool = True,
 ) -> None:
-    """Draw one picture for each prompt and seed, unless its file is there.
+    """Generate one image for each prompt and seed, going on where an earlier run into the folder stopped.
 
-    Each picture's noise comes from a generator of its seed on the CPU, so that a model with and without LoRA
+    Each image's noise comes from a generator of its seed on the CPU, so that a model with and without LoRA
     starts from the same noise on every device.
 
     Args:
-        pipe: a pipeline that draws pictures from prompts.
-        prompts: see :func:`read_prompts`.
-        folder: gets the pictures, and ``settings.json``, which says what they are.
-        settings: see :class:`GenerationSettings`.
-        about: what else tells these pictures from others.
-        process, processes: this one among those that share the work.
+        pipe: a text-to-image pipeline.
+        prompts: see `read_prompts`; a later run may have more of them.
+        folder: gets the images, and lists of their names, prompts and seeds.
+        settings: see `GenerationSettings`.
+        about: what else tells these images from others.
+        share: this process among those that share the work.
         progress: show a bar.
 
     Raises:
-        ValueError: ``folder`` holds pictures of other settings.
-        OSError: the disk is full; pictures that are done are kept.
+        ValueError: `folder` has images of other settings.
+        FolderInUseError: another run works in `folder`.
+        OSError: the disk is full; images that are done are kept.
     """
     check_names(prompts, settings)
-    if process == 0:
-        _claim(folder, {**asdict(settings), "prompts": list(prompts), **(about or {})})
-    wanted = [(number, place) for number in range(len(prompts)) for place in range(len(settings.seeds))]
-    batches = [wanted[i : i + settings.batch_size] for i in range(0, len(wanted), settings.batch_size)]
+    images = [(number, place) for number in range(len(prompts)) for place in range(len(settings.seeds))]
+    paths = {image: sample_path(folder, prompts, *image, settings) for image in images}
+    batches = [images[i : i + settings.batch_size] for i in range(0, len(images), settings.batch_size)]
     size = {} if settings.size is None else {"height": settings.size, "width": settings.size}
-    mine = batches[process::processes]
     quiet = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        for batch in tqdm(mine, unit="batch", desc=folder.name, disable=not progress):
-            paths = [sample_path(folder, prompts, number, place, settings) for number, place in batch]
-            if all(path.is_file() for path in paths):
-                continue
-            pictures = pipe(
-                prompt=[prompts[number] for number, _ in batch],
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(settings.seeds[place]) for _, place in batch],
-                **size,
-            ).images
-            for path, picture in zip(paths, pictures, strict=True):
-                _save(path, picture)
-    finally:
-        pipe.set_progress_bar_config(**{"disable": False, **quiet})
+    with claim(folder, {**asdict(settings), **(about or {})}, prompts, share=share) as job:
+        listed = {entry["name"] for entry in results_in(folder)}
+        done = {image for image, path in paths.items() if path.name in listed and path.is_file()}
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            for batch in tqdm(job.pending(batches, done), unit="batch", desc=folder.name, disable=not progress):
+                generators = [torch.Generator().manual_seed(settings.seeds[place]) for _, place in batch]
+                generated = pipe(
+                    prompt=[prompts[number] for number, _ in batch],
+                    num_inference_steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
+                    generator=generators,
+                    **size,
+                ).images
+                for key, image in zip(batch, generated, strict=True):
+                    save_image(image, paths[key])
+                job.append(
+                    {"name": paths[key].name, "prompt": prompts[key[0]], "seed": settings.seeds[key[1]]}
+                    for key in batch
+                )
+        finally:
+            pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
 
 ClipSource = str | Callable[[], tuple[Any, Any]]
@@ -189,16 +193,16 @@ def clip_score(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> float:
-    """Mean over all pictures of 100 cos(picture, prompt), not below 0, by torchmetrics' CLIPScore.
+    """Mean over all images of 100 cos(image, prompt), not below 0, by torchmetrics' CLIPScore.
 
     Args:
-        prompts, folder, settings: as the pictures were drawn.
+        prompts, folder, settings: as for `generate`.
         clip: the model to score with.
         device: where to run it.
         progress: show a bar.
 
     Raises:
-        FileNotFoundError: a picture is missing.
+        FileNotFoundError: an image is missing.
         ModuleNotFoundError: torchmetrics is not installed.
     """
     try:
@@ -207,26 +211,26 @@ def clip_score(
         raise ModuleNotFoundError("CLIPScore needs torchmetrics: pip install 'seg4diff[eval]'") from error
     metric = CLIPScore(model_name_or_path=lambda: _tensor_clip(clip)).to(device)
     every = [(number, place) for number in range(len(prompts)) for place in range(len(settings.seeds))]
-    starts = range(0, len(every), _PICTURES_SCORED_AT_ONCE)
+    starts = range(0, len(every), _IMAGES_SCORED_AT_ONCE)
     for first in tqdm(starts, unit="batch", desc=f"CLIPScore {folder.name}", disable=not progress):
-        batch = every[first : first + _PICTURES_SCORED_AT_ONCE]
-        pictures = [as_rgb(sample_path(folder, prompts, *entry, settings)) for entry in batch]
-        tensors = [torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) for picture in pictures]
+        batch = every[first : first + _IMAGES_SCORED_AT_ONCE]
+        images = [as_rgb(sample_path(folder, prompts, *entry, settings)) for entry in batch]
+        tensors = [torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images]
         with torch.no_grad():
             metric.update([tensor.to(device) for tensor in tensors], [prompts[number] for number, _ in batch])
     return float(metric.compute())
 
 
 def markdown(scores: Mapping[str, Mapping[str, float]], prompts: int, settings: GenerationSettings) -> str:
-    """A table of CLIPScores, ``scores[model][clip]``, with the paper's below."""
+    """A table of CLIPScores, `scores[model][clip]`, with the paper's below."""
     clips = list(next(iter(scores.values())))
-    lines = [_row(["model", *clips]), _row(["---", *["---:"] * len(clips)])]
-    lines += [_row([model, *(f"{row[clip]:.4f}" for clip in clips)]) for model, row in scores.items()]
+    lines = [markdown_row(["model", *clips]), markdown_row(["---", *["---:"] * len(clips)])]
+    lines += [markdown_row([model, *(f"{row[clip]:.4f}" for clip in clips)]) for model, row in scores.items()]
     lines += ["", f"{prompts} prompts, seeds {', '.join(map(str, settings.seeds))}, {settings.steps} steps, "]
     lines[-1] += f"guidance scale {settings.guidance_scale:g}."
-    lines += ["", "The paper, with a CLIP that it does not name:", ""]
-    lines += [_row(["model", "Pick-a-Pic", "COCO", "SA-1B", "mean"]), _row(["---", *["---:"] * 4])]
-    lines += [_row([model, *(f"{value:.4f}" for value in row)]) for model, row in CLIP_SCORE.items()]
+    lines += ["", "The paper, with a CLIP model that it does not name:", ""]
+    lines += [markdown_row(["model", "Pick-a-Pic", "COCO", "SA-1B", "mean"]), markdown_row(["---", *["---:"] * 4])]
+    lines += [markdown_row([model, *(f"{value:.4f}" for value in row)]) for model, row in CLIP_SCORE.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -257,34 +261,3 @@ def _tensor_clip(clip: ClipSource) -> tuple[Any, Any]:
 
         model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     return _TensorClip(model).eval(), processor
-
-
-def _save(path: Path, picture: Image.Image) -> None:
-    try:
-        write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-    except OSError as error:
-        raise no_space(error, path) from error
-
-
-def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write down what the pictures of a folder are, unless they are of other settings."""
-    path = folder / "settings.json"
-    entries = json.loads(json.dumps(identity))
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            earlier = {}
-        changed = [key for key in sorted({*earlier, *entries}) if earlier.get(key) != entries.get(key)]
-        if changed:
-            raise ValueError(
-                f"{str(folder)!r} holds pictures of other settings ({', '.join(changed)} differ); give "
-                "another --out"
-            )
-    write_atomically(
-        path, lambda temporary: temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    )
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -1,15 +1,15 @@
-"""Protocols: which names a picture is asked for, and how its maps become a label map.
+"""Protocols: which names are prompted for an image, and how its maps become a label map.
 
-``oracle`` (the paper's): only the classes that are in the picture. ``full``: every class of the data set, in
-as many prompts as the tokenizer needs. ``unsupervised``: no names; regions are matched with classes
-afterwards. All three read the same noisy latent, so that a picture is encoded once whatever is asked.
+`oracle` (the paper's): only the classes that are present in the image. `full`: every class of the data set, in
+as many prompts as the tokenizer needs. `unsupervised`: no names; regions are matched with classes afterwards.
+All three read the same noisy latent, so an image is encoded once for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,33 +17,31 @@ from torch import Tensor
 
 from seg4diff.backbones.text import TextSpan
 from seg4diff.data.registry import Dataset
+from seg4diff.evaluation import BackgroundBy, ProtocolName
 from seg4diff.metrics import IGNORED
 from seg4diff.segmentation.grouping import find_regions
 from seg4diff.segmentation.presets import Preset, Upsample
 from seg4diff.segmentation.prompts import PlannedPrompt, plan_prompts
 from seg4diff.segmentation.scores import resize_scores, scores_of_names
 
-ProtocolName = Literal["oracle", "full", "unsupervised"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
-
-BackgroundBy = Literal["threshold", "prompt"]
 
 _CLASSES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a picture is asked under one protocol.
+    """What is prompted for an image under one protocol.
 
     Attributes:
-        protocol: which.
-        labels: for each class asked for, its position in the data set's classes; ``len(classes)`` for a name
-            that stands for none.
-        names: for each, the names prompted for it.
-        prompts: the names, spread over prompts; ``""`` alone for ``"unsupervised"``.
-        threshold: pixels whose largest score is below this share of the picture's largest are background;
-            None where background is not decided so.
-        background: position of the background class, if it is decided by threshold.
+        protocol: name of the protocol.
+        labels: position in the data set's classes of each class that is prompted; `len(classes)` for a name
+            that stands for no class.
+        names: the names of each of them.
+        prompts: the names, spread over prompts; `""` alone for `"unsupervised"`.
+        threshold: pixels whose largest score is below this share of the image's largest are background;
+            None where background is not decided by a threshold.
+        background: position of the background class, if it is decided by a threshold.
     """
 
     protocol: ProtocolName
@@ -55,7 +53,7 @@ class Question:
 
 
 class Protocol:
-    """One protocol on one data set; remembers the prompts of every set of classes it has met."""
+    """One protocol on one data set; keeps the prompts of every set of classes that occurred."""
 
     def __init__(
         self,
@@ -70,12 +68,12 @@ class Protocol:
         """Plan the prompts of the whole vocabulary, so that a name that cannot be prompted is found at once.
 
         Args:
-            name: one of ``PROTOCOLS``.
+            name: one of `PROTOCOLS`.
             dataset: gives the classes and their names.
             preset: decides whether names are cut at the hyphen, and whether a stray name is kept.
             span: the text encoder whose tokens are read.
             background: how the background class, if there is one, is decided.
-            threshold: see :class:`Question`, in (0, 1).
+            threshold: see `Question`, in (0, 1).
 
         Raises:
             ValueError: unknown protocol, a threshold out of range, or a name that has no tokens or too many.
@@ -94,11 +92,11 @@ class Protocol:
         self._span = span
         self._by_threshold = dataset.background is not None and background == "threshold"
         self._threshold = threshold
-        self._asked: dict[tuple[Any, ...], Question] = {}
+        self._questions: dict[tuple[Any, ...], Question] = {}
         if name == "full" and not dataset.common_vocabulary:
             raise ValueError(
-                f"data set {dataset.name!r} has no vocabulary common to its pictures; use another protocol "
-                "than full"
+                f"data set {dataset.name!r} has no vocabulary common to its images; use another protocol than "
+                "full"
             )
         if name != "unsupervised":
             self._question(tuple(range(len(dataset.classes))), {})
@@ -110,11 +108,11 @@ class Protocol:
         return len(self._dataset.classes) + stray
 
     def question(self, labels: np.ndarray, prompts: Mapping[int, tuple[str, ...]] | None = None) -> Question:
-        """What to ask a picture.
+        """What to prompt for an image.
 
         Args:
             labels: uint8 [height, width], 255 for pixels that do not count.
-            prompts: names of its own for some classes.
+            prompts: the image's own names for some classes, by position.
         """
         if self.name == "unsupervised":
             return Question(self.name, (), (), (PlannedPrompt("", ()),))
@@ -132,7 +130,7 @@ class Protocol:
 
     def _question(self, present: tuple[int, ...], prompts: Mapping[int, tuple[str, ...]]) -> Question:
         key = (present, *sorted(prompts.items()))
-        if key not in self._asked:
+        if key not in self._questions:
             dataset = self._dataset
             labels = tuple(
                 label for label in present if not (self._by_threshold and label == dataset.background)
@@ -143,7 +141,7 @@ class Protocol:
                 for label in labels
             )
             flat = [name for several in names for name in several]
-            self._asked[key] = Question(
+            self._questions[key] = Question(
                 self.name,
                 labels,
                 names,
@@ -151,7 +149,7 @@ class Protocol:
                 self._threshold if self._by_threshold else None,
                 dataset.background if self._by_threshold else None,
             )
-        return self._asked[key]
+        return self._questions[key]
 
 
 def predict(
@@ -161,14 +159,14 @@ def predict(
     size: tuple[int, int],
     preset: Preset,
 ) -> Tensor:
-    """The label map of a picture.
+    """The label map of an image.
 
     Args:
-        question: what was asked.
-        maps: for each of its prompts the attention [N, T']; without names what the preset groups, by layer:
-            the attention [L, N, T'] or the attention outputs [L, N, C].
+        question: what was prompted.
+        maps: for each of its prompts the attention [N, T']; without names by layer [L, N, T'], or by layer
+            and head [L, H, N, T'], if that is what the preset groups.
         grid: height h and width w of the image tokens, N = h * w.
-        size: height and width of the picture.
+        size: height and width of the image.
         preset: how scores are resized, and how regions are grouped without names.
 
     Returns:
@@ -189,7 +187,7 @@ def predict(
 
 
 def class_scores(question: Question, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-    """Scores [classes asked, h, w]: mean over the tokens of a name, maximum over the names of a class."""
+    """Scores [classes prompted, h, w]: mean over the tokens of a name, maximum over the names of a class."""
     by_name = scores_of_names(maps, question.prompts, grid).float()
     parts = by_name.split([len(several) for several in question.names])
     return torch.stack([part.amax(dim=0) for part in parts])
@@ -198,8 +196,7 @@ def class_scores(question: Question, maps: Sequence[Tensor], grid: tuple[int, in
 def _winners(scores: Tensor, size: tuple[int, int], upsample: Upsample) -> tuple[Tensor, Tensor]:
     """Largest score and its position for every pixel [height, width], from scores [classes, h, w].
 
-    Scores are resized some classes at a time: a large vocabulary on a large picture needs no
-    memory to speak of. The first of equal scores wins.
+    Scores are resized in chunks of 16 classes to bound memory. The first of equal scores wins.
     """
     best = torch.full(size, -torch.inf, device=scores.device)
     winner = torch.zeros(size, dtype=torch.int64, device=scores.device)

@@ -1,4 +1,4 @@
-"""Figures of the paper, to stand beside ours (Seg4Diff, tables 1 and 2, mIoU in percent; CLIPScore)."""
+"""Figures of the paper (Seg4Diff, tables 1 and 2, mIoU in percent; CLIPScore)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ORACLE: dict[str, tuple[float | None, ...]] = {
     "ade150": (34.2, 30.7, 23.9, 34.7, 35.2),
     "cityscapes19": (26.5, 23.8, 17.1, 25.4, 26.0),
 }
-"""Table 1: zero-shot, each picture's prompt names the classes that are in it. For ``PAPER_ROWS``."""
+"""Table 1: zero-shot, each image's prompt names the classes that are in it. For `PAPER_ROWS`."""
 
 # The public code measures "PC59" of table 2 with background. That "Obj" is with background too is inferred.
 UNSUPERVISED: dict[str, tuple[float | None, ...]] = {
@@ -23,7 +23,7 @@ UNSUPERVISED: dict[str, tuple[float | None, ...]] = {
     "cityscapes19": (24.2, 24.2, None, 24.2, 24.4),
     "ade150": (44.9, 41.5, None, 45.0, 45.4),
 }
-"""Table 2: regions without names, matched with the classes of each picture."""
+"""Table 2: regions without names, matched with the classes of each image."""
 
 PUBLISHED = {"oracle": ORACLE, "full": {}, "unsupervised": UNSUPERVISED}
 """By protocol. No figure over the whole vocabulary was published."""

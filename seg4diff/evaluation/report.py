@@ -1,24 +1,21 @@
-"""What an evaluation leaves behind: JSON with everything, a table, and a sheet of pictures to look at."""
+"""The report of an evaluation: JSON with everything, and a table beside the paper's figures."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+import torch
 
-from seg4diff.data.registry import Dataset
 from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
-from seg4diff.evaluation.results import Result, read_results
-from seg4diff.evaluation.runner import Evaluator, Report, Speed, answer_again
 from seg4diff.files import write_atomically
-from seg4diff.metrics import IGNORED
-from seg4diff.visualization import contact_sheet, label_overlay
+from seg4diff.metrics import Rates
 
 _DESCRIPTIONS = {
     "oracle": "only the classes present in each image are prompted, as in the paper's table 1",
@@ -28,7 +25,45 @@ _DESCRIPTIONS = {
 _NAMED = 10  # failures that a table names
 
 
-def write_report(report: Report, out: Path) -> None:
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The outcome of an evaluation.
+
+    Attributes:
+        dataset: name of the data set.
+        title: its title in tables.
+        source: where its labels are from.
+        images: number of images that were evaluated.
+        total: number of images that the evaluation should have, failures included.
+        expected: number of images of the whole data set, None if that has no meaning.
+        empty: images without a pixel that counts; among `images`.
+        failures: names of images that could not be evaluated, and why.
+        rates: by protocol.
+        classes: names of the classes, for `Rates.iou`.
+        settings: everything that decides the figures, model and names included.
+        versions: of packages and device.
+        processes: number of processes of this run.
+        images_per_second: of all processes of this run, without loading the model; None if nothing was left
+            to do.
+    """
+
+    dataset: str
+    title: str
+    source: str
+    images: int
+    total: int
+    expected: int | None
+    empty: int
+    failures: Mapping[str, str]
+    rates: Mapping[str, Rates]
+    classes: tuple[str, ...]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    processes: int = 1
+    images_per_second: float | None = None
+
+
+def write_report(report: EvaluationReport, out: Path) -> None:
     """Write ``report.json`` and ``report.md``.
 
     Raises:
@@ -40,11 +75,11 @@ def write_report(report: Report, out: Path) -> None:
     write_atomically(out / "report.md", lambda path: path.write_text(table, encoding="utf-8"))
 
 
-def markdown(reports: Sequence[Report]) -> str:
-    """A table of ours and the paper's figures, in percent, and below it what must be known to read it."""
+def markdown(reports: Sequence[EvaluationReport]) -> str:
+    """A table of our figures and the paper's in percent, and notes on how they were measured."""
     head = ["data set", "protocol", "images", "mIoU", "fw IoU", "pixel acc.", "mean acc.", "boundary IoU"]
     head += [f"paper: {row}" for row in PAPER_ROWS]
-    lines = [_row(head), _row(["---", "---", *["---:"] * (len(head) - 2)])]
+    lines = [markdown_row(head), markdown_row(["---", "---", *["---:"] * (len(head) - 2)])]
     for report in reports:
         for protocol, rates in report.rates.items():
             published = PUBLISHED.get(protocol, {}).get(report.dataset, (None,) * len(PAPER_ROWS))
@@ -58,7 +93,7 @@ def markdown(reports: Sequence[Report]) -> str:
                     rates.boundary_iou,
                 )
             ]
-            lines.append(_row(cells + ["-" if value is None else f"{value:.1f}" for value in published]))
+            lines.append(markdown_row(cells + ["-" if value is None else f"{value:.1f}" for value in published]))
     used = dict.fromkeys(protocol for report in reports for protocol in report.rates)
     lines.append("")
     lines += [f"- *{protocol}*: {_DESCRIPTIONS[protocol]}." for protocol in used]
@@ -68,77 +103,33 @@ def markdown(reports: Sequence[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed_line(speed: Speed) -> str:
-    """One line: images per second."""
-    return f"{speed.images} images in {speed.seconds:.1f} s, {speed.images_per_second:.2f} images/s"
+def failures_line(failures: Mapping[str, str], total: int) -> str:
+    """How many images could not be evaluated, and the names and reasons of the first."""
+    shown = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:_NAMED])
+    more = f"; and {len(failures) - _NAMED} more" if len(failures) > _NAMED else ""
+    return f"{len(failures)} of {total} images could not be evaluated and were excluded: {shown}{more}"
 
 
-def write_contact_sheet(evaluator: Evaluator, dataset: Dataset, out: Path, *, each: int = 3) -> Path | None:
-    """A sheet of the best, median and worst pictures by their own mIoU under the first protocol.
-
-    The chosen pictures are evaluated once more, so that nothing but figures need be kept for the others.
-
-    Args:
-        evaluator: made for ``dataset``.
-        dataset: that was evaluated into ``out``.
-        out: the folder with the results; gets ``contact-sheet.png``.
-        each: pictures of each kind.
-
-    Returns:
-        The path of the sheet, or None if no picture has a score.
-    """
-    first = next(iter(evaluator.protocols))
-    results = read_results(out, len(dataset.classes))
-    chosen = choose(list(results.values()), first, each)
-    if not chosen:
-        return None
-    answers = answer_again(evaluator, dataset, list(dict.fromkeys(index for _, index, _ in chosen)))
-    names = (*dataset.classes, *("no class",) * (IGNORED - len(dataset.classes)), "ignored")
-    rows = []
-    for kind, index, score in chosen:
-        if index not in answers:
-            continue
-        answer = answers[index]
-        row: list[tuple[str, Image.Image]] = [
-            (f"{kind} {100 * score:.0f}: {answer.name}", answer.image),
-            ("truth", label_overlay(answer.labels, names, answer.image, legend=False)),
-        ]
-        for protocol, predicted in answer.predicted.items():
-            labels = np.asarray(predicted)
-            row.append((protocol, label_overlay(labels, names, answer.image, legend=False)))
-        rows.append(row)
-    sheet = contact_sheet(rows)
-    return write_atomically(out / "contact-sheet.png", lambda path: sheet.save(path, optimize=True))
-
-
-def choose(results: Sequence[Result], protocol: str, each: int) -> list[tuple[str, int, float]]:
-    """The best, median and worst pictures: (kind, index, mIoU of the picture alone), each picture once."""
-    scored = sorted(
-        (
-            (result.tallies[protocol].counts.mean_iou, result.index)
-            for result in results
-            if protocol in result.tallies
-        ),
-        key=lambda entry: (-entry[0], entry[1]),
+def versions_of(pipe: Any) -> dict[str, str]:
+    """Versions of Python and packages, and the device of `pipe`."""
+    packages = ("seg4diff", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    device = torch.device(pipe._execution_device)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
     )
-    scored = [entry for entry in scored if not math.isnan(entry[0])]
-    count = len(scored)
-    middle = max(0, count // 2 - each // 2)
-    kinds = [
-        ("best", range(each)),
-        ("median", range(middle, middle + each)),
-        ("worst", range(count - each, count)),
-    ]
-    chosen: dict[int, tuple[str, int, float]] = {}
-    for kind, places in kinds:
-        for place in places:
-            if 0 <= place < count and place not in chosen:
-                score, index = scored[place]
-                chosen[place] = (kind, index, score)
-    return [chosen[place] for place in sorted(chosen)]
+    found["torch"] = torch.__version__  # with its build, such as +cu130
+    return {"python": platform.python_version(), **found, "device": f"{device.type} ({name})"}
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: EvaluationReport) -> list[str]:
     settings = report.settings
     names = {
         cls: list(prompts) for cls, prompts in zip(settings["classes"], settings["prompts"], strict=True)
@@ -160,19 +151,13 @@ def _notes(report: Report) -> list[str]:
     if report.empty:
         notes.append(f"- {report.title}: {report.empty} images have no pixel that counts.")
     if report.failures:
-        named = [f"{f.name} ({f.reason})" for f in report.failures[:_NAMED]]
-        more = len(report.failures) - len(named)
-        notes.append(
-            f"- {report.title}: **{len(report.failures)} of {report.total} images could not be evaluated "
-            "and are "
-            f"left out**: {'; '.join(named)}{f'; and {more} more (report.json names all)' if more else ''}."
-        )
-    if report.speed is not None:
-        notes.append(f"- {report.title}: {speed_line(report.speed)}.")
+        notes.append(f"- {report.title}: **{failures_line(report.failures, report.total)}**.")
+    if report.images_per_second is not None:
+        notes.append(f"- {report.title}: {report.images_per_second:.2f} images/s.")
     return notes
 
 
-def _images(report: Report) -> str:
+def _images(report: EvaluationReport) -> str:
     return str(report.images) if report.images == report.total else f"{report.images} of {report.total}"
 
 
@@ -180,12 +165,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """One row of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def _finite(value: Any) -> Any:
-    """NaN, which JSON does not know, as null."""
+    """NaN as null, since JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

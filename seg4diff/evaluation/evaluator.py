@@ -1,0 +1,195 @@
+"""A model with the protocols of a data set: images in, label maps and counted pixels out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seg4diff.attention.patch import patch_of
+from seg4diff.data.prefetch import Failure, Loaded
+from seg4diff.data.registry import Dataset
+from seg4diff.evaluation import BackgroundBy, ProtocolName
+from seg4diff.evaluation.protocols import Protocol, predict
+from seg4diff.evaluation.results import Result
+from seg4diff.kernels.types import MapRequest
+from seg4diff.metrics import IGNORED, boundary_counts, confusion_matrix, counts_of, matched_counts
+from seg4diff.segmentation.inputs import View, views_of
+from seg4diff.segmentation.maps import ImageMaps, run_maps
+from seg4diff.segmentation.presets import find_preset
+
+_KEPT_PROMPTS = 128  # text embeddings kept; one of SD3 takes 1.3 MB in bfloat16
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings that decide the figures of an evaluation.
+
+    Attributes:
+        protocols: one or several of `PROTOCOLS`; all are answered in one pass.
+        preset: a name in `seg4diff.segmentation.presets.PRESETS`.
+        layers: transformer layers whose maps are averaged; the model's expert layers when None.
+        seed: seed of the noise, the same for every image.
+        batch_size: images, and pairs of image and prompt, in one pass through the model.
+        background: how the background class of a data set is found: by its name in the prompt, or as what no
+            name reaches.
+        background_threshold: see `seg4diff.evaluation.protocols.Question`.
+    """
+
+    protocols: tuple[ProtocolName, ...] = ("oracle",)
+    preset: str = "paper"
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+    batch_size: int = 1
+    background: BackgroundBy = "prompt"
+    background_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
+            raise ValueError(f"protocols={self.protocols!r} must be one or several different ones")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size!r} must be a positive integer")
+
+
+class Evaluator:
+    """A model with the protocols of a data set.
+
+    Attributes:
+        pipe: the pipeline.
+        settings: as given, with the layers that are read.
+        preset: that of the settings.
+        protocols: by name.
+    """
+
+    def __init__(self, pipe: Any, dataset: Dataset, settings: EvaluationSettings) -> None:
+        """Check all that can be checked before the first image.
+
+        Raises:
+            TypeError: `pipe` has no VAE.
+            ValueError: unknown preset or protocol, a layer out of range, a class name that cannot be
+                prompted.
+        """
+        state = patch_of(pipe)
+        if not hasattr(pipe, "vae"):
+            raise TypeError(f"{type(pipe).__name__} has no VAE; evaluation takes a whole pipeline")
+        self.pipe = pipe
+        self.preset = find_preset(settings.preset)
+        self.settings = replace(settings, layers=state.layers_or_experts(settings.layers))
+        span = state.backbone.name_span(pipe)
+        self.protocols = {
+            name: Protocol(
+                name,
+                dataset,
+                self.preset,
+                span,
+                background=settings.background,
+                threshold=settings.background_threshold,
+            )
+            for name in settings.protocols
+        }
+        self._classes = len(dataset.classes)
+        # Names are read by the mean of the heads; regions of some presets are made of single heads.
+        self._heads_apart = "unsupervised" in self.protocols and self.preset.grouping.heads == "each"
+        columns = ("text", slice(0, span.first + span.length))
+        self._maps = MapRequest(heads="each" if self._heads_apart else "mean", columns=columns)
+        self._text: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings of recent prompts
+
+    def results(self, group: Sequence[Loaded | Failure]) -> list[Result]:
+        """Results of images that are evaluated together, in their order."""
+        items = [item for item in group if isinstance(item, Loaded)]
+        found = {item.index: Result(item.index, item.name, group=len(items)) for item in items}
+        for item, labels, predicted in self._label_maps(items):
+            actual = torch.from_numpy(labels.copy())
+            found[item.index] = replace(
+                found[item.index],
+                counts={name: self._count(name, labels, actual) for name, labels in predicted.items()},
+                boundary={
+                    name: boundary_counts(labels, actual, self._classes)
+                    for name, labels in predicted.items()
+                    if name != "unsupervised"
+                },
+                predicted=predicted,
+            )
+        return [
+            Result(item.index, item.name, failure=item.reason)
+            if isinstance(item, Failure)
+            else found[item.index]
+            for item in group
+        ]
+
+    def views(self, items: Sequence[Loaded]) -> list[tuple[View, np.ndarray]]:
+        """The part of each image that the preset sees, and its labels."""
+        views = views_of(self.pipe, [item.image for item in items], self.preset.fit)
+        return [(view, _seen_part(item.labels, view)) for item, view in zip(items, views, strict=True)]
+
+    def _label_maps(
+        self, items: Sequence[Loaded]
+    ) -> Iterator[tuple[Loaded, np.ndarray, dict[str, Tensor]]]:
+        """Labels and predictions of every image of which a pixel counts, in any order."""
+        seen = [
+            (item, view, labels)
+            for item, (view, labels) in zip(items, self.views(items), strict=True)
+            if (labels != IGNORED).any()
+        ]
+        questions = [
+            {name: protocol.question(labels, item.prompts) for name, protocol in self.protocols.items()}
+            for item, _, labels in seen
+        ]
+        prompts = [
+            list(dict.fromkeys(p.text for question in by_name.values() for p in question.prompts))
+            for by_name in questions
+        ]
+        self._encode(list(dict.fromkeys(text for texts in prompts for text in texts)))
+        found: ImageMaps
+        for found in run_maps(
+            self.pipe,
+            [view for _, view, _ in seen],
+            prompts,
+            layers=self.settings.layers,
+            maps=self._maps,
+            seed=self.settings.seed,
+            batch_size=self.settings.batch_size,
+            progress=False,
+            known_text=self._text,
+        ):
+            item, view, labels = seen[found.index]
+            maps = dict(zip(prompts[found.index], found.maps, strict=True))
+            means = {text: m.mean(dim=(0, 1) if self._heads_apart else 0) for text, m in maps.items()}
+            size = (view.image.height, view.image.width)
+            predicted = {}
+            for name, question in questions[found.index].items():
+                source = maps if name == "unsupervised" else means
+                of_prompts = [source[prompt.text] for prompt in question.prompts]
+                predicted[name] = predict(question, of_prompts, found.grid, size, self.preset)
+            yield item, labels, predicted
+        while len(self._text) > _KEPT_PROMPTS:
+            self._text.popitem(last=False)
+
+    def _encode(self, texts: Sequence[str]) -> None:
+        """Embed prompts that are not known, one by one so that results do not depend on the batch."""
+        backbone = patch_of(self.pipe).backbone
+        for text in texts:
+            if text not in self._text:
+                with torch.no_grad():
+                    arguments = backbone.encode_text(self.pipe, [text])
+                self._text[text] = {key: tensor[0] for key, tensor in arguments.items()}
+            self._text.move_to_end(text)
+
+    def _count(self, protocol: str, predicted: Tensor, actual: Tensor) -> Any:
+        if protocol == "unsupervised":
+            disjoint = self.preset.match_disjoint
+            return matched_counts(predicted, actual, self._classes, match_disjoint=disjoint)
+        labels = self.protocols[protocol].labels
+        return counts_of(confusion_matrix(predicted, actual, self._classes, predictions=labels))
+
+
+def _seen_part(labels: np.ndarray, view: View) -> np.ndarray:
+    """The labels of the part of an image that a view covers: all of it, or its centre."""
+    height, width = labels.shape
+    top, left = (height - view.image.height) // 2, (width - view.image.width) // 2
+    return labels[top : top + view.image.height, left : left + view.image.width]
