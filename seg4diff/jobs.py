@@ -1,8 +1,8 @@
 """Jobs that may stop at any moment and go on later: a folder with what the job is and what is done.
 
-`settings.json` is the identity of a job: a folder is not taken for a job of other settings. Each process appends
-its results to a file of its own, one JSON object per line, and keeps that file locked while it works. A line
-ends in its checksum, so a line that was cut off or altered counts as not written.
+`settings.json` is the identity of a job: a folder is not taken for a job of other settings. Each process
+appends its results to a file of its own, one JSON object per line, and keeps that file locked while it works.
+A line ends in its checksum, so a line that was cut off or altered counts as not written.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class Share:
 
     index: int = 0
     count: int = 1
+
+
+ALONE = Share()
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def claim(
     identity: Mapping[str, Any],
     items: Iterable[str] = (),
     *,
-    share: Share = Share(),
+    share: Share = ALONE,
     overwrite: bool = False,
 ) -> Iterator[Job]:
     """Begin a job in a folder, or go on with it, and keep other runs out of the folder for as long.
@@ -220,8 +223,8 @@ def _settle(folder: Path, identity: Mapping[str, Any], items: Iterable[str]) -> 
         ]
         if different:
             raise ValueError(
-                f"{str(folder)!r} has results of other settings: {'; '.join(different)}. Give another folder, "
-                "or remove this one to start anew"
+                f"{str(folder)!r} has results of other settings: {'; '.join(different)}. Give another "
+                "folder, or remove this one to start anew"
             )
     text = json.dumps(settings, indent=1)
     write_atomically(folder / _SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
@@ -231,7 +234,8 @@ def _settle(folder: Path, identity: Mapping[str, Any], items: Iterable[str]) -> 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     """The settings in a folder, None if nothing was done there yet."""
     path = folder / _SETTINGS
-    has_results = any(results.stat().st_size for results in folder.glob(_RESULTS))  # before another's settings
+    # Before the settings: a process that starts beside this one writes its settings first.
+    has_results = any(results.stat().st_size for results in folder.glob(_RESULTS))
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):

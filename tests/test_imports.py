@@ -14,6 +14,7 @@ from tests.support.paths import ROOT
 FLOORS = (
     ("kernels",),
     ("files", "images", "masks", "metrics", "settings", "visualization"),
+    ("jobs",),
     ("backbones",),
     ("demo",),
     ("loading", "data"),

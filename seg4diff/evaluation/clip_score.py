@@ -22,7 +22,7 @@ from seg4diff.evaluation.published import CLIP_SCORE
 from seg4diff.evaluation.report import markdown_row
 from seg4diff.files import save_image
 from seg4diff.images import as_rgb
-from seg4diff.jobs import Share, claim, results_in
+from seg4diff.jobs import ALONE, Share, claim, results_in
 
 Layout = Literal["plain", "compbench"]
 
@@ -128,7 +128,7 @@ def generate(
     settings: GenerationSettings,
     *,
     about: Mapping[str, Any] | None = None,
-    share: Share = Share(),
+    share: Share = ALONE,
     progress: bool = True,
 ) -> None:
     """Generate one image for each prompt and seed, going on where an earlier run into the folder stopped.
@@ -161,7 +161,9 @@ def generate(
         done = {image for image, path in paths.items() if path.name in listed and path.is_file()}
         pipe.set_progress_bar_config(disable=True)
         try:
-            for batch in tqdm(job.pending(batches, done), unit="batch", desc=folder.name, disable=not progress):
+            for batch in tqdm(
+                job.pending(batches, done), unit="batch", desc=folder.name, disable=not progress
+            ):
                 generators = [torch.Generator().manual_seed(settings.seeds[place]) for _, place in batch]
                 generated = pipe(
                     prompt=[prompts[number] for number, _ in batch],
@@ -229,7 +231,10 @@ def markdown(scores: Mapping[str, Mapping[str, float]], prompts: int, settings: 
     lines += ["", f"{prompts} prompts, seeds {', '.join(map(str, settings.seeds))}, {settings.steps} steps, "]
     lines[-1] += f"guidance scale {settings.guidance_scale:g}."
     lines += ["", "The paper, with a CLIP model that it does not name:", ""]
-    lines += [markdown_row(["model", "Pick-a-Pic", "COCO", "SA-1B", "mean"]), markdown_row(["---", *["---:"] * 4])]
+    lines += [
+        markdown_row(["model", "Pick-a-Pic", "COCO", "SA-1B", "mean"]),
+        markdown_row(["---", *["---:"] * 4]),
+    ]
     lines += [markdown_row([model, *(f"{value:.4f}" for value in row)]) for model, row in CLIP_SCORE.items()]
     return "\n".join(lines) + "\n"
 

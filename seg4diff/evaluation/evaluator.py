@@ -127,9 +127,7 @@ class Evaluator:
         views = views_of(self.pipe, [item.image for item in items], self.preset.fit)
         return [(view, _seen_part(item.labels, view)) for item, view in zip(items, views, strict=True)]
 
-    def _label_maps(
-        self, items: Sequence[Loaded]
-    ) -> Iterator[tuple[Loaded, np.ndarray, dict[str, Tensor]]]:
+    def _label_maps(self, items: Sequence[Loaded]) -> Iterator[tuple[Loaded, np.ndarray, dict[str, Tensor]]]:
         """Labels and predictions of every image of which a pixel counts, in any order."""
         seen = [
             (item, view, labels)

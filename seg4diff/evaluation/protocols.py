@@ -1,8 +1,8 @@
 """Protocols: which names are prompted for an image, and how its maps become a label map.
 
-`oracle` (the paper's): only the classes that are present in the image. `full`: every class of the data set, in
-as many prompts as the tokenizer needs. `unsupervised`: no names; regions are matched with classes afterwards.
-All three read the same noisy latent, so an image is encoded once for all of them.
+`oracle` (the paper's): only the classes that are present in the image. `full`: every class of the data set,
+in as many prompts as the tokenizer needs. `unsupervised`: no names; regions are matched with classes
+afterwards. All three read the same noisy latent, so an image is encoded once for all of them.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Protocol:
         self._questions: dict[tuple[Any, ...], Question] = {}
         if name == "full" and not dataset.common_vocabulary:
             raise ValueError(
-                f"data set {dataset.name!r} has no vocabulary common to its images; use another protocol than "
-                "full"
+                f"data set {dataset.name!r} has no vocabulary common to its images; use a protocol other "
+                "than full"
             )
         if name != "unsupervised":
             self._question(tuple(range(len(dataset.classes))), {})

@@ -93,7 +93,9 @@ def markdown(reports: Sequence[EvaluationReport]) -> str:
                     rates.boundary_iou,
                 )
             ]
-            lines.append(markdown_row(cells + ["-" if value is None else f"{value:.1f}" for value in published]))
+            lines.append(
+                markdown_row(cells + ["-" if value is None else f"{value:.1f}" for value in published])
+            )
     used = dict.fromkeys(protocol for report in reports for protocol in report.rates)
     lines.append("")
     lines += [f"- *{protocol}*: {_DESCRIPTIONS[protocol]}." for protocol in used]

@@ -1,7 +1,7 @@
 """Evaluation of a model on a data set: on one process or many, resumable, with all protocols in one pass.
 
-Images are evaluated in groups of a fixed make-up, whatever was done before and whichever process does it. So a
-run that was interrupted, or shared by several processes, has the figures of one that was not.
+Images are evaluated in groups of a fixed make-up, whatever was done before and whichever process does it. So
+a run that was interrupted, or shared by several processes, has the figures of one that was not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +138,17 @@ def _pending(job: Job, earlier: Mapping[int, Result], count: int, batch_size: in
     size = batch_size * _BATCHES_IN_A_GROUP
     groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
     done = {
-        index for group in groups for index in group if index in earlier and earlier[index].group == len(group)
+        index
+        for group in groups
+        for index in group
+        if index in earlier and earlier[index].group == len(group)
     }
     if done and job.share.index == 0:
         logger.info("%d of %d images were evaluated before", len(done), count)
     return job.pending(groups, done)
 
 
-def _gather(
-    results: Sequence[Result], images: int, seconds: float
-) -> tuple[dict[int, Result], float | None]:
+def _gather(results: Sequence[Result], images: int, seconds: float) -> tuple[dict[int, Result], float | None]:
     """Results of all processes, and images per second of all, None if nothing was left to do."""
     from accelerate.utils import gather_object
 

@@ -1,9 +1,8 @@
-"""Pictures from prompts and their CLIPScore, with a tiny random CLIP and a tiny random model."""
+"""Images from prompts and their CLIPScore, with a tiny random CLIP and a tiny random model."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from seg4diff import files
 from seg4diff.evaluation import clip_score as scoring
 from seg4diff.evaluation.clip_score import (
     GenerationSettings,
@@ -23,6 +23,7 @@ from seg4diff.evaluation.clip_score import (
     read_prompts,
     sample_path,
 )
+from seg4diff.jobs import Share, results_in
 from tests.support import tiny
 
 PROMPTS = ("a red cat", "a dog on a sofa", "a tree")
@@ -41,56 +42,57 @@ def drawn(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images(folder: Path) -> dict[str, bytes]:
     return {path.name: Image.open(path).tobytes() for path in sorted(folder.rglob("*.png"))}
 
 
 def test_one_picture_for_each_prompt_and_seed(pipe: Any, drawn: Path) -> None:
-    assert sorted(pictures(drawn)) == [f"{number:05d}-{seed}.png" for number in range(3) for seed in (0, 7)]
-    assert len(set(pictures(drawn).values())) == 6  # all different
+    assert sorted(images(drawn)) == [f"{number:05d}-{seed}.png" for number in range(3) for seed in (0, 7)]
+    assert len(set(images(drawn).values())) == 6  # all different
     whole = pipe(
         ["a dog on a sofa", "a dog on a sofa"],
         num_inference_steps=2,
         guidance_scale=7.5,
         generator=[torch.Generator().manual_seed(seed) for seed in (0, 7)],
     ).images
-    assert pictures(drawn)["00001-7.png"] == whole[1].tobytes()
-    assert json.loads((drawn / "settings.json").read_text())["prompts"] == list(PROMPTS)
+    assert images(drawn)["00001-7.png"] == whole[1].tobytes()
+    listed = {entry["name"]: (entry["prompt"], entry["seed"]) for entry in results_in(drawn)}
+    assert listed == {f"{n:05d}-{seed}.png": (PROMPTS[n], seed) for n in range(3) for seed in (0, 7)}
 
 
 def test_an_interrupted_run_draws_what_is_missing(
     pipe: Any, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = scoring._save
+    save = scoring.save_image
     saved: list[str] = []
 
-    def interrupted(path: Path, picture: Image.Image) -> None:
+    def interrupted(image: Image.Image, path: Path) -> None:
         if len(saved) == 3:
             raise KeyboardInterrupt
         saved.append(path.name)
-        save(path, picture)
+        save(image, path)
 
-    monkeypatch.setattr(scoring, "_save", interrupted)
+    monkeypatch.setattr(scoring, "save_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, PROMPTS, tmp_path, SETTINGS, progress=False)
     first = tmp_path / "00000-0.png"
     age = first.stat().st_mtime_ns
-    monkeypatch.setattr(scoring, "_save", save)
+    monkeypatch.setattr(scoring, "save_image", save)
     generate(pipe, PROMPTS, tmp_path, SETTINGS, progress=False)
-    assert pictures(tmp_path) == pictures(drawn)
+    assert images(tmp_path) == images(drawn)
     assert first.stat().st_mtime_ns == age
 
 
 def test_processes_share_the_pictures(pipe: Any, drawn: Path, tmp_path: Path) -> None:
     for process in (0, 1):
-        before = len(pictures(tmp_path))
-        generate(pipe, PROMPTS, tmp_path, SETTINGS, process=process, processes=2, progress=False)
-        assert len(pictures(tmp_path)) - before == (4, 2)[process]
-    assert pictures(tmp_path) == pictures(drawn)
+        before = len(images(tmp_path))
+        generate(pipe, PROMPTS, tmp_path, SETTINGS, share=Share(process, 2), progress=False)
+        assert len(images(tmp_path)) - before == (4, 2)[process]
+    assert images(tmp_path) == images(drawn)
 
 
 def test_pictures_of_other_settings_are_not_mixed(pipe: Any, drawn: Path) -> None:
-    with pytest.raises(ValueError, match=r"other settings \(prompts, steps differ\)"):
+    with pytest.raises(ValueError, match=r"other settings: items was 3, is 2; steps was 2, is 3"):
         generate(
             pipe, PROMPTS[:2], drawn, GenerationSettings(seeds=(0, 7), steps=3, batch_size=2), progress=False
         )
@@ -109,9 +111,9 @@ def test_clip_score_is_the_mean_cosine(drawn: Path) -> None:
     cosines = []
     for number, prompt in enumerate(PROMPTS):
         for seed in SETTINGS.seeds:
-            picture = Image.open(drawn / f"{number:05d}-{seed}.png")
+            image = Image.open(drawn / f"{number:05d}-{seed}.png")
             with torch.no_grad():
-                image = model.vision_model(processor(images=[picture], return_tensors="pt")["pixel_values"])
+                image = model.vision_model(processor(images=[image], return_tensors="pt")["pixel_values"])
                 words = processor(text=[prompt], return_tensors="pt", padding=True)
                 text = model.text_model(**words)
                 features = (
@@ -176,8 +178,7 @@ def test_no_space_left(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     generate(pipe, PROMPTS[:1], tmp_path, SETTINGS, progress=False)
     (tmp_path / "00000-7.png").unlink()
-    monkeypatch.setattr(scoring, "write_atomically", full_disk)
-    monkeypatch.setattr(scoring, "_claim", lambda *_: None)
+    monkeypatch.setattr(files, "write_atomically", full_disk)
     with pytest.raises(OSError, match="no space left for .*00000-0.png"):
         generate(pipe, PROMPTS[:1], tmp_path, SETTINGS, progress=False)
 

@@ -91,10 +91,10 @@ def test_pictures_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     prompts.write_text("lava\nwater\n")
     command = "clip-score --model demo --device cpu --steps 8 --guidance-scale 3 --batch-size 2"
     assert main([*command.split(), "--prompts", str(prompts), "--out", str(tmp_path / "out")]) == 0
-    pictures = [
+    images = [
         np.asarray(Image.open(tmp_path / "out" / "base" / f"{n:05d}-0.png")).astype(int) for n in (0, 1)
     ]
-    lava, water = (picture[..., 0].mean() - picture[..., 2].mean() for picture in pictures)  # red less blue
+    lava, water = (image[..., 0].mean() - image[..., 2].mean() for image in images)  # red less blue
     assert lava > 20 > -20 > water
     score = json.loads((tmp_path / "out" / "report.json").read_text())["clip_score"]["base"]
     assert list(score) == ["openai/clip-vit-large-patch14"]

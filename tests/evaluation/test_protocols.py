@@ -136,7 +136,7 @@ def test_the_stray_name_of_the_public_code() -> None:
     question = protocol.question(labels)
     assert protocol.labels == 3
     assert (question.labels, question.prompts[0].text) == ((1, 2), "dog background")
-    assert protocol.question(np.array([[1, 0]], np.uint8)).labels == (0, 1)  # no background in the picture
+    assert protocol.question(np.array([[1, 0]], np.uint8)).labels == (0, 1)  # no background in the image
     paper = Protocol("oracle", things, PAPER, span())
     assert paper.labels == 2
     assert paper.question(labels).prompts[0].text == "dog"

@@ -1,4 +1,4 @@
-"""Reports: the figures, what must be known to read them, and which pictures are shown."""
+"""Reports: the figures, what must be known to read them, and which images are shown."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import pytest
 import torch
 
 import seg4diff
-from seg4diff.data.prefetch import Failure
 from seg4diff.data.registry import open_dataset
-from seg4diff.evaluation import runner
-from seg4diff.evaluation.report import choose, markdown, speed_line, write_contact_sheet, write_report
-from seg4diff.evaluation.results import Result, Tally
-from seg4diff.evaluation.runner import Report, Settings, Speed, evaluate, make_evaluator
+from seg4diff.evaluation import evaluator
+from seg4diff.evaluation.contact_sheet import choose, write_contact_sheet
+from seg4diff.evaluation.evaluator import EvaluationSettings, Evaluator
+from seg4diff.evaluation.report import EvaluationReport, markdown, write_report
+from seg4diff.evaluation.results import Result
+from seg4diff.evaluation.runner import evaluate
 from seg4diff.metrics import Counts, Rates
 from tests.support import miniature, tiny
 from tests.support.images import size_of
 from tests.support.painted import CLASSES, LABELS, PerfectMaps
 
 RATES = Rates(0.8765, 0.7, 0.9, 0.85, 0.5, (0.8, math.nan))
-REPORT = Report(
+REPORT = EvaluationReport(
     dataset="voc20",
     title="Pascal VOC 20",
     source="VOCdevkit/VOC2012",
@@ -32,7 +33,7 @@ REPORT = Report(
     total=1449,
     expected=1449,
     empty=0,
-    failures=(),
+    failures={},
     rates={"oracle": RATES, "full": replace(RATES, miou=0.5432, boundary_iou=None)},
     classes=("aeroplane", "bicycle"),
     settings={
@@ -45,7 +46,7 @@ REPORT = Report(
         "seed": 0,
     },
     versions={"torch": "2"},
-    speed=Speed(10, 4.0, 2.5),
+    images_per_second=2.5,
 )
 
 
@@ -82,19 +83,17 @@ def test_protocols_are_explained_and_settings_named() -> None:
     assert "unsupervised" not in text
     assert "model some/model; LoRA none; preset paper; layers 9; seed 0" in text
     assert "1 of 2 classes prompted by other names" in text
-    assert "10 images in 4.0 s, 2.50 images/s." in text
-    assert REPORT.speed is not None
-    assert speed_line(REPORT.speed) in text
+    assert "2.50 images/s." in text
 
 
 def test_what_is_left_out_is_said() -> None:
-    failures = tuple(Failure(i, f"picture{i}", "is damaged") for i in range(12))
+    failures = {f"image{i}": "is damaged" for i in range(12)}
     part = replace(REPORT, images=88, total=100, empty=3, failures=failures)
     text = markdown([part])
     assert rows(text)[2][2] == "88 of 100"
     assert "**a part**, 100 of 1449 images" in text
     assert "3 images have no pixel that counts" in text
-    assert "**12 of 100 images could not be evaluated and are left out**: picture0 (is damaged);" in text
+    assert "**12 of 100 images could not be evaluated and were excluded: image0 (is damaged); " in text
     assert "and 2 more" in text
     assert "a part" not in markdown([REPORT])
 
@@ -113,7 +112,7 @@ def test_json_holds_everything_and_no_nan(tmp_path: Path) -> None:
 
 def scored(index: int, hits: int) -> Result:
     counts = Counts(*(torch.tensor([value]) for value in (hits, 0, 100 - hits)))
-    return Result(index, f"p{index}", {"oracle": Tally(matched=counts)})
+    return Result(index, f"p{index}", {"oracle": counts})
 
 
 def test_best_median_and_worst() -> None:
@@ -130,12 +129,12 @@ def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     miniature.write_folder(tmp_path / "data", CLASSES, LABELS, painted=True)
     dataset = open_dataset("folder", tmp_path / "data")
     pipe: Any = seg4diff.patch(tiny.pipeline())
-    settings = Settings(("oracle", "full"), preset="paper", layers=(1,))
-    monkeypatch.setattr(runner, "run_maps", PerfectMaps())
+    settings = EvaluationSettings(("oracle", "full"), preset="paper", layers=(1,))
+    monkeypatch.setattr(evaluator, "run_maps", PerfectMaps())
     evaluate(pipe, dataset, tmp_path / "out", settings, progress=False)
-    path = write_contact_sheet(make_evaluator(pipe, dataset, settings), dataset, tmp_path / "out")
+    path = write_contact_sheet(Evaluator(pipe, dataset, settings), dataset, tmp_path / "out")
     assert path == tmp_path / "out" / "contact-sheet.png"
     width, height = size_of(path)
-    assert width > 4 * 192  # picture, truth and two predictions
+    assert width > 4 * 192  # image, truth and two predictions
     assert height > 4 * 192 / 2
-    assert write_contact_sheet(make_evaluator(pipe, dataset, settings), dataset, tmp_path / "empty") is None
+    assert write_contact_sheet(Evaluator(pipe, dataset, settings), dataset, tmp_path / "empty") is None

@@ -1,22 +1,15 @@
-"""Results on disk: exact after a round trip, and safe where writing was cut off."""
+"""Results of images: exact after a round trip through a job's folder, and summed."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from seg4diff.evaluation.results import (
-    Result,
-    Tally,
-    add_up,
-    append_results,
-    failures_of,
-    read_results,
-)
-from seg4diff.metrics import Counts, counts_of, rates_of
+from seg4diff.evaluation.results import Result, add_up, latest, read_results
+from seg4diff.jobs import claim
+from seg4diff.metrics import Counts
 
 
 def counts(*numbers: tuple[int, int, int]) -> Counts:
@@ -24,95 +17,54 @@ def counts(*numbers: tuple[int, int, int]) -> Counts:
 
 
 def result(index: int, scale: int = 1) -> Result:
-    confusion = torch.tensor([[5, 0, 2], [1, 3_000_000_000, 0]]) * scale  # more than 32 bits hold
     return Result(
         index,
-        f"folder/picture {index} ü",
+        f"folder/image {index} ü",
         {
-            "oracle": Tally(confusion, boundary=counts((1, 2, 3), (0, 0, 0))),
-            "unsupervised": Tally(matched=counts((0, 7, 0), (9, 0, 1))),
+            "oracle": counts((5, 1, 2), (0, 0, 0), (3_000_000_000 * scale, 0, 1)),  # more than 32 bits hold
+            "unsupervised": counts((0, 7, 0), (9 * scale, 0, 1), (0, 0, 0)),
         },
+        {"oracle": counts((1, 2, 3), (0, 0, 0), (0, 0, 0))},
+        group=4,
     )
 
 
-def test_round_trip() -> None:
-    line = result(3).to_line()
-    assert "\n" not in line
-    again = Result.from_line(line, 2)
-    assert (again.index, again.name, again.failure) == (3, "folder/picture 3 ü", None)
-    assert again.tallies["oracle"].confusion is not None
-    assert again.tallies["oracle"].confusion.to_dense().tolist() == [[5, 0, 2], [1, 3_000_000_000, 0]]
-    assert again.to_line() == line
-    failed = Result.from_line(Result(1, "b", failure="is damaged").to_line(), 2)
-    assert (failed.failure, failed.tallies) == ("is damaged", {})
+def test_round_trip(tmp_path: Path) -> None:
+    entry = result(3).to_entry()
+    assert entry["counts"]["oracle"] == [[0, 5, 1, 2], [2, 3_000_000_000, 0, 1]]
+    assert entry["boundary"] == {"oracle": [[0, 1, 2, 3]]}
+    with claim(tmp_path, {}) as job:
+        job.append(
+            [entry, Result(1, "b", failure="is damaged").to_entry(), Result(2, "c", group=1).to_entry()]
+        )
+    found = read_results(tmp_path, classes=3)
+    assert list(found) == [1, 2, 3]
+    again = found[3]
+    assert (again.name, again.failure, again.group) == ("folder/image 3 ü", None, 4)
+    assert again.to_entry() == entry
+    assert again.counts["oracle"].true_positive.tolist() == [5, 0, 3_000_000_000]
+    assert (found[1].failure, found[1].counts, found[1].group) == ("is damaged", {}, 0)
+    assert (found[2].failure, found[2].counts, found[2].group) == (None, {}, 1)
 
 
-def test_sums_are_of_all_pictures() -> None:
-    total = add_up(
-        [result(0), result(1, 2), Result(2, "c"), Result(3, "d", failure="no")], ["oracle", "unsupervised"]
-    )
-    assert total["oracle"].confusion is not None
-    assert total["oracle"].confusion.tolist() == [[15, 0, 6], [3, 9_000_000_000, 0]]
-    assert total["oracle"].boundary is not None
-    assert total["oracle"].boundary.false_negative.tolist() == [6, 0]
-    assert total["unsupervised"].counts.true_positive.tolist() == [0, 18]
-    assert total["oracle"].rates == rates_of(
-        counts_of(torch.tensor([[15, 0, 6], [3, 9_000_000_000, 0]])), total["oracle"].boundary
-    )
-    assert add_up([Result(2, "c")], ["oracle"]) == {}
+def test_sums_are_of_all_images() -> None:
+    several = [result(0), result(1, 2), Result(2, "c"), Result(3, "d", failure="no")]
+    total = add_up(result.counts for result in several)
+    assert total["oracle"].true_positive.tolist() == [10, 0, 9_000_000_000]
+    assert total["oracle"].false_negative.tolist() == [4, 0, 2]
+    assert total["unsupervised"].false_positive.tolist() == [14, 0, 0]
+    assert add_up(result.boundary for result in several)["oracle"].false_positive.tolist() == [4, 0, 0]
+    assert add_up([Result(2, "c").counts]) == {}
 
 
-def test_results_of_several_processes_come_together(tmp_path: Path) -> None:
-    append_results(tmp_path, 0, [result(0), result(2)])
-    append_results(tmp_path, 11, [result(1)])
-    append_results(tmp_path, 0, [result(3)])
-    found = read_results(tmp_path, 2)
-    assert sorted(found) == [0, 1, 2, 3]
-    assert found[3].to_line() == result(3).to_line()
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_largest_group_counts_and_a_failure_least(swapped: bool) -> None:
+    small, large, failed = Result(0, "a", group=2), Result(0, "a", group=4), Result(0, "a", failure="damaged")
+    for first, second, kept in ((small, large, large), (failed, small, small), (large, failed, large)):
+        order = (second, first) if swapped else (first, second)
+        assert latest(order) == {0: kept}
 
 
-@pytest.mark.parametrize(
-    "rest", ['{"index":4,"na', '{"index":4,"name":"x"', "\x00\x00", '{"index":4}', "[1]"]
-)
-def test_a_line_that_was_cut_off_is_left_out_and_not_continued(tmp_path: Path, rest: str) -> None:
-    append_results(tmp_path, 0, [result(0)])
-    path = tmp_path / "results-00000.jsonl"
-    with open(path, "a") as file:
-        file.write(rest)
-    assert sorted(read_results(tmp_path, 2)) == [0]
-    append_results(tmp_path, 0, [result(4)])
-    found = read_results(tmp_path, 2)
-    assert sorted(found) == [0, 4]
-    assert found[4].to_line() == result(4).to_line()
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="results-00000"):
-        append_results(tmp_path / "nowhere", 0, [result(0)])
-
-
-def test_a_failure_gives_way_to_a_result(tmp_path: Path) -> None:
-    append_results(tmp_path, 0, [Result(0, "a", failure="damaged"), Result(1, "b", failure="damaged")])
-    append_results(tmp_path, 1, [result(0)])
-    found = read_results(tmp_path, 2)
-    assert found[0].failure is None
-    assert [failure.name for failure in failures_of(found.values())] == ["b"]
-
-
-def test_lines_are_json_of_what_was_counted() -> None:
-    entry = json.loads(result(0).to_line())
-    assert entry["tallies"]["oracle"]["confusion"] == [[0, 0, 5], [0, 2, 2], [1, 0, 1], [1, 1, 3_000_000_000]]
-    assert entry["tallies"]["oracle"]["boundary"] == [[0, 1, 2, 3]]
-
-
-def test_the_larger_group_is_kept_then_the_one_without_failure(tmp_path: Path) -> None:
-    failed = Result(0, "a", failure="damaged", group=4)
-    for first, second, kept in (
-        (Result(0, "a", group=2), Result(0, "a", group=4), 4),
-        (Result(0, "a", group=4), Result(0, "a", group=2), 4),
-        (failed, Result(0, "a", group=4), 4),
-        (Result(0, "a", group=4), failed, 4),
-    ):
-        (tmp_path / "results-00000.jsonl").write_text(f"{first.to_line()}\n{second.to_line()}\n")
-        (found,) = read_results(tmp_path, 2).values()
-        assert (found.group, found.failure) == (kept, None)
+def test_of_equal_results_the_last_counts() -> None:
+    first, second = Result(0, "a", failure="gone"), Result(0, "a", failure="damaged")
+    assert latest([first, second]) == {0: second}

@@ -1,4 +1,4 @@
-"""The demonstration counts right and writes its pictures; the model's own numbers are tested elsewhere."""
+"""The demonstration counts right and writes its images; the model's own numbers are tested elsewhere."""
 
 from __future__ import annotations
 
