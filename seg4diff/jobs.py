@@ -14,7 +14,7 @@ import os
 import sys
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -92,7 +92,7 @@ class Job:
         """Delete the files of the job, and its folder if nothing else is in it."""
         for path in (*self.folder.glob(_RESULTS), self.folder / _SETTINGS):
             path.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        with suppress(OSError):  # not empty
             self.folder.rmdir()
 
 
@@ -149,38 +149,58 @@ def claim(
         settings = _settle(folder, identity, items)
         if file.seek(0, os.SEEK_END) and not _ends_line(file):
             file.write(b"\n")
-        yield Job(folder, share, settings, file)
+        job = Job(folder, share, settings, file)
+        try:
+            yield job
+        finally:
+            if share == ALONE and not _has_results(folder):
+                job.remove()
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[BinaryIO]:
+def lock(path: Path, *, wait: bool = False) -> Iterator[BinaryIO]:
     """A file that is open for reading and appending, made if there is none; no other process can lock it.
 
+    Args:
+        path: the file.
+        wait: until a run that has locked it ends.
+
     Raises:
-        FolderInUseError: another run has locked it.
+        FolderInUseError: another run has locked it, and `wait` is false.
         OSError: it cannot be written.
     """
     with open(path, "ab+", buffering=0) as file:
         try:
-            _lock(file)
+            _lock(file, wait)
         except (BlockingIOError, PermissionError) as error:
             raise FolderInUseError(
                 f"another run works in {str(path.parent)!r}; wait for its end, or give another folder"
             ) from error
         except OSError as error:  # some network file systems
             logger.warning("%r cannot be locked (%s); start one run at a time", str(path), error)
-        yield file
+        try:
+            yield file
+        finally:
+            _unlock(file)
 
 
-def _lock(file: BinaryIO) -> None:
+def _lock(file: BinaryIO, wait: bool) -> None:
     if sys.platform == "win32":
         import msvcrt
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _unlock(file: BinaryIO) -> None:
+    """Unlock a file also for processes that were forked meanwhile; elsewhere closing it does."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _ends_line(file: BinaryIO) -> bool:
@@ -233,22 +253,24 @@ def _settle(folder: Path, identity: Mapping[str, Any], items: Iterable[str]) -> 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     """The settings in a folder, None if nothing was done there yet."""
+    if not _has_results(folder):
+        return None
     path = folder / _SETTINGS
-    # Before the settings: a process that starts beside this one writes its settings first.
-    has_results = any(results.stat().st_size for results in folder.glob(_RESULTS))
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("not a JSON object")
     except FileNotFoundError:
-        if not has_results:
-            return None
         problem = "missing, though there are results"
     except (ValueError, RecursionError) as error:
         problem = f"damaged ({error})"
     else:
         return settings
     raise ValueError(f"{str(path)!r} is {problem}; give another folder, or remove this one to start anew")
+
+
+def _has_results(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob(_RESULTS))
 
 
 def _digest(names: Sequence[str]) -> str:

@@ -175,6 +175,34 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         Job(tmp_path, ALONE, {}, full).append([{"name": "a"}])
 
 
+def test_settings_without_results_do_not_bind(tmp_path: Path) -> None:
+    """A run that fails before its first result leaves nothing; one that is killed, nothing that binds."""
+    with pytest.raises(RuntimeError, match="no model"), claim(tmp_path / "job", IDENTITY):
+        raise RuntimeError("no model")
+    assert not (tmp_path / "job").exists()
+    assert in_a_process(tmp_path / "job", stop_after=0) == -signal.SIGKILL
+    with claim(tmp_path / "job", {"model": "two"}) as job:
+        assert job.settings["model"] == "two"
+
+
+def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+
+    def wait() -> None:
+        with lock(tmp_path / ".lock", wait=True) as file:
+            file.write(b"second")
+
+    process = context.Process(target=wait)
+    with lock(tmp_path / ".lock") as file:
+        process.start()
+        process.join(timeout=0.3)
+        assert process.is_alive()
+        file.write(b"first ")
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    assert (tmp_path / ".lock").read_bytes() == b"first second"
+
+
 def test_a_finished_job_leaves_nothing_but_the_files_of_others(tmp_path: Path) -> None:
     for others in ([], ["mine.txt"]):
         folder = tmp_path / f"{len(others)}"
