@@ -20,7 +20,7 @@ from PIL import Image
 import seg4diff
 from seg4diff import files, jobs
 from seg4diff.data.prefetch import Loaded, load
-from seg4diff.data.registry import Dataset, subset, open_dataset
+from seg4diff.data.registry import Dataset, open_dataset, subset
 from seg4diff.evaluation import evaluator as evaluation
 from seg4diff.evaluation.evaluator import EvaluationSettings, Evaluator
 from seg4diff.evaluation.protocols import PROTOCOLS
@@ -157,7 +157,7 @@ def test_labels_are_those_of_segment(pipe: Any, preset: str) -> None:
     """The evaluation answers as the library: with names `segment`, without `segment_unsupervised`."""
     dataset = subset(open_dataset("scenes"), limit=2)
     settings = EvaluationSettings(("full", "unsupervised"), preset=preset, layers=(1,), seed=3)
-    items = [load(sample, index) for index, sample in enumerate(dataset.items)]
+    items = [load(item, index) for index, item in enumerate(dataset.items)]
     for item, result in zip(items, Evaluator(pipe, dataset, settings).results(items), strict=True):
         assert isinstance(item, Loaded)
         image = item.image
@@ -374,8 +374,8 @@ def test_prompts_met_long_ago_are_forgotten(pipe: Any, monkeypatch: pytest.Monke
         pipe, dataset, EvaluationSettings(("oracle", "full"), preset="default", layers=(1,))
     )
     whole = [p.text for p in evaluator.protocols["full"].question(np.zeros((1, 1), np.uint8)).prompts]
-    for index, sample in enumerate(dataset.items):
-        evaluator.results([load(sample, index)])
+    for index, item in enumerate(dataset.items):
+        evaluator.results([load(item, index)])
         assert len(evaluator._text) <= 3
         assert whole[-1] in evaluator._text  # prompted for every image, so never forgotten
 
@@ -474,7 +474,5 @@ def test_pictures_may_have_names_of_their_own(
     own = [replace(item, prompts={2: ("dog",)}) if item.name == "b" else item for item in painted.items]
     maps = PerfectMaps(["cat", "red sofa", "dog", "dog house"])
     monkeypatch.setattr(evaluation, "run_maps", maps)
-    run(
-        pipe, replace(painted, samples=tuple(own[:2])), tmp_path / "out", EvaluationSettings(preset="default")
-    )
+    run(pipe, replace(painted, items=tuple(own[:2])), tmp_path / "out", EvaluationSettings(preset="default"))
     assert sorted(maps.prompts) == [["cat dog dog house"], ["cat red sofa tree"]]
