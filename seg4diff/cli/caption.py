@@ -16,7 +16,7 @@ from seg4diff.files import check_folder
 class Caption(DebugOptions):
     """Write captions for a folder of images with an image-to-text model of transformers.
 
-    Images that the file names already are left alone, so the same command continues an interrupted one:
+    Images that the file names already are left alone. The same command continues an interrupted one:
 
         seg4diff caption photos --model Salesforce/blip-image-captioning-base --out captions.json
     """

@@ -14,14 +14,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from seg4diff.data.annotations import read_json
-from seg4diff.data.items import UnusableItemError
+from seg4diff.data.items import Item, UnusableItemError
 from seg4diff.data.registry import open_dataset
 from seg4diff.files import write_atomically
+from seg4diff.jobs import claim, results_in
 
 logger = logging.getLogger(__name__)
 
 PROMPT = "Describe this image in one sentence."
-_SAVE_EVERY = 50  # batches between two writes of the file
 
 
 def write_captions(
@@ -37,8 +37,9 @@ def write_captions(
 ) -> Path:
     """Write a JSON object of image name -> caption for every image in a folder.
 
-    Images that the file names already keep their captions: an interrupted run goes on, and captions written
-    by hand stay. Unreadable images are left out and counted in a message.
+    Images that the file names already keep their captions, also those written by hand. Until all are done,
+    captions are kept in the folder `OUT.part`, from which the same call goes on after an interruption.
+    Unreadable images are left out and counted in a message.
 
     Args:
         images: a folder; images in folders inside it are named by their path.
@@ -52,45 +53,47 @@ def write_captions(
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no image.
-        ValueError: `out` holds something else, or the model is of another kind.
+        ValueError: `out` holds something else, the model is of another kind, or an interrupted run had
+            another model or prompt.
+        FolderInUseError: another run writes the same file.
     """
     out = Path(out)
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(f"batch_size={batch_size!r} and max_tokens={max_tokens!r} must be at least 1")
     items = open_dataset("images", Path(images)).items
     captions = _existing(out)
-    wanted = [item for item in items if item.name not in captions]
+    wanted = {item.name: item for item in items if item.name not in captions}
     if not wanted:
         return out
-    speak = _Captioner(model, prompt, max_tokens, device)
-    unreadable = 0
-
-    def save() -> None:
-        write_atomically(
-            out,
-            lambda path: path.write_text(
-                json.dumps(captions, indent=1, ensure_ascii=False), encoding="utf-8"
-            ),
-        )
-
-    with tqdm(total=len(wanted), desc="captions", unit="image", disable=None if progress else True) as bar:
-        for number, first in enumerate(range(0, len(wanted), batch_size), start=1):
-            batch: dict[str, Image.Image] = {}
-            for item in wanted[first : first + batch_size]:
-                try:
-                    batch[item.name] = item.image()
-                except UnusableItemError as error:
-                    logger.warning("%s", error)
-                    unreadable += 1
-            if batch:
-                captions.update(zip(batch, speak(list(batch.values())), strict=True))
-            if number % _SAVE_EVERY == 0:
-                save()
-            bar.update(len(wanted[first : first + batch_size]))
-    save()
+    names = list(wanted)
+    batches = [names[first : first + batch_size] for first in range(0, len(names), batch_size)]
+    identity = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "batch_size": batch_size}
+    with claim(out.with_name(f"{out.name}.part"), identity) as job:
+        pending = job.pending(batches, {entry["name"] for entry in results_in(job.folder)})
+        speak = _Captioner(model, prompt, max_tokens, device) if pending else None
+        for batch in tqdm(pending, desc="captions", unit="batch", disable=None if progress else True):
+            images = _readable([wanted[name] for name in batch])
+            if images and speak is not None:
+                texts = speak(list(images.values()))
+                job.append({"name": n, "caption": text} for n, text in zip(images, texts, strict=True))
+        found = {entry["name"]: entry["caption"] for entry in results_in(job.folder)}
+        text = json.dumps({**captions, **found, **captions}, indent=1, ensure_ascii=False)
+        write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+        job.remove()
+    unreadable = len(wanted.keys() - found.keys())
     if unreadable:
         logger.warning("%d of %d images could not be read and have no caption", unreadable, len(items))
     return out
+
+
+def _readable(items: Sequence[Item]) -> dict[str, Image.Image]:
+    images: dict[str, Image.Image] = {}
+    for item in items:
+        try:
+            images[item.name] = item.image()
+        except UnusableItemError as error:
+            logger.warning("%s", error)
+    return images
 
 
 class _Captioner:

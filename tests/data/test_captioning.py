@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from seg4diff import jobs
 from seg4diff.data.annotations import read_captions
 from seg4diff.data.captioning import write_captions
+from seg4diff.jobs import FolderInUseError, lock
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "cat", "dog", "on", "sofa", "red")
 
@@ -71,6 +75,36 @@ def test_captions_that_are_there_stay(model: str, tmp_path: Path) -> None:
     assert out.stat().st_mtime_ns == before
 
 
+def test_killed_and_resumed_equals_uninterrupted(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, 5)
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    options: dict[str, Any] = {"batch_size": 2, "max_tokens": 5, "progress": False}
+    whole = write_captions(tmp_path, model, tmp_path / "whole.json", **options)
+    out, part = tmp_path / "cut.json", tmp_path / "cut.json.part"
+    append = jobs.Job.append
+
+    def killed(self: jobs.Job, entries: Iterable[Any]) -> None:
+        append(self, list(entries)[:1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs.Job, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_captions(tmp_path, model, out, **options)
+    assert not out.exists()
+    assert part.is_dir()
+    with pytest.raises(ValueError, match="max_tokens was 5, is 6"):
+        write_captions(tmp_path, model, out, **options | {"max_tokens": 6})
+    with lock(part / "results-00000.jsonl"), pytest.raises(FolderInUseError):
+        write_captions(tmp_path, model, out, **options)
+    write_captions(tmp_path, model, out, **options)
+    assert out.read_bytes() == whole.read_bytes()
+    assert len(json.loads(out.read_text())) == 5
+    assert not part.exists()
+
+
 def test_wrong_input(model: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         write_captions(tmp_path / "nowhere", model, tmp_path / "c.json")
@@ -82,5 +116,6 @@ def test_wrong_input(model: str, tmp_path: Path) -> None:
         write_captions(tmp_path, model, tmp_path / "other.json")
     with pytest.raises(ValueError, match="cannot be loaded as an image-to-text model"):
         write_captions(tmp_path, str(tmp_path), tmp_path / "c.json", progress=False)
+    assert not (tmp_path / "c.json.part").exists()
     with pytest.raises(ValueError, match="batch_size=0"):
         write_captions(tmp_path, model, tmp_path / "c.json", batch_size=0)

@@ -15,7 +15,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -36,6 +37,7 @@ from seg4diff.data.items import Item, UnusableItemError
 from seg4diff.data.registry import Dataset
 from seg4diff.data.settings import DataSettings
 from seg4diff.files import SEAL_BYTES, DamagedFileError, read_sealed, write_sealed
+from seg4diff.jobs import lock
 from seg4diff.masks import decode_mask, run_lengths
 from seg4diff.segmentation.prompts import plan_prompts
 
@@ -208,7 +210,8 @@ def encode(
 ) -> Encodings:
     """Open the cache in `folder`, after building whatever of it is missing, stale or cut off.
 
-    Shards are written whole, one after the other: an interrupted build goes on where it stopped.
+    Shards are written whole, one after the other: an interrupted build goes on where it stopped. A run that
+    needs a cache which another run is building waits for it.
 
     Args:
         pipe: a pipeline with VAE and text encoders.
@@ -236,29 +239,30 @@ def encode(
         for number, first in enumerate(range(0, len(items), data.shard))
     }
     empty = folder / "empty-prompt.safetensors"
-    found = {path: _read_shard(path, identity) for path in (empty, *shards)}
-    encoder = _Encoder(pipe, data)
-    try:
-        if found[empty] is None:
-            text, tensors = encoder.texts([{"text": "", "content": [], "classes": {}}])
-            description = {"name": "", "classes": [], "masks": [], "texts": text}
-            _save_shard(empty, identity, [description], {f"0.{n}": t for n, t in tensors.items()}, {})
-        missing = {path: part for path, part in shards.items() if found[path] is None}
-        with tqdm(
-            total=sum(map(len, missing.values())),
-            desc="encoding",
-            unit="image",
-            disable=None if progress else True,
-        ) as bar:
-            for path, part in missing.items():
-                _write_shard(path, identity, encoder, part, bar)
-    except OSError as error:
-        raise OSError(
-            f"the cache in {str(folder)!r} cannot be written ({error}); free some space or set data.cache to "
-            "another folder, and start again: what is complete is kept"
-        ) from error
-    for path in set(folder.glob("shard-*.safetensors")) - shards.keys():  # of a larger data set, once
-        path.unlink(missing_ok=True)
+    with _one_builder(folder):
+        found = {path: _read_shard(path, identity) for path in (empty, *shards)}
+        encoder = _Encoder(pipe, data)
+        try:
+            if found[empty] is None:
+                text, tensors = encoder.texts([{"text": "", "content": [], "classes": {}}])
+                description = {"name": "", "classes": [], "masks": [], "texts": text}
+                _save_shard(empty, identity, [description], {f"0.{n}": t for n, t in tensors.items()}, {})
+            missing = {path: part for path, part in shards.items() if found[path] is None}
+            with tqdm(
+                total=sum(map(len, missing.values())),
+                desc="encoding",
+                unit="image",
+                disable=None if progress else True,
+            ) as bar:
+                for path, part in missing.items():
+                    _write_shard(path, identity, encoder, part, bar)
+        except OSError as error:
+            raise OSError(
+                f"the cache in {str(folder)!r} cannot be written ({error}); free some space or set "
+                "data.cache to another folder, and start again: what is complete is kept"
+            ) from error
+        for path in set(folder.glob("shard-*.safetensors")) - shards.keys():  # of a larger data set, once
+            path.unlink(missing_ok=True)
     whole = {path: shard or _read_shard(path, identity) for path, shard in found.items()}
     complete = [shard for shard in whole.values() if shard is not None]
     if len(complete) < len(whole):
@@ -266,6 +270,16 @@ def encode(
     encodings = Encodings(complete[1:], complete[0])
     _report(encodings, len(items))
     return encodings
+
+
+@contextmanager
+def _one_builder(folder: Path) -> Iterator[None]:
+    """Wait for another run that builds this cache, and let others wait."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that is read only may hold a complete cache
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder / ".lock", wait=True))
+        yield
 
 
 def cache_identity(pipe: Pipeline, dataset: Dataset, data: DataSettings) -> str:

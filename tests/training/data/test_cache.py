@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from seg4diff.backbones import find_backbone
 from seg4diff.data.examples import Example, read_example
@@ -20,6 +22,7 @@ from seg4diff.data.items import Item, Mask, UnusableItemError
 from seg4diff.data.registry import Dataset
 from seg4diff.data.settings import DataSettings
 from seg4diff.files import DamagedFileError
+from seg4diff.jobs import lock
 from seg4diff.training.data import cache
 from seg4diff.training.data.cache import CUT_OFF, encode
 from seg4diff.training.data.samples import HeldOutSamples, TrainingSamples, collate, positions, split
@@ -225,13 +228,35 @@ def test_an_interrupted_build_goes_on(pipe: Any, tmp_path: Path, monkeypatch: py
         patched.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="set data.cache to another folder"):
             encode(pipe, source.dataset, DATA, tmp_path, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".lock",
         "empty-prompt.safetensors",
         "shard-00000.safetensors",
-    ]
+    }
     source.loaded.clear()
     assert len(encode(pipe, source.dataset, DATA, tmp_path, progress=False)) == 4
     assert source.loaded == [2, 3]
+    encode(pipe, source.dataset, DATA, tmp_path / "whole", progress=False)
+    for path in tmp_path.glob("*.safetensors"):
+        resumed, whole = load_file(path), load_file(tmp_path / "whole" / path.name)
+        assert resumed.keys() == whole.keys()
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole.keys() - {cache._SEAL})
+
+
+def test_a_cache_that_another_run_builds_is_waited_for(pipe: Any, tmp_path: Path) -> None:
+    source = Examples([example(0)])
+    waiting = threading.Thread(target=encode, args=(pipe, source.dataset, DATA, tmp_path))
+    with lock(tmp_path / ".lock"):
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive()
+        assert source.loaded == []
+    waiting.join(timeout=60)
+    assert source.loaded == [0]
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()  # cannot be locked, as in a folder that is read only
+    assert len(encode(pipe, source.dataset, DATA, tmp_path, progress=False)) == 1
+    assert source.loaded == [0]
 
 
 def test_skips_are_counted_also_from_the_cache(
