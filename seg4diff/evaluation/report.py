@@ -64,7 +64,7 @@ class EvaluationReport:
 
 
 def write_report(report: EvaluationReport, out: Path) -> None:
-    """Write ``report.json`` and ``report.md``.
+    """Write `report.json` and `report.md`.
 
     Raises:
         OSError: they cannot be written.
