@@ -72,10 +72,10 @@ def write_captions(
         pending = job.pending(batches, {entry["name"] for entry in results_in(job.folder)})
         speak = _Captioner(model, prompt, max_tokens, device) if pending else None
         for batch in tqdm(pending, desc="captions", unit="batch", disable=None if progress else True):
-            images = _readable([wanted[name] for name in batch])
-            if images and speak is not None:
-                texts = speak(list(images.values()))
-                job.append({"name": n, "caption": text} for n, text in zip(images, texts, strict=True))
+            readable = _readable([wanted[name] for name in batch])
+            if readable and speak is not None:
+                texts = speak(list(readable.values()))
+                job.append({"name": n, "caption": text} for n, text in zip(readable, texts, strict=True))
         found = {entry["name"]: entry["caption"] for entry in results_in(job.folder)}
         text = json.dumps({**captions, **found, **captions}, indent=1, ensure_ascii=False)
         write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))

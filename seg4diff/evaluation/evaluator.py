@@ -18,9 +18,9 @@ from seg4diff.evaluation import BackgroundBy, ProtocolName
 from seg4diff.evaluation.protocols import Protocol, predict
 from seg4diff.evaluation.results import Result
 from seg4diff.kernels.types import MapRequest
-from seg4diff.metrics import IGNORED, boundary_counts, confusion_matrix, counts_of, matched_counts
+from seg4diff.metrics import IGNORED, Counts, boundary_counts, confusion_matrix, counts_of, matched_counts
 from seg4diff.segmentation.inputs import View, views_of
-from seg4diff.segmentation.maps import ImageMaps, run_maps
+from seg4diff.segmentation.maps import run_maps
 from seg4diff.segmentation.presets import find_preset
 
 _KEPT_PROMPTS = 128  # text embeddings kept; one of SD3 takes 1.3 MB in bfloat16
@@ -81,7 +81,7 @@ class Evaluator:
         self.preset = find_preset(settings.preset)
         self.settings = replace(settings, layers=state.layers_or_experts(settings.layers))
         span = state.backbone.name_span(pipe)
-        self.protocols = {
+        self.protocols: dict[str, Protocol] = {
             name: Protocol(
                 name,
                 dataset,
@@ -95,8 +95,10 @@ class Evaluator:
         self._classes = len(dataset.classes)
         # Names are read by the mean of the heads; regions of some presets are made of single heads.
         self._heads_apart = "unsupervised" in self.protocols and self.preset.grouping.heads == "each"
-        columns = ("text", slice(0, span.first + span.length))
-        self._maps = MapRequest(heads="each" if self._heads_apart else "mean", columns=columns)
+        self._maps = MapRequest(
+            heads="each" if self._heads_apart else "mean",
+            columns=("text", slice(0, span.first + span.length)),
+        )
         self._text: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings of recent prompts
 
     def results(self, group: Sequence[Loaded | Failure]) -> list[Result]:
@@ -143,7 +145,6 @@ class Evaluator:
             for by_name in questions
         ]
         self._encode(list(dict.fromkeys(text for texts in prompts for text in texts)))
-        found: ImageMaps
         for found in run_maps(
             self.pipe,
             [view for _, view, _ in seen],
@@ -159,7 +160,7 @@ class Evaluator:
             maps = dict(zip(prompts[found.index], found.maps, strict=True))
             means = {text: m.mean(dim=(0, 1) if self._heads_apart else 0) for text, m in maps.items()}
             size = (view.image.height, view.image.width)
-            predicted = {}
+            predicted: dict[str, Tensor] = {}
             for name, question in questions[found.index].items():
                 source = maps if name == "unsupervised" else means
                 of_prompts = [source[prompt.text] for prompt in question.prompts]
@@ -178,7 +179,7 @@ class Evaluator:
                 self._text[text] = {key: tensor[0] for key, tensor in arguments.items()}
             self._text.move_to_end(text)
 
-    def _count(self, protocol: str, predicted: Tensor, actual: Tensor) -> Any:
+    def _count(self, protocol: str, predicted: Tensor, actual: Tensor) -> Counts:
         if protocol == "unsupervised":
             disjoint = self.preset.match_disjoint
             return matched_counts(predicted, actual, self._classes, match_disjoint=disjoint)
