@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.data.prefetch import Failure, Loaded
 from seg4diff.data.registry import Dataset
 from seg4diff.evaluation import BackgroundBy, ProtocolName
@@ -66,7 +66,7 @@ class Evaluator:
         protocols: by name.
     """
 
-    def __init__(self, pipe: Any, dataset: Dataset, settings: EvaluationSettings) -> None:
+    def __init__(self, pipe: Pipeline, dataset: Dataset, settings: EvaluationSettings) -> None:
         """Check all that can be checked before the first image.
 
         Raises:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from seg4diff.backbones import Pipeline
 from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
 from seg4diff.files import write_atomically
 from seg4diff.metrics import Rates
@@ -112,7 +113,7 @@ def failures_line(failures: Mapping[str, str], total: int) -> str:
     return f"{len(failures)} of {total} images could not be evaluated and were excluded: {shown}{more}"
 
 
-def versions_of(pipe: Any) -> dict[str, str]:
+def versions_of(pipe: Pipeline) -> dict[str, str]:
     """Versions of Python and packages, and the device of `pipe`."""
     packages = ("seg4diff", "torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "pillow")
     found = {}

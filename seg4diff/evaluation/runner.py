@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.data.prefetch import Failure, Loaded, load_ahead
 from seg4diff.data.registry import Dataset
 from seg4diff.evaluation.evaluator import EvaluationSettings, Evaluator
