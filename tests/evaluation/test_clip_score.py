@@ -165,6 +165,7 @@ def test_names_of_t2i_compbench(tmp_path: Path) -> None:
         ({"seeds": (1, 1)}, "seeds"),
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
