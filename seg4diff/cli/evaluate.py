@@ -46,10 +46,11 @@ class Evaluate(DataOptions, ModelOptions):
     cityscapes19, imagenet-seg; folder: one of your own; scenes: those of the bundled model, and scenes-hard
     the same in bad light."""
     protocol: Annotated[
-        tuple[ProtocolName, ...], tyro.conf.arg(metavar="{oracle,full,unsupervised} [...]")
+        tuple[ProtocolName, ...], tyro.conf.arg(metavar="{oracle,full,presence,unsupervised} [...]")
     ] = ("oracle",)
-    """oracle: prompt the classes present in each image, as the paper does; full: all classes; unsupervised:
-    none. Several are answered in one pass."""
+    """oracle: prompt the classes present in each image, as the paper does; full: all classes; presence:
+    all classes, and those that are not found in an image are left out; unsupervised: none. Several are
+    answered in one run."""
     out: Path = Path("evaluate-output")
     """Folder for what is written."""
     preset: PresetName = "default"
@@ -165,7 +166,15 @@ def _print_table(console: Any, reports: Sequence[EvaluationReport]) -> None:
     from seg4diff.evaluation.published import PAPER_ROWS, PUBLISHED
 
     table = Table(caption=f"preset {reports[0].settings['preset']}")
-    for column in ("data set", "protocol", "images", "mIoU %", "pixel acc. %", f"paper ({PAPER_ROWS[0]})"):
+    for column in (
+        "data set",
+        "protocol",
+        "images",
+        "mIoU %",
+        "boundary IoU %",
+        "pixel acc. %",
+        f"paper ({PAPER_ROWS[0]})",
+    ):
         table.add_column(column, justify="left" if column in ("data set", "protocol") else "right")
     for report in reports:
         for protocol, rates in report.rates.items():
@@ -175,6 +184,7 @@ def _print_table(console: Any, reports: Sequence[EvaluationReport]) -> None:
                 protocol,
                 str(report.images),
                 f"{100 * rates.miou:.1f}",
+                "-" if rates.boundary_iou is None else f"{100 * rates.boundary_iou:.1f}",
                 f"{100 * rates.pixel_accuracy:.1f}",
                 "-" if published is None else f"{published:.1f}",
             )

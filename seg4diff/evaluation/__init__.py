@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-ProtocolName = Literal["oracle", "full", "unsupervised"]
+ProtocolName = Literal["oracle", "full", "presence", "unsupervised"]
 BackgroundBy = Literal["threshold", "prompt"]

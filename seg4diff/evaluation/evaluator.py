@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from seg4diff.attention.patch import patch_of
@@ -17,11 +18,12 @@ from seg4diff.data.registry import Dataset
 from seg4diff.evaluation import BackgroundBy, ProtocolName
 from seg4diff.evaluation.protocols import Protocol, predict
 from seg4diff.evaluation.results import Result
-from seg4diff.kernels.types import MapRequest
 from seg4diff.metrics import IGNORED, Counts, boundary_counts, confusion_matrix, counts_of, matched_counts
 from seg4diff.segmentation.inputs import View, views_of
-from seg4diff.segmentation.maps import run_maps
-from seg4diff.segmentation.presets import find_preset
+from seg4diff.segmentation.passes import recipe_of, run_scores
+from seg4diff.segmentation.presets import PresetName, find_preset
+from seg4diff.segmentation.prompts import PlannedPrompt
+from seg4diff.segmentation.regions import segment_unsupervised
 
 _KEPT_PROMPTS = 128  # text embeddings kept; one of SD3 takes 1.3 MB in bfloat16
 
@@ -42,7 +44,7 @@ class EvaluationSettings:
     """
 
     protocols: tuple[ProtocolName, ...] = ("oracle",)
-    preset: str = "paper"
+    preset: PresetName = "paper"
     layers: tuple[int, ...] | None = None
     seed: int = 0
     batch_size: int = 1
@@ -63,6 +65,7 @@ class Evaluator:
         pipe: the pipeline.
         settings: as given, with the layers that are read.
         preset: that of the settings.
+        recipe: what was measured of the model, for presets that use it.
         protocols: by name.
     """
 
@@ -93,12 +96,9 @@ class Evaluator:
             for name in settings.protocols
         }
         self._classes = len(dataset.classes)
-        # Names are read by the mean of the heads; regions of some presets are made of single heads.
-        self._heads_apart = "unsupervised" in self.protocols and self.preset.grouping.heads == "each"
-        self._maps = MapRequest(
-            heads="each" if self._heads_apart else "mean",
-            columns=("text", slice(0, span.first + span.length)),
-        )
+        self._given_layers = settings.layers
+        self._layers = state.layers_or_experts(settings.layers)
+        self.recipe = recipe_of(pipe, self.preset)
         self._text: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings of recent prompts
 
     def results(self, group: Sequence[Loaded | Failure]) -> list[Result]:
@@ -130,44 +130,64 @@ class Evaluator:
         return [(view, _seen_part(item.labels, view)) for item, view in zip(items, views, strict=True)]
 
     def _label_maps(self, items: Sequence[Loaded]) -> Iterator[tuple[Loaded, np.ndarray, dict[str, Tensor]]]:
-        """Labels and predictions of every image of which a pixel counts, in any order."""
+        """Labels and predictions of every image of which a pixel counts."""
         seen = [
             (item, view, labels)
             for item, (view, labels) in zip(items, self.views(items), strict=True)
             if (labels != IGNORED).any()
         ]
-        questions = [
-            {name: protocol.question(labels, item.prompts) for name, protocol in self.protocols.items()}
-            for item, _, labels in seen
-        ]
-        prompts = [
-            list(dict.fromkeys(p.text for question in by_name.values() for p in question.prompts))
-            for by_name in questions
-        ]
-        self._encode(list(dict.fromkeys(text for texts in prompts for text in texts)))
-        for found in run_maps(
+        predicted: list[dict[str, Tensor]] = [{} for _ in seen]
+        scores: dict[
+            tuple[int, tuple[PlannedPrompt, ...]], Tensor
+        ] = {}  # protocols can have prompts in common
+        for name, protocol in self.protocols.items():
+            views = [view for _, view, _ in seen]
+            if name == "unsupervised":
+                for index, regions in enumerate(self._regions([item.image for item, _, _ in seen])):
+                    predicted[index][name] = regions
+                continue
+            questions = [protocol.question(labels, item.prompts) for item, _, labels in seen]
+            keys = [(index, question.prompts) for index, question in enumerate(questions)]
+            scores |= self._scores(views, [key for key in keys if key[1] and key not in scores])
+            for key, question, view in zip(keys, questions, views, strict=True):
+                predicted[key[0]][name] = predict(question, scores.get(key), view, self.preset, self.recipe)
+        for (item, _, labels), by_protocol in zip(seen, predicted, strict=True):
+            yield item, labels, by_protocol
+        while len(self._text) > _KEPT_PROMPTS:
+            self._text.popitem(last=False)
+
+    def _scores(
+        self, views: Sequence[View], keys: Sequence[tuple[int, tuple[PlannedPrompt, ...]]]
+    ) -> dict[tuple[int, tuple[PlannedPrompt, ...]], Tensor]:
+        """Scores [names, h, w] of images, given by position, under their prompts."""
+        self._encode([prompt.text for _, prompts in keys for prompt in prompts])
+        found = run_scores(
             self.pipe,
-            [view for _, view, _ in seen],
-            prompts,
-            layers=self.settings.layers,
-            maps=self._maps,
+            [views[index] for index, _ in keys],
+            [prompts for _, prompts in keys],
+            self.preset,
+            layers=self._layers,
             seed=self.settings.seed,
             batch_size=self.settings.batch_size,
             progress=False,
             known_text=self._text,
+        )
+        return {keys[scores.index]: scores.scores for scores in found}
+
+    def _regions(self, images: list[Image.Image]) -> Iterator[Tensor]:
+        """The regions of each image, uint8 [height, width]."""
+        if not images:
+            return
+        for found in segment_unsupervised(
+            self.pipe,
+            images,
+            preset=self.settings.preset,
+            layers=self._given_layers,
+            seed=self.settings.seed,
+            batch_size=self.settings.batch_size,
+            progress=False,
         ):
-            item, view, labels = seen[found.index]
-            maps = dict(zip(prompts[found.index], found.maps, strict=True))
-            means = {text: m.mean(dim=(0, 1) if self._heads_apart else 0) for text, m in maps.items()}
-            size = (view.image.height, view.image.width)
-            predicted: dict[str, Tensor] = {}
-            for name, question in questions[found.index].items():
-                source = maps if name == "unsupervised" else means
-                of_prompts = [source[prompt.text] for prompt in question.prompts]
-                predicted[name] = predict(question, of_prompts, found.grid, size, self.preset)
-            yield item, labels, predicted
-        while len(self._text) > _KEPT_PROMPTS:
-            self._text.popitem(last=False)
+            yield found.labels.clamp(max=IGNORED - 1).to(torch.uint8)
 
     def _encode(self, texts: Sequence[str]) -> None:
         """Embed prompts that are not known, one by one so that results do not depend on the batch."""

@@ -2,12 +2,12 @@
 
 `oracle` (the paper's): only the classes that are present in the image. `full`: every class of the data set,
 in as many prompts as the tokenizer needs. `unsupervised`: no names; regions are matched with classes
-afterwards. All three read the same noisy latent, so an image is encoded once for all of them.
+afterwards. `presence`: as `full`, and classes that are not found in the image are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seg4diff.backbones.base import Recipe
 from seg4diff.backbones.text import TextSpan
 from seg4diff.data.registry import Dataset
 from seg4diff.evaluation import BackgroundBy, ProtocolName
 from seg4diff.metrics import IGNORED
-from seg4diff.segmentation.grouping import find_regions
-from seg4diff.segmentation.presets import Preset, Upsample
+from seg4diff.segmentation.inputs import View
+from seg4diff.segmentation.presence import presence_of, threshold_for
+from seg4diff.segmentation.presets import Preset
 from seg4diff.segmentation.prompts import PlannedPrompt, plan_prompts
-from seg4diff.segmentation.scores import resize_scores, scores_of_names
+from seg4diff.segmentation.scores import best_of
 
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
-
-_CLASSES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Protocol:
         self._by_threshold = dataset.background is not None and background == "threshold"
         self._threshold = threshold
         self._questions: dict[tuple[Any, ...], Question] = {}
-        if name == "full" and not dataset.common_vocabulary:
+        if name in ("full", "presence") and not dataset.common_vocabulary:
             raise ValueError(
-                f"data set {dataset.name!r} has no vocabulary common to its images; use a protocol other "
-                "than full"
+                f"data set {dataset.name!r} has no vocabulary common to its images; use the protocol "
+                "oracle or unsupervised"
             )
         if name != "unsupervised":
             self._question(tuple(range(len(dataset.classes))), {})
@@ -117,7 +117,7 @@ class Protocol:
         if self.name == "unsupervised":
             return Question(self.name, (), (), (PlannedPrompt("", ()),))
         classes = len(self._dataset.classes)
-        if self.name == "full":
+        if self.name in ("full", "presence"):
             return self._question(tuple(range(classes)), prompts or {})
         present = [int(value) for value in np.unique(labels) if value != IGNORED]
         if self._keeps_stray_name and (labels == IGNORED).any():
@@ -152,58 +152,38 @@ class Protocol:
         return self._questions[key]
 
 
-def predict(
-    question: Question,
-    maps: Sequence[Tensor],
-    grid: tuple[int, int],
-    size: tuple[int, int],
-    preset: Preset,
-) -> Tensor:
+def predict(question: Question, scores: Tensor | None, view: View, preset: Preset, recipe: Recipe) -> Tensor:
     """The label map of an image.
 
     Args:
         question: what was prompted.
-        maps: for each of its prompts the attention [N, T']; without names by layer [L, N, T'], or by layer
-            and head [L, H, N, T'], if that is what the preset groups.
-        grid: height h and width w of the image tokens, N = h * w.
-        size: height and width of the image.
-        preset: how scores are resized, and how regions are grouped without names.
+        scores: of its names at the image tokens, [names, h, w]; None where nothing was prompted.
+        view: the image.
+        preset: how scores are resized.
+        recipe: what was measured of the model.
 
     Returns:
-        uint8 [height, width] on the CPU: positions in the data set's classes, or numbers of regions.
+        uint8 [height, width] on the CPU: positions in the data set's classes.
     """
-    if question.protocol == "unsupervised":
-        regions = find_regions(maps[0], grid=grid, grouping=preset.grouping)[:IGNORED]
-        _, winner = _winners(regions, size, "linear")
-        return winner.to("cpu", torch.uint8)
-    if not question.labels:  # nothing but background
+    size = (view.image.height, view.image.width)
+    if scores is None:  # nothing but background
         fill = IGNORED if question.background is None else question.background
         return torch.full(size, fill, dtype=torch.uint8)
-    scores, winner = _winners(class_scores(question, maps, grid), size, preset.upsample or "geometric")
-    labels = torch.tensor(question.labels, dtype=torch.uint8, device=winner.device)[winner]
+    by_class = class_scores(question, scores)
+    labels = torch.tensor(question.labels, dtype=torch.uint8, device=scores.device)
+    if question.protocol == "presence" and len(labels) > 1:
+        presence = presence_of(by_class, recipe)
+        kept = presence >= threshold_for(None, recipe)
+        kept |= ~kept.any() & (presence == presence.max())  # the likeliest name, if none is left
+        by_class, labels = by_class[kept], labels[kept]
+    best, winner = best_of(by_class, size, preset.upsample or recipe.upsample, view.image)
+    found = labels[winner]
     if question.threshold is not None and question.background is not None:
-        labels[scores < question.threshold * scores.max()] = question.background
-    return labels.cpu()
+        found[best < question.threshold * best.max()] = question.background
+    return found.cpu()
 
 
-def class_scores(question: Question, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-    """Scores [classes prompted, h, w]: mean over the tokens of a name, maximum over the names of a class."""
-    by_name = scores_of_names(maps, question.prompts, grid).float()
-    parts = by_name.split([len(several) for several in question.names])
+def class_scores(question: Question, scores: Tensor) -> Tensor:
+    """Scores of classes [classes prompted, h, w]: the maximum over the names of each class."""
+    parts = scores.split([len(several) for several in question.names])
     return torch.stack([part.amax(dim=0) for part in parts])
-
-
-def _winners(scores: Tensor, size: tuple[int, int], upsample: Upsample) -> tuple[Tensor, Tensor]:
-    """Largest score and its position for every pixel [height, width], from scores [classes, h, w].
-
-    Scores are resized in chunks of 16 classes to bound memory. The first of equal scores wins.
-    """
-    best = torch.full(size, -torch.inf, device=scores.device)
-    winner = torch.zeros(size, dtype=torch.int64, device=scores.device)
-    for first in range(0, len(scores), _CLASSES_AT_ONCE):
-        part = scores[first : first + _CLASSES_AT_ONCE]
-        values, positions = resize_scores(part, size, upsample).max(dim=0)
-        better = values > best
-        best = torch.where(better, values, best)
-        winner = torch.where(better, positions + first, winner)
-    return best, winner

@@ -21,6 +21,7 @@ from seg4diff.metrics import Rates
 _DESCRIPTIONS = {
     "oracle": "only the classes present in each image are prompted, as in the paper's table 1",
     "full": "every class of the data set is prompted for every image; the paper publishes no such figure",
+    "presence": "every class is prompted, and those that are not found in an image are left out",
     "unsupervised": "regions without names, matched to each image's classes, as in the paper's table 2",
 }
 _NAMED = 10  # failures that a table names

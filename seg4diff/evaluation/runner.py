@@ -191,6 +191,7 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
     return {
         **asdict(evaluator.settings),
         "preset_details": asdict(evaluator.preset),
+        "recipe": asdict(evaluator.recipe),
         "noise": {"steps": steps, "level": level},
         "dataset": dataset.name,
         "source": dataset.source,

@@ -9,14 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from seg4diff.backbones.base import Recipe
 from seg4diff.backbones.text import TextSpan
 from seg4diff.data.registry import Dataset, class_names
 from seg4diff.evaluation.protocols import PROTOCOLS, Protocol, class_scores, predict
+from seg4diff.segmentation.inputs import View
 from seg4diff.segmentation.presets import find_preset
 from tests.support import tiny
 
 PAPER = find_preset("paper")
+RECIPE = Recipe()
+
+
+def view(height: int, width: int) -> View:
+    image = Image.new("RGB", (width, height))
+    return View(image, image)
 
 
 def span() -> TextSpan:
@@ -79,25 +88,36 @@ def test_scores_of_a_class_are_the_largest_of_its_names() -> None:
     names = dataset(("sofa", "animal"), prompts=(("sofa",), ("cat", "dog")))
     question = Protocol("full", names, PAPER, span()).question(np.zeros((1, 1), np.uint8))
     assert question.prompts[0].text == "sofa cat dog"
-    attention = torch.zeros(4, 77)  # four image tokens
-    attention[:, 1] = torch.tensor([0.4, 0.4, 0.4, 0.4])
-    attention[:, 2] = torch.tensor([0.9, 0.1, 0.1, 0.2])
-    attention[:, 3] = torch.tensor([0.1, 0.8, 0.1, 0.3])
-    scores = class_scores(question, [attention], (2, 2))
-    assert torch.allclose(scores, torch.tensor([[[0.4, 0.4], [0.4, 0.4]], [[0.9, 0.8], [0.1, 0.3]]]))
-    assert predict(question, [attention], (2, 2), (2, 2), PAPER).tolist() == [[1, 1], [0, 0]]
+    scores = torch.tensor([[0.4, 0.4, 0.4, 0.4], [0.9, 0.1, 0.1, 0.2], [0.1, 0.8, 0.1, 0.3]]).view(3, 2, 2)
+    by_class = class_scores(question, scores)
+    assert torch.allclose(by_class, torch.tensor([[[0.4, 0.4], [0.4, 0.4]], [[0.9, 0.8], [0.1, 0.3]]]))
+    assert predict(question, scores, view(2, 2), PAPER, RECIPE).tolist() == [[1, 1], [0, 0]]
+
+
+def test_presence_leaves_out_classes_that_win_no_block() -> None:
+    """The dog wins a single token, and pixels under `full` alone; if no class wins, the likeliest does."""
+    names = dataset(("cat", "sofa", "dog"))
+    scores = torch.full((3, 6, 6), 0.1)
+    scores[0, :, :3] = scores[1, :, 3:] = 0.5
+    scores[2, 2, 1] = 0.9
+    kept = {}
+    for name in ("full", "presence"):
+        question = Protocol(name, names, PAPER, span()).question(np.zeros((1, 1), np.uint8))
+        kept[name] = predict(question, scores, view(6, 6), PAPER, RECIPE)
+    assert kept["full"].unique().tolist() == [0, 1, 2]
+    assert kept["presence"].tolist() == [[0, 0, 0, 1, 1, 1]] * 6
+    striped = (torch.arange(36).view(6, 6) % 2).float() * 0.1
+    nobody = torch.stack([0.51 + striped, 0.6 - striped, torch.full((6, 6), 0.01)])
+    assert predict(question, nobody, view(6, 6), PAPER, RECIPE).unique().tolist() == [0]
 
 
 def test_the_label_map_is_that_of_resized_scores() -> None:
-    """Classes are resized some at a time; the result is that of all at once, also beyond one portion."""
+    """Positions of classes, not of names, in the order of the data set."""
     classes = tuple(f"{a}{b}" for a in "abcdef" for b in "ghijkl")
     question = Protocol("full", dataset(classes), PAPER, span()).question(np.zeros((1, 1), np.uint8))
-    attention = [
-        torch.rand(12, 77, generator=torch.Generator().manual_seed(i)) for i in range(len(question.prompts))
-    ]
-    scores = class_scores(question, attention, (3, 4))
+    scores = torch.rand(36, 3, 4, generator=torch.Generator().manual_seed(0))
     resized = torch.nn.functional.interpolate(scores[None], size=(31, 17), mode="bilinear")[0]
-    found = predict(question, attention, (3, 4), (31, 17), PAPER)
+    found = predict(question, scores, view(31, 17), PAPER, RECIPE)
     assert found.dtype == torch.uint8
     assert torch.equal(found.long(), resized.argmax(dim=0))
     assert len(found.unique()) > 16
@@ -111,10 +131,8 @@ def test_background_where_no_name_reaches() -> None:
     )
     assert question.labels == (1, 2)
     assert question.prompts[0].text == "cat dog"
-    attention = torch.zeros(3, 77)
-    attention[:, 1] = torch.tensor([0.2, 0.8, 0.1])
-    attention[:, 2] = torch.tensor([0.3, 0.1, 0.5])  # 0.3 is below half of 0.8, 0.5 is not
-    assert predict(question, [attention], (1, 3), (1, 3), PAPER).tolist() == [[0, 1, 2]]
+    scores = torch.tensor([[[0.2, 0.8, 0.1]], [[0.3, 0.1, 0.5]]])  # 0.3 is below half of 0.8, 0.5 is not
+    assert predict(question, scores, view(1, 3), PAPER, RECIPE).tolist() == [[0, 1, 2]]
     by_prompt = Protocol("oracle", names, PAPER, span(), background="prompt").question(labels)
     assert by_prompt.labels == (0, 1, 2)
     assert by_prompt.prompts[0].text == "background cat dog"
@@ -125,7 +143,7 @@ def test_a_picture_of_nothing_but_background() -> None:
     protocol = Protocol("oracle", names, PAPER, span(), background="threshold")
     question = protocol.question(np.array([[0, 0], [0, 255]], np.uint8))
     assert question.prompts == ()
-    assert predict(question, [], (0, 0), (2, 2), PAPER).tolist() == [[0, 0], [0, 0]]
+    assert predict(question, None, view(2, 2), PAPER, RECIPE).tolist() == [[0, 0], [0, 0]]
 
 
 def test_the_stray_name_of_the_public_code() -> None:

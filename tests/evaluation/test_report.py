@@ -13,7 +13,6 @@ import torch
 
 import seg4diff
 from seg4diff.data.registry import open_dataset
-from seg4diff.evaluation import evaluator
 from seg4diff.evaluation.contact_sheet import choose, write_contact_sheet
 from seg4diff.evaluation.evaluator import EvaluationSettings, Evaluator
 from seg4diff.evaluation.report import EvaluationReport, markdown, write_report
@@ -22,7 +21,7 @@ from seg4diff.evaluation.runner import evaluate
 from seg4diff.metrics import Counts, Rates
 from tests.support import miniature, tiny
 from tests.support.images import size_of
-from tests.support.painted import CLASSES, LABELS, PerfectMaps
+from tests.support.painted import CLASSES, LABELS, PerfectMaps, use_maps
 
 RATES = Rates(0.8765, 0.7, 0.9, 0.85, 0.5, (0.8, math.nan))
 REPORT = EvaluationReport(
@@ -130,7 +129,7 @@ def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_dataset("folder", tmp_path / "data")
     pipe: Any = seg4diff.patch(tiny.pipeline())
     settings = EvaluationSettings(("oracle", "full"), preset="paper", layers=(1,))
-    monkeypatch.setattr(evaluator, "run_maps", PerfectMaps())
+    use_maps(monkeypatch, PerfectMaps())
     evaluate(pipe, dataset, tmp_path / "out", settings, progress=False)
     path = write_contact_sheet(Evaluator(pipe, dataset, settings), dataset, tmp_path / "out")
     assert path == tmp_path / "out" / "contact-sheet.png"

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from seg4diff.backbones import find_backbone
+from seg4diff.segmentation import passes, regions
 from seg4diff.segmentation.inputs import View
 from seg4diff.segmentation.maps import ImageMaps
 
@@ -33,8 +35,8 @@ class PerfectMaps:
         self, pipe: Any, views: Sequence[View], prompts: Sequence[Sequence[str]], **options: Any
     ) -> Iterator[ImageMaps]:
         span = find_backbone(pipe).name_span(pipe)
-        known = options["known_text"]
-        assert all(prompt in known for several in prompts for prompt in several), (
+        known = options.get("known_text")
+        assert known is None or all(prompt in known for several in prompts for prompt in several), (
             "text must be embedded before"
         )
         self.prompts += [list(several) for several in prompts]
@@ -55,9 +57,14 @@ class PerfectMaps:
                     if start >= 0:
                         for column in span.columns(prompt, start, start + len(name)):
                             columns[column, where] = 1.0
-                alone = columns.T[None].contiguous()  # of one layer
-                maps.append(alone[None] if options["maps"].heads == "each" else alone)
+                maps.append(columns.T[None].contiguous())  # of one layer
             yield ImageMaps(index, tuple(maps), seen.shape, 8, 500.0)
+
+
+def use_maps(monkeypatch: pytest.MonkeyPatch, maps: PerfectMaps) -> None:
+    """Let segmentation read these maps."""
+    for module in (passes, regions):
+        monkeypatch.setattr(module, "run_maps", maps)
 
 
 LABELS = {
