@@ -78,6 +78,18 @@ def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(inputs.query.new_empty((0,) if t is None else tuple(t.shape)) for t in inputs.tensors())
 
 
+def backward_arguments(*args: Any) -> tuple[tuple[Any, ...], Tensor | None]:
+    """The arguments of a backend's backward, and the log-sum-exp's gradient, from those of the operator."""
+    d_joint, d_maps, d_lse, *tensors = args[:11]
+    joint, lse, *options = args[11:]
+    inputs, request = Inputs(*tensors), Request(*options)
+    tokens = inputs.query.shape[1]
+    d_image, d_text = (None, None) if d_joint is None else request.split(d_joint, tokens)
+    if inputs.text_query is None:
+        d_text = None
+    return (d_image, d_text, d_maps, inputs, *request.split(joint, tokens), lse, request), d_lse
+
+
 def register(
     name: str, forward: Forward, backward: Backward, mass: AttentionMass, value_norm: ValueNorm
 ) -> Attend:
@@ -90,15 +102,8 @@ def register(
             return forward(Inputs(*args[:8]), Request(*args[8:]))
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
-        d_joint, d_maps, d_lse, *tensors = args[:11]
-        joint, lse, *options = args[11:]
-        inputs, request = Inputs(*tensors), Request(*options)
-        tokens = inputs.query.shape[1]
-        d_image, d_text = (None, None) if d_joint is None else request.split(d_joint, tokens)
-        if inputs.text_query is None:
-            d_text = None
-        given = (d_image, d_text, d_maps, inputs, *request.split(joint, tokens), lse, request)
-        with torch.autocast(lse.device.type, enabled=False):
+        given, d_lse = backward_arguments(*args)
+        with torch.autocast(args[3].device.type, enabled=False):
             return backward(*given) if d_lse is None else backward(*given, d_lse=d_lse)
 
     def run_mass(*args: Any) -> tuple[Tensor, Tensor]:

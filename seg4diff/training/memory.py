@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from seg4diff.backbones import Backbone, families, find_backbone
 from seg4diff.kernels.api import backend as kernel_backend
 from seg4diff.kernels.aten import backward, forward
+from seg4diff.kernels.operators import backward_arguments
 from seg4diff.kernels.types import Inputs, Request
 from seg4diff.lora.adapters import add_adapters
 from seg4diff.training.objective.magnet import Batch, Magnet, mask_layers
@@ -242,7 +243,7 @@ class _Tracker(TorchDispatchMode):
         ours = name.startswith("seg4diff::")
         if self._counts_workspace and name.startswith("seg4diff::aten_"):
             with self.labelled("attention"), self:
-                return _run_aten(name, dict(zip((a.name for a in func._schema.arguments), args, strict=True)))
+                return _run_aten(name, args)
         result = func(*args, **(kwargs or {}))
         tensors = tree_leaves(result)
         returns = [returned.name for returned in func._schema.returns] if ours else [""] * len(tensors)
@@ -284,16 +285,12 @@ class _Tracker(TorchDispatchMode):
         self.live[part] -= size
 
 
-def _run_aten(name: str, arguments: Mapping[str, Any]) -> Any:
+def _run_aten(name: str, args: Sequence[Any]) -> Any:
     """The function behind an operator of the aten backend, whose workspace is then seen."""
-
-    def part(cls: type) -> Any:
-        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
-
     if name.endswith("forward"):
-        return forward.forward(part(Inputs), part(Request))
-    others = {of: arguments[of] for of in ("d_image", "d_text", "d_maps", "image", "text", "lse")}
-    return backward.backward(inputs=part(Inputs), request=part(Request), **others)
+        return forward.forward(Inputs(*args[:8]), Request(*args[8:]))
+    given, d_lse = backward_arguments(*args)
+    return backward.backward(*given, d_lse)
 
 
 class _Observed(Magnet):

@@ -39,7 +39,7 @@ def test_each_picture_is_asked_for_its_own_object(tmp_path: Path) -> None:
         protocol = Protocol("oracle", dataset, find_preset("paper"), span, background=background)  # type: ignore[arg-type]
         questions = [protocol.question(item.labels(), item.prompts) for item in dataset.items]
         assert [question.prompts[0].text for question in questions] == prompts
-    with pytest.raises(ValueError, match="no vocabulary common to its pictures"):
+    with pytest.raises(ValueError, match="no vocabulary common to its images"):
         Protocol("full", dataset, find_preset("paper"), span)
 
 
