@@ -78,8 +78,8 @@ def empty_gradients(inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(inputs.query.new_empty((0,) if t is None else tuple(t.shape)) for t in inputs.tensors())
 
 
-def backward_arguments(*args: Any) -> tuple[tuple[Any, ...], Tensor | None]:
-    """The arguments of a backend's backward, and the log-sum-exp's gradient, from those of the operator."""
+def backward_arguments(*args: Any) -> tuple[Any, ...]:
+    """The arguments of a backend's backward from those of the operator."""
     d_joint, d_maps, d_lse, *tensors = args[:11]
     joint, lse, *options = args[11:]
     inputs, request = Inputs(*tensors), Request(*options)
@@ -87,7 +87,7 @@ def backward_arguments(*args: Any) -> tuple[tuple[Any, ...], Tensor | None]:
     d_image, d_text = (None, None) if d_joint is None else request.split(d_joint, tokens)
     if inputs.text_query is None:
         d_text = None
-    return (d_image, d_text, d_maps, inputs, *request.split(joint, tokens), lse, request), d_lse
+    return (d_image, d_text, d_maps, inputs, *request.split(joint, tokens), lse, request, d_lse)
 
 
 def register(
@@ -102,9 +102,8 @@ def register(
             return forward(Inputs(*args[:8]), Request(*args[8:]))
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
-        given, d_lse = backward_arguments(*args)
         with torch.autocast(args[3].device.type, enabled=False):
-            return backward(*given) if d_lse is None else backward(*given, d_lse=d_lse)
+            return backward(*backward_arguments(*args))
 
     def run_mass(*args: Any) -> tuple[Tensor, Tensor]:
         *others, text_bias = args

@@ -289,8 +289,7 @@ def _run_aten(name: str, args: Sequence[Any]) -> Any:
     """The function behind an operator of the aten backend, whose workspace is then seen."""
     if name.endswith("forward"):
         return forward.forward(Inputs(*args[:8]), Request(*args[8:]))
-    given, d_lse = backward_arguments(*args)
-    return backward.backward(*given, d_lse)
+    return backward.backward(*backward_arguments(*args))
 
 
 class _Observed(Magnet):
