@@ -29,8 +29,8 @@ from seg4diff.demo.scenes import Conditions
 from seg4diff.kernels.types import MapRequest
 from seg4diff.loading import load_pipeline
 from seg4diff.metrics import Counts, matched_counts
-from seg4diff.segmentation.inputs import views_of
-from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.inputs import Noising, views_of
+from seg4diff.segmentation.maps import Reading, run_maps
 from seg4diff.segmentation.presets import find_preset
 
 
@@ -50,8 +50,9 @@ def outputs_and_latents(pipe: Any, images: list[Any], layers: range) -> tuple[li
     """Of the empty prompt, attention outputs of `layers` side by side [N, C], and clean latents."""
     views = views_of(pipe, images, find_preset("default").fit)
     found = run_maps(
-        pipe, views, [[""]] * len(views), layers=layers[0], maps=MapRequest(columns=("text", slice(0, 1))),
-        output_layers=layers, batch_size=8, progress=False,
+        pipe, views, [[""]] * len(views),
+        Reading(MapRequest(columns=("text", slice(0, 1))), layers[0], layers),
+        Noising(batch_size=8), progress=False,
     )  # fmt: skip
     outputs = {one.index: one.outputs[0].transpose(0, 1).flatten(1) for one in found if one.outputs}
     pixels = pipe.image_processor.preprocess([view.pixels for view in views])

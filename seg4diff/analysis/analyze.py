@@ -24,7 +24,7 @@ from seg4diff.attention.requests import LayerRequest, LayerResult, Projections
 from seg4diff.backbones import Pipeline
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import AttentionStatistics
-from seg4diff.segmentation.inputs import check_levels, model_inputs, views_of
+from seg4diff.segmentation.inputs import Noising, check_levels, model_inputs, views_of
 from seg4diff.segmentation.maps import progress_bar
 from seg4diff.segmentation.presets import find_preset
 
@@ -98,17 +98,15 @@ def analyze(
             if texts is None:
                 raise ValueError("neither prompts nor images are given; give at least one of them")
             _measure_prompts(
-                pipe, measurement, texts,
-                noise_levels=noise_levels, steps=steps, guidance_scale=guidance_scale, seed=seed,
-                batch_size=batch_size, progress=progress, call=call,
+                pipe, measurement, texts, noise_levels, seed=seed, batch_size=batch_size, progress=progress,
+                call={"num_inference_steps": steps, "guidance_scale": guidance_scale, **call},
             )  # fmt: skip
         else:
             if call:
                 raise ValueError(f"{', '.join(map(repr, call))}: only for drawing, but images are given")
             _measure_images(
-                pipe, measurement, images, texts,
-                noise_levels=noise_levels, steps=steps, preset=preset, seed=seed, batch_size=batch_size,
-                progress=progress,
+                pipe, measurement, images, texts, noise_levels,
+                Noising(noise_levels, steps, seed, batch_size=batch_size), preset=preset, progress=progress,
             )  # fmt: skip
     return measurement.report(
         noise_levels,
@@ -129,16 +127,15 @@ def _measure_prompts(
     pipe: Pipeline,
     measurement: _Measurement,
     texts: list[str],
-    *,
     noise_levels: Sequence[int],
-    steps: int,
-    guidance_scale: float,
+    *,
     seed: int,
     batch_size: int,
     progress: bool | None,
     call: dict[str, Any],
 ) -> None:
     """Generate images from the prompts and measure the steps at `noise_levels`."""
+    steps = call["num_inference_steps"]
     measurement.steps = {steps - level: position for position, level in enumerate(noise_levels)}
     call = {**measurement.call_defaults, **call}
     with progress_bar(pipe, len(texts), progress) as bar:
@@ -148,8 +145,6 @@ def _measure_prompts(
             with _without_bar(pipe):
                 made = pipe(
                     batch,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
                     generator=generators,
                     **{"output_type": "latent", **call},
                 )
@@ -163,12 +158,10 @@ def _measure_images(
     measurement: _Measurement,
     images: ImageInput | Sequence[ImageInput],
     texts: list[str] | None,
-    *,
     noise_levels: Sequence[int],
-    steps: int,
+    noising: Noising,
+    *,
     preset: str,
-    seed: int,
-    batch_size: int,
     progress: bool | None,
 ) -> None:
     """Noise the images to every level and measure one forward each."""
@@ -182,15 +175,7 @@ def _measure_images(
     views = views_of(pipe, given, fit)
     try:
         with progress_bar(pipe, len(given) * len(noise_levels), progress) as bar:
-            for inputs in model_inputs(
-                pipe,
-                views,
-                [[prompt] for prompt in prompts],
-                steps=steps,
-                noise_levels=noise_levels,
-                seed=seed,
-                batch_size=batch_size,
-            ):
+            for inputs in model_inputs(pipe, views, [[prompt] for prompt in prompts], noising):
                 level = noise_levels.index(inputs.noise_level)
                 measurement.expect(level, inputs.prompts, first_image=inputs.images[0] == 0)
                 pipe.transformer(**inputs.arguments)

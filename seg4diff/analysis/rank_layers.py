@@ -21,9 +21,9 @@ from seg4diff.files import write_atomically
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.metrics import confusion_matrix, counts_of
-from seg4diff.segmentation.inputs import View, check_levels, views_of
+from seg4diff.segmentation.inputs import Noising, View, check_levels, views_of
 from seg4diff.segmentation.layers import information_of_layers
-from seg4diff.segmentation.maps import ImageMaps, run_maps
+from seg4diff.segmentation.maps import ImageMaps, Reading, run_maps
 from seg4diff.segmentation.presets import Upsample, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt, plan_prompts
 from seg4diff.segmentation.scores import resize_scores, scores_of_names
@@ -179,8 +179,8 @@ def rank_layers(
     timesteps = [float("nan")] * len(noise_levels)
     for found in run_maps(
         pipe, views, [[prompt.text for prompt in plan] for plan in plans],
-        layers=chosen, maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
-        noise_levels=noise_levels, steps=steps, seed=seed, batch_size=batch_size, progress=progress,
+        Reading(MapRequest(columns=("text", slice(0, span.first + span.length))), chosen),
+        Noising(noise_levels, steps, seed, batch_size=batch_size), progress=progress,
     ):  # fmt: skip
         level = noise_levels.index(found.noise_level)
         timesteps[level] = found.timestep

@@ -19,7 +19,7 @@ from seg4diff.evaluation import BackgroundBy, ProtocolName
 from seg4diff.evaluation.protocols import Protocol, predict
 from seg4diff.evaluation.results import Result
 from seg4diff.metrics import IGNORED, Counts, boundary_counts, confusion_matrix, counts_of, matched_counts
-from seg4diff.segmentation.inputs import View, views_of
+from seg4diff.segmentation.inputs import Noising, View, views_of
 from seg4diff.segmentation.passes import recipe_of, run_scores
 from seg4diff.segmentation.presets import PresetName, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt
@@ -166,9 +166,8 @@ class Evaluator:
             [views[index] for index, _ in keys],
             [prompts for _, prompts in keys],
             self.preset,
-            layers=self._layers,
-            seed=self.settings.seed,
-            batch_size=self.settings.batch_size,
+            self._layers,
+            Noising(seed=self.settings.seed, batch_size=self.settings.batch_size),
             progress=False,
             known_text=self._text,
         )

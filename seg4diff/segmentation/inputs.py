@@ -32,6 +32,49 @@ class View:
     pixels: Image.Image
 
 
+@dataclass(frozen=True)
+class Noising:
+    """How images are noised, and how many run together.
+
+    Attributes:
+        levels: steps that are left of the noise schedule, 1 to `steps`; that of the model family when None.
+        steps: length of the noise schedule; that of the model family when None.
+        seed: every image's noise is drawn from a generator of this seed (0 when None), or of its own where
+            each image has one, so that a result does not depend on the rest of the list.
+        generator: draws the noise of one image after the other instead.
+        batch_size: number of images of equal size, and of (image, prompt) pairs, that run together.
+
+    Raises:
+        ValueError: `seed` and `generator` are both given, or `batch_size` is not a positive integer.
+    """
+
+    levels: Sequence[int] | None = None
+    steps: int | None = None
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size!r} must be a positive integer")
+        if self.seed is not None and self.generator is not None:
+            raise ValueError("seed and generator are both given; give one")
+
+    def seeds(self, images: int) -> list[int]:
+        """The seed of each of `images` images."""
+        if isinstance(self.seed, Sequence):
+            return list(self.seed)
+        return [0 if self.seed is None else self.seed] * images
+
+    def schedule(self, backbone: Backbone) -> tuple[int, Sequence[int]]:
+        """Steps and levels, those of the model family where none are given."""
+        steps, level = backbone.noise
+        return (
+            steps if self.steps is None else self.steps,
+            (level,) if self.levels is None else self.levels,
+        )
+
+
 def fit_image(image: Image.Image, fit: Fit, *, native: int, multiple: int, largest: int) -> View:
     """Fit an RGB image to a model.
 
@@ -106,12 +149,8 @@ def model_inputs(
     pipe: Pipeline,
     views: Sequence[View],
     prompts: Sequence[Sequence[str]],
+    noising: Noising,
     *,
-    steps: int,
-    noise_levels: Sequence[int],
-    seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
-    batch_size: int = 1,
     known_text: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Iterator[ModelInputs]:
     """Noisy latents and encoded prompts of images, in batches of one size.
@@ -123,32 +162,21 @@ def model_inputs(
         pipe: a pipeline.
         views: the images.
         prompts: for each image its prompts, at least one.
-        steps: length of the noise schedule.
-        noise_levels: steps that are left of the schedule, 1 to `steps`.
-        seed: every image's noise is drawn from a generator of this seed (0 when None), or of its own where
-            each image has one, so that a result does not depend on the rest of the list.
-        generator: draws the noise of one image after the other instead.
-        batch_size: images of equal size, and (image, prompt) pairs, that run together.
+        noising: see `Noising`.
         known_text: prompts that need no encoding: for each the result of `Backbone.encode_text`, without the
             batch axis.
-
-    Raises:
-        ValueError: seed and generator are both given, or the batch size is not positive.
     """
     state = patch_of(pipe)
     backbone = state.backbone
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator are both given; give one")
-    seeds = list(seed) if isinstance(seed, Sequence) else [0 if seed is None else seed] * len(views)
+    steps, levels = noising.schedule(backbone)
+    batch_size, seeds = noising.batch_size, noising.seeds(len(views))
     text = _encode(backbone, pipe, prompts, batch_size, {} if known_text is None else known_text)
     for batch in _batches(views, batch_size):
         pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
         latents = backbone.latents(pipe, pixels).float()
-        noise = _noise(latents, [seeds[i] for i in batch], generator)
+        noise = _noise(latents, [seeds[i] for i in batch], noising.generator)
         pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
-        for level in noise_levels:
+        for level in levels:
             sigma = backbone.sigma(pipe, latents, steps, -level)
             noisy = torch.lerp(latents, noise, sigma.to(latents)).to(state.transformer.dtype)  # type: ignore[arg-type]
             for first in range(0, len(pairs), batch_size):

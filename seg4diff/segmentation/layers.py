@@ -12,8 +12,8 @@ from torch import Tensor
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.backbones import Pipeline
 from seg4diff.kernels.types import MapRequest
-from seg4diff.segmentation.inputs import View
-from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.inputs import Noising, View
+from seg4diff.segmentation.maps import Reading, run_maps
 from seg4diff.segmentation.prompts import PlannedPrompt
 
 LayerChoice: TypeAlias = Sequence[int] | int | Literal["auto"] | None
@@ -56,10 +56,8 @@ def layer_groups(
         pipe,
         views,
         [[prompt.text for prompt in plan] for plan in plans],
-        layers=state.layers(None),
-        maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
-        seed=seed,
-        batch_size=batch_size,
+        Reading(MapRequest(columns=("text", slice(0, span.first + span.length))), state.layers(None)),
+        Noising(seed=seed, batch_size=batch_size),
         progress=False,
     ):
         information = information_of_layers(found.maps, plans[found.index])

@@ -14,7 +14,7 @@ from seg4diff.attention.maps import maps_and_outputs, maps_of
 from seg4diff.attention.patch import patch_of
 from seg4diff.backbones import Pipeline
 from seg4diff.kernels.types import MapRequest
-from seg4diff.segmentation.inputs import View, model_inputs
+from seg4diff.segmentation.inputs import Noising, View, model_inputs
 
 
 @dataclass(frozen=True)
@@ -39,70 +39,63 @@ class ImageMaps:
     outputs: tuple[Tensor, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a model's attention.
+
+    Attributes:
+        maps: which columns, scores and heads.
+        layers: layers whose maps are returned; the model's expert layers when None.
+        output_layers: layers whose attention outputs are returned too, ascending.
+    """
+
+    maps: MapRequest
+    layers: Sequence[int] | int | None = None
+    output_layers: Sequence[int] = ()
+
+
 @torch.no_grad()
 def run_maps(
     pipe: Pipeline,
     views: Sequence[View],
     prompts: Sequence[Sequence[str]],
+    reading: Reading,
+    noising: Noising = Noising(),  # noqa: B008
     *,
-    layers: Sequence[int] | int | None = None,
-    maps: MapRequest,
-    output_layers: Sequence[int] = (),
-    noise_levels: Sequence[int] | None = None,
-    steps: int | None = None,
-    seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
-    batch_size: int = 1,
     progress: bool | None = None,
     known_text: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Iterator[ImageMaps]:
     """Attention maps of every image under each of its prompts, once per noise level, in any order.
 
-    The model runs up to the last of `layers` and `output_layers` and no further.
+    The model runs up to the last layer that is read and no further.
 
     Args:
         pipe: a pipeline.
         views: the images.
         prompts: for each image its prompts, at least one.
-        layers: layers to read; the model's expert layers when None.
-        maps: which columns, scores and heads.
-        output_layers: layers whose attention outputs to return too, ascending.
-        noise_levels: steps that are left of the schedule of `steps` steps; that of the model family when
-            None.
-        steps: length of the noise schedule; that of the model family when None.
-        seed, generator, batch_size, known_text: as in `seg4diff.segmentation.inputs.model_inputs`.
+        reading: see `Reading`.
+        noising: see `seg4diff.segmentation.inputs.Noising`.
         progress: whether to show the pipeline's progress bar; when None, for more than one item.
+        known_text: as in `seg4diff.segmentation.inputs.model_inputs`.
 
     Raises:
-        ValueError: layers, seed or batch size are out of range, or no expert layer is known.
+        ValueError: layers are out of range, or no expert layer is known.
         torch.OutOfMemoryError: with remedies.
     """
     state = patch_of(pipe)
-    chosen = state.layers_or_experts(layers)
-    own_steps, own_level = state.backbone.noise
-    steps = own_steps if steps is None else steps
-    noise_levels = (own_level,) if noise_levels is None else noise_levels
+    chosen = state.layers_or_experts(reading.layers)
+    levels = noising.schedule(state.backbone)[1]
     found: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
     try:
-        with progress_bar(pipe, len(views) * len(noise_levels), progress) as bar:
-            for inputs in model_inputs(
-                pipe,
-                views,
-                prompts,
-                steps=steps,
-                noise_levels=noise_levels,
-                seed=seed,
-                generator=generator,
-                batch_size=batch_size,
-                known_text=known_text,
-            ):
+        with progress_bar(pipe, len(views) * len(levels), progress) as bar:
+            for inputs in model_inputs(pipe, views, prompts, noising, known_text=known_text):
                 outputs = None
-                if output_layers:
+                if reading.output_layers:
                     layer_maps, outputs = maps_and_outputs(
-                        pipe.transformer, chosen, maps, inputs.arguments, output_layers
+                        pipe.transformer, chosen, reading.maps, inputs.arguments, reading.output_layers
                     )
-                else:
-                    layer_maps = maps_of(pipe.transformer, chosen, maps, inputs.arguments)  # [L, rows, ...]
+                else:  # [L, rows, ...]
+                    layer_maps = maps_of(pipe.transformer, chosen, reading.maps, inputs.arguments)
                 height, width = state.backbone.read_call(state.transformer, inputs.arguments).grid
                 for row, index in enumerate(inputs.images):
                     key = (inputs.noise_level, index)
@@ -116,13 +109,14 @@ def run_maps(
                             (height, width),
                             inputs.noise_level,
                             inputs.timestep,
-                            of_outputs if output_layers else None,
+                            of_outputs if reading.output_layers else None,
                         )
     except torch.OutOfMemoryError as error:
         width, height = views[0].pixels.size
         raise torch.OutOfMemoryError(
-            f"out of memory at {width} x {height} pixels with batch_size={batch_size}; use batch_size=1, "
-            f"load the pipeline in torch.bfloat16, or call pipe.enable_model_cpu_offload() ({error})"
+            f"out of memory at {width} x {height} pixels with batch_size={noising.batch_size}; use "
+            "batch_size=1, load the pipeline in torch.bfloat16, or call pipe.enable_model_cpu_offload() "
+            f"({error})"
         ) from error
     finally:
         pipe.maybe_free_model_hooks()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -15,8 +15,8 @@ from seg4diff.attention.patch import patch_of
 from seg4diff.backbones import Pipeline
 from seg4diff.backbones.base import Recipe
 from seg4diff.kernels.types import MapRequest
-from seg4diff.segmentation.inputs import View
-from seg4diff.segmentation.maps import ImageMaps, run_maps
+from seg4diff.segmentation.inputs import Noising, View
+from seg4diff.segmentation.maps import ImageMaps, Reading, run_maps
 from seg4diff.segmentation.presets import Preset
 from seg4diff.segmentation.prompts import PlannedPrompt
 from seg4diff.segmentation.scores import log_scores, scores_of_names, spread_scores
@@ -51,11 +51,9 @@ def run_scores(
     views: Sequence[View],
     plans: Sequence[Sequence[PlannedPrompt]],
     preset: Preset,
-    *,
     layers: Sequence[int],
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    batch_size: int = 1,
+    noising: Noising,
+    *,
     progress: bool | None = None,
     known_text: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Iterator[NamedScores]:
@@ -70,7 +68,8 @@ def run_scores(
         plans: for each image its prompts.
         preset: how many passes, at which noise level, and whether scores are spread over like tokens.
         layers: the layers whose maps are averaged, ascending.
-        seed, generator, batch_size, progress, known_text: as in `seg4diff.segmentation.maps.run_maps`.
+        noising: seed, generator and batch size; the noise level is the preset's.
+        progress, known_text: as in `seg4diff.segmentation.maps.run_maps`.
 
     Raises:
         ValueError, torch.OutOfMemoryError: as `run_maps`.
@@ -83,20 +82,18 @@ def run_scores(
         level = recipe.level
     compared = (min(layers[-1] + recipe.behind, len(state.blocks) - 1),) if preset.spread else ()
     count = preset.passes
+    noising = replace(noising, levels=(level,), steps=steps)
+    if noising.generator is None:
+        seeds = [seed + number for seed in noising.seeds(len(views)) for number in range(count)]
+        noising = replace(noising, seed=seeds)
     mirrored = [View(view.image, ImageOps.mirror(view.pixels)) for view in views] if count > 1 else []
     found: dict[int, list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
     for maps in run_maps(
         pipe,
         [mirrored[i] if number % 2 else views[i] for i in range(len(views)) for number in range(count)],
         [[prompt.text for prompt in plan] for plan in plans for _ in range(count)],
-        layers=layers,
-        maps=MapRequest(columns=("text", slice(0, span.first + span.length))),
-        output_layers=compared,
-        noise_levels=(level,),
-        steps=steps,
-        seed=[(seed or 0) + number for _ in views for number in range(count)] if generator is None else seed,
-        generator=generator,
-        batch_size=batch_size,
+        Reading(MapRequest(columns=("text", slice(0, span.first + span.length))), layers, compared),
+        noising,
         progress=len(views) > 1 if progress is None else progress,
         known_text=known_text,
     ):

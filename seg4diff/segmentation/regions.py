@@ -21,9 +21,9 @@ from seg4diff.backbones import Pipeline
 from seg4diff.images import ImageInput, as_list
 from seg4diff.kernels.types import MapRequest
 from seg4diff.segmentation.grouping import find_regions
-from seg4diff.segmentation.inputs import View, views_of
+from seg4diff.segmentation.inputs import Noising, View, views_of
 from seg4diff.segmentation.layers import LayerChoice, layer_groups
-from seg4diff.segmentation.maps import ImageMaps, run_maps
+from seg4diff.segmentation.maps import ImageMaps, Reading, run_maps
 from seg4diff.segmentation.presets import Clustering, Grouping, PresetName, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt
 from seg4diff.segmentation.result import Segmentation
@@ -129,6 +129,7 @@ def segment_unsupervised(
     views = views_of(pipe, images, choices.fit)
     results: list[Segmentation | None] = [None] * len(images)
     empty = [(PlannedPrompt("", ()),)] * len(images)
+    noising = Noising(seed=seed, generator=generator, batch_size=batch_size)
     clustered = isinstance(grouping, Clustering)
     # Clustering needs no map: one column is the least that can be asked.
     columns = slice(span.first, span.first + (1 if clustered else span.length))
@@ -138,9 +139,8 @@ def segment_unsupervised(
             used = layers_behind(chosen, grouping, len(state.blocks))
         for found in run_maps(
             pipe, [views[index] for index in members], [[""]] * len(members),
-            layers=chosen, maps=MapRequest(columns=("text", columns)),
-            output_layers=used if clustered else (),
-            seed=seed, generator=generator, batch_size=batch_size, progress=progress,
+            Reading(MapRequest(columns=("text", columns)), chosen, used if clustered else ()),
+            noising, progress=progress,
         ):  # fmt: skip
             metadata = {
                 "preset": preset,

@@ -16,7 +16,7 @@ from seg4diff.attention.patch import patch_of
 from seg4diff.backbones import Pipeline
 from seg4diff.backbones.base import Recipe
 from seg4diff.images import ImageInput, as_list
-from seg4diff.segmentation.inputs import View, views_of
+from seg4diff.segmentation.inputs import Noising, View, views_of
 from seg4diff.segmentation.layers import LayerChoice, layer_groups
 from seg4diff.segmentation.passes import recipe_of, run_scores
 from seg4diff.segmentation.presence import UNEXPLAINED, presence_of, threshold_for
@@ -146,16 +146,15 @@ def segment(
     views = views_of(pipe, images, choices.fit)
     results: list[Segmentation | None] = [None] * len(images)
     planned = [plans[per_image] for per_image in names]
+    noising = Noising(seed=seed, generator=generator, batch_size=batch_size)
     for used, members in layer_groups(pipe, views, planned, layers, seed=seed, batch_size=batch_size):
         for found in run_scores(
             pipe,
             [views[index] for index in members],
             [planned[index] for index in members],
             choices,
-            layers=used,
-            seed=seed,
-            generator=generator,
-            batch_size=batch_size,
+            used,
+            noising,
             progress=progress,
         ):
             index = members[found.index]

@@ -73,9 +73,9 @@ def test_without_labels_by_value_norms(pipe: Any) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_without_labels_by_mutual_information(pipe: Any, scenes: dict[str, Any], batch_size: int) -> None:
     """The mean over images of what `layers="auto"` looks at."""
-    from seg4diff.segmentation.inputs import views_of
+    from seg4diff.segmentation.inputs import Noising, views_of
     from seg4diff.segmentation.layers import information_of_layers
-    from seg4diff.segmentation.maps import run_maps
+    from seg4diff.segmentation.maps import Reading, run_maps
     from seg4diff.segmentation.prompts import plan_prompts
 
     given = {name: scenes[name] for name in ("images", "classes")}
@@ -86,7 +86,7 @@ def test_without_labels_by_mutual_information(pipe: Any, scenes: dict[str, Any],
     for view, names in zip(views_of(pipe, images, "aspect"), scenes["classes"], strict=True):
         plan = plan_prompts(names, find_backbone(pipe).name_span(pipe))
         for found in run_maps(
-            pipe, [view], [[plan[0].text]], layers=[0, 2], maps=MapRequest(), noise_levels=[8, 20]
+            pipe, [view], [[plan[0].text]], Reading(MapRequest(), [0, 2]), Noising([8, 20])
         ):
             expected[[8, 20].index(found.noise_level)] += information_of_layers(found.maps, plan) / 3
     assert torch.allclose(ranking.scores, expected, rtol=1e-4)

@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from seg4diff.kernels.types import MapRequest
-from seg4diff.segmentation.inputs import check_levels, views_of
-from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.inputs import Noising, check_levels, views_of
+from seg4diff.segmentation.maps import Reading, run_maps
 from tests.support.images import random_image
 
 IMAGES = [Image.fromarray((255 * random_image(*size, seed)).astype("uint8")) for seed, size in
@@ -23,10 +23,8 @@ PROMPTS = [["a cat"], ["a dog", "a sofa", "a tree"], ["a red dog", "a cat"]]
 def test_levels_layers_and_prompts_are_those_of_runs_apart(pipe: Any, heads: Any) -> None:
     views = views_of(pipe, IMAGES, "aspect")
     request = MapRequest(heads=heads)
-    options = {"maps": request, "steps": 28, "progress": False}
-    together = list(
-        run_maps(pipe, views, PROMPTS, layers=[2, 0], noise_levels=[20, 8], batch_size=2, **options)
-    )
+    noising = Noising([20, 8], 28, batch_size=2)
+    together = list(run_maps(pipe, views, PROMPTS, Reading(request, [2, 0]), noising, progress=False))
     assert sorted((found.noise_level, found.index) for found in together) == [
         (level, index) for level in (8, 20) for index in range(3)
     ]
@@ -36,8 +34,8 @@ def test_levels_layers_and_prompts_are_those_of_runs_apart(pipe: Any, heads: Any
             assert maps.shape == (2, *((2,) if heads == "each" else ()), found.grid[0] * found.grid[1], 154)
             for position, layer in enumerate((0, 2)):
                 (alone,) = run_maps(
-                    pipe, [views[found.index]], [[prompt]], layers=layer,
-                    noise_levels=[found.noise_level], **options,
+                    pipe, [views[found.index]], [[prompt]], Reading(request, layer),
+                    Noising([found.noise_level], 28), progress=False,
                 )  # fmt: skip
                 assert alone.timestep == found.timestep
                 torch.testing.assert_close(maps[position], alone.maps[0][0], rtol=1e-4, atol=0)
@@ -55,14 +53,14 @@ def test_levels_layers_and_prompts_are_those_of_runs_apart(pipe: Any, heads: Any
 def test_outputs_and_seeds_are_those_of_runs_apart(pipe: Any) -> None:
     """Outputs of every image, prompt and layer; and images that have seeds of their own."""
     views = views_of(pipe, IMAGES, "aspect")
-    options: dict[str, Any] = {"maps": MapRequest(), "layers": 1, "output_layers": [0, 2], "progress": False}
+    reading = Reading(MapRequest(), 1, [0, 2])
     together = {
         found.index: found
-        for found in run_maps(pipe, views, PROMPTS, seed=[3, 4, 5], batch_size=2, **options)
+        for found in run_maps(pipe, views, PROMPTS, reading, Noising(seed=[3, 4, 5], batch_size=2))
     }
     for index, prompts in enumerate(PROMPTS):
-        (alone,) = run_maps(pipe, [views[index]], [prompts], seed=3 + index, **options)
-        (other,) = run_maps(pipe, [views[index]], [prompts], seed=4 + index, **options)
+        (alone,) = run_maps(pipe, [views[index]], [prompts], reading, Noising(seed=3 + index))
+        (other,) = run_maps(pipe, [views[index]], [prompts], reading, Noising(seed=4 + index))
         outputs, apart, wrong = together[index].outputs, alone.outputs, other.outputs
         assert outputs is not None
         assert apart is not None
@@ -73,7 +71,7 @@ def test_outputs_and_seeds_are_those_of_runs_apart(pipe: Any) -> None:
             assert (outputs[number] - wrong[number]).abs().max() > 1e-3
         torch.testing.assert_close(together[index].maps[0], alone.maps[0], rtol=1e-4, atol=0)
         assert (outputs[0][0] - outputs[0][1]).abs().max() > 1e-3
-    (without,) = run_maps(pipe, views[:1], PROMPTS[:1], maps=MapRequest(), layers=1, progress=False)
+    (without,) = run_maps(pipe, views[:1], PROMPTS[:1], Reading(MapRequest(), 1), progress=False)
     assert without.outputs is None
 
 

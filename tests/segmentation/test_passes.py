@@ -15,8 +15,8 @@ import seg4diff
 from seg4diff.attention.patch import patch_of
 from seg4diff.backbones.base import Recipe
 from seg4diff.kernels.types import MapRequest
-from seg4diff.segmentation.inputs import views_of
-from seg4diff.segmentation.maps import run_maps
+from seg4diff.segmentation.inputs import Noising, views_of
+from seg4diff.segmentation.maps import Reading, run_maps
 from seg4diff.segmentation.passes import run_scores
 from seg4diff.segmentation.presets import PRESETS, Preset
 from seg4diff.segmentation.prompts import plan_prompts
@@ -41,8 +41,8 @@ def picture(width: int = 80, height: int = 48, seed: int = 0) -> Image.Image:
 def scores_by(pipe: Any, images: list[Image.Image], preset: Preset, **options: Any) -> list[Tensor]:
     plan = plan_prompts(NAMES, patch_of(pipe).backbone.name_span(pipe))
     views = views_of(pipe, images, "aspect")
-    options = {"layers": (1,), **options}
-    found = run_scores(pipe, views, [plan] * len(images), preset, progress=False, **options)
+    layers, noising = options.pop("layers", (1,)), Noising(**options)
+    found = run_scores(pipe, views, [plan] * len(images), preset, layers, noising, progress=False)
     return [one.scores for one in sorted(found, key=lambda one: one.index)]
 
 
@@ -50,8 +50,8 @@ def one_pass(pipe: Any, image: Image.Image, seed: int, layer: int, level: int = 
     """Scores and outputs of a pass, by `run_maps`."""
     plan = plan_prompts(NAMES, patch_of(pipe).backbone.name_span(pipe))
     (found,) = run_maps(
-        pipe, views_of(pipe, [image], "aspect"), [[plan[0].text]], layers=1, maps=MapRequest(),
-        output_layers=(layer,), seed=seed, noise_levels=(level,), progress=False,
+        pipe, views_of(pipe, [image], "aspect"), [[plan[0].text]],
+        Reading(MapRequest(), 1, (layer,)), Noising((level,), seed=seed), progress=False,
     )  # fmt: skip
     assert found.outputs is not None
     height, width = found.grid

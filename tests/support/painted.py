@@ -15,8 +15,8 @@ import torch
 
 from seg4diff.backbones import find_backbone
 from seg4diff.segmentation import passes, regions
-from seg4diff.segmentation.inputs import View
-from seg4diff.segmentation.maps import ImageMaps
+from seg4diff.segmentation.inputs import Noising, View
+from seg4diff.segmentation.maps import ImageMaps, Reading
 
 CLASSES = ("cat", "red sofa", "tree", "dog house")
 """The third begins like no other; two have several tokens; "dog house" is not "dog"."""
@@ -32,7 +32,13 @@ class PerfectMaps:
         self.batch_sizes: list[int] = []
 
     def __call__(
-        self, pipe: Any, views: Sequence[View], prompts: Sequence[Sequence[str]], **options: Any
+        self,
+        pipe: Any,
+        views: Sequence[View],
+        prompts: Sequence[Sequence[str]],
+        reading: Reading,
+        noising: Noising,
+        **options: Any,
     ) -> Iterator[ImageMaps]:
         span = find_backbone(pipe).name_span(pipe)
         known = options.get("known_text")
@@ -40,7 +46,7 @@ class PerfectMaps:
             "text must be embedded before"
         )
         self.prompts += [list(several) for several in prompts]
-        self.batch_sizes.append(options["batch_size"])
+        self.batch_sizes.append(noising.batch_size)
         for index in reversed(range(len(views))):  # in any order
             seen = np.asarray(views[index].image)[:, :, 0].astype(int)
             maps = []
