@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import maximum_filter, minimum_filter
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -226,3 +227,98 @@ def _near_boundary(labels: np.ndarray, distance: int) -> np.ndarray:
     highest = maximum_filter(labels, size, mode="constant", cval=-1)
     near: np.ndarray = lowest != highest
     return near
+
+
+@dataclass(frozen=True, eq=False)
+class InstanceMatches:
+    """Instances that were found and those that are there, of any number of images (`+` adds).
+
+    Instances of one image share no pixel, so at most one found and one true instance of a class overlap by
+    more than a half of their union. These are matched.
+
+    Attributes:
+        classes: class of each found instance, int64 [found].
+        scores: how surely each was found, float64 [found].
+        iou: intersection over union of each with its match, above 0.5; 0 without match. float64 [found].
+        truth: number of true instances of each class, int64 [classes].
+    """
+
+    classes: Tensor
+    scores: Tensor
+    iou: Tensor
+    truth: Tensor
+
+    def __add__(self, other: InstanceMatches) -> InstanceMatches:
+        return InstanceMatches(
+            torch.cat([self.classes, other.classes]),
+            torch.cat([self.scores, other.scores]),
+            torch.cat([self.iou, other.iou]),
+            self.truth + other.truth,
+        )
+
+    @property
+    def average_precision(self) -> Tensor:
+        """AP50 of each class as COCO takes it, float64 [classes]; NaN where no instance is there.
+
+        The mean over 101 recalls, 0, 0.01, ..., 1, of the largest precision at that recall or above, found
+        instances ranked by their scores over all images.
+        """
+        rates = torch.full((len(self.truth),), torch.nan, dtype=torch.float64)
+        recalls = torch.linspace(0, 1, 101, dtype=torch.float64)
+        for index in self.truth.nonzero().flatten().tolist():
+            chosen = self.classes == index
+            order = self.scores[chosen].argsort(descending=True, stable=True)
+            hits = (self.iou[chosen][order] > 0).cumsum(0).double()
+            precision = hits / torch.arange(1, len(hits) + 1)
+            envelope = precision.flip(0).cummax(0).values.flip(0)
+            reached = torch.searchsorted(hits / self.truth[index], recalls)
+            rates[index] = F.pad(envelope, (0, 1))[reached].mean()
+        return rates
+
+    @property
+    def panoptic_quality(self) -> Tensor:
+        """Panoptic quality of each class (Kirillov et al., CVPR 2019), float64 [classes].
+
+        The sum of the IoU of all matches, divided by their number plus half that of all instances without
+        match, found or true. NaN where none is found and none is there.
+        """
+        count = len(self.truth)
+        found = torch.bincount(self.classes, minlength=count)
+        total = torch.zeros(count, dtype=torch.float64).index_add_(0, self.classes, self.iou)
+        return total / ((found + self.truth).double() / 2)
+
+
+def match_instances(
+    found: Tensor, found_classes: Tensor, scores: Tensor, true: Tensor, true_classes: Tensor, classes: int
+) -> InstanceMatches:
+    """Matches of one image's instances with the true ones of the same class.
+
+    Args:
+        found: the instance of every pixel, [height, width], an index into `found_classes`; -1 for none.
+        found_classes: class of each found instance, int64 [found], in [0, `classes`).
+        scores: how surely each was found, [found].
+        true: the true instance of every pixel, as `found`.
+        true_classes: class of each true instance, int64 [true].
+        classes: number of classes.
+
+    Raises:
+        ValueError: shapes differ or a value is out of range.
+        TypeError: a map does not hold integers.
+    """
+    rows, columns = len(true_classes), len(found_classes)
+    overlap = confusion_matrix(
+        torch.where(found < 0, columns, found),
+        torch.where(true < 0, rows, true),
+        rows + 1,
+        predictions=columns + 1,
+        ignored=-1,
+    )
+    union = overlap.sum(dim=1, keepdim=True) + overlap.sum(dim=0) - overlap
+    iou = (overlap / union.double())[:rows, :columns]
+    iou = iou.where((iou > 0.5) & (true_classes[:, None] == found_classes), 0.0)
+    return InstanceMatches(
+        classes=found_classes,
+        scores=scores.double(),
+        iou=iou.amax(dim=0) if rows else iou.new_zeros(columns),
+        truth=torch.bincount(true_classes, minlength=classes),
+    )

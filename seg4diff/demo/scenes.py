@@ -4,13 +4,14 @@ A scene is 128 x 128 pixels: a ground of one or two stuff classes (grass, water,
 (apple, zebra, ...) that do not overlap. Every outline is a signed distance field in pixels, positive inside:
 the image takes its soft edge (`_blend`), the labels its sign. `scene(seed)` depends on the seed alone, and so
 does its hard version, `scene(seed, "hard")`: the same labels, and an image that is difficult to read.
+`scene(seed, "touching")` is another scene, of several things of one class that touch.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,8 +21,9 @@ from scipy.ndimage import gaussian_filter
 
 __all__ = ["CLASSES", "HELD_OUT", "SIZE", "STUFF", "THINGS", "Conditions", "Scene", "describe", "scene"]
 
-Conditions = Literal["clean", "hard"]
-"""How a scene is seen: as it is drawn, or in other hues and light, with shadows, texture, blur and noise."""
+Conditions = Literal["clean", "hard", "touching"]
+"""`"clean"`: things apart from each other, as they are drawn. `"hard"`: in other hues and light, with shadows,
+texture, blur and noise. `"touching"`: two or three things of one class in contact."""
 
 SIZE = 128
 """Width and height of a scene in pixels."""
@@ -39,16 +41,31 @@ Drawing = tuple[Array, Array]
 class Scene:
     """An image and what is in it.
 
-    image:   RGB, 128 x 128.
-    labels:  [height, width] int64, indices into `classes`; every pixel has one.
-    classes: the names present, each at least once in `labels`, in the order of `CLASSES`.
-    caption: one English sentence that names them all.
+    image:     RGB, 128 x 128.
+    labels:    [height, width] int64, indices into `classes`; every pixel has one.
+    classes:   the names present, each at least once in `labels`, in the order of `CLASSES`.
+    caption:   one English sentence that names them all.
+    instances: [height, width] int64, a number from 0 for each thing, -1 for the ground.
     """
 
     image: Image.Image
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     caption: str
+    instances: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Thing:
+    """A thing to draw: class, centre and radius in pixels, tilt in radians, -1 to mirror it, brightness."""
+
+    name: str
+    cx: float
+    cy: float
+    radius: float
+    angle: float
+    mirror: float
+    brightness: float
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -322,6 +339,69 @@ def _places(count: int, rng: np.random.Generator) -> list[tuple[float, float, fl
     return placed
 
 
+def _posed(name: str, place: tuple[float, float, float], rng: np.random.Generator) -> _Thing:
+    angle = np.deg2rad(rng.uniform(-1.0, 1.0) * _TILT.get(name, 20.0))
+    mirror = 1.0 if rng.random() < 0.5 else -1.0
+    return _Thing(name, *place, angle, mirror, rng.uniform(0.92, 1.05))
+
+
+def _drawn(thing: _Thing, x: Array, y: Array) -> tuple[tuple[slice, slice], Drawing]:
+    """The window of the image that a thing fits into, and its drawing there."""
+    reach = 1.3 * thing.radius
+    rows, columns = (slice(max(int(c - reach), 0), int(c + reach) + 1) for c in (thing.cy, thing.cx))
+    dx, dy = x[rows, columns] - np.float32(thing.cx), y[rows, columns] - np.float32(thing.cy)
+    across = (np.cos(thing.angle) * dx + np.sin(thing.angle) * dy) * thing.mirror
+    down = np.cos(thing.angle) * dy - np.sin(thing.angle) * dx
+    distance, colour = _THINGS[thing.name](across.astype(np.float32), down.astype(np.float32), thing.radius)
+    return (rows, columns), (distance, colour * thing.brightness)
+
+
+def _inside(thing: _Thing, x: Array, y: Array) -> NDArray[np.bool_]:
+    """The pixels of a thing [h, w], whatever covers it."""
+    inside = np.zeros(x.shape, bool)
+    window, (distance, _) = _drawn(thing, x, y)
+    inside[window] = distance > 0
+    return inside
+
+
+_TOUCHING_RADII = (18.0, 24.0)
+_CONTACT = 16  # pixels in common, at least, of things that touch
+_COVERED = 0.2  # share of a thing, at most, that others cover
+
+
+def _touching(x: Array, y: Array, rng: np.random.Generator) -> list[_Thing]:
+    """Two or three things of one class, each in contact with an earlier one, and perhaps one of another class.
+
+    A thing is moved towards the one it shall touch until they have pixels in common.
+    """
+    kind, other = (str(name) for name in rng.choice(THINGS, 2, replace=False))
+    wanted = int(rng.choice([2, 3], p=[0.6, 0.4]))
+    things = [_posed(kind, (*rng.uniform(0.35 * SIZE, 0.65 * SIZE, 2), rng.uniform(*_TOUCHING_RADII)), rng)]
+    covered = [_inside(things[0], x, y)]
+    while len(things) < wanted:
+        target = things[rng.integers(len(things))]
+        new = _posed(kind, (0.0, 0.0, rng.uniform(*_TOUCHING_RADII)), rng)
+        direction = rng.uniform(0.0, 2.0 * np.pi)
+        for gap in np.arange(1.1, 0.5, -0.04) * (target.radius + new.radius):
+            cx, cy = target.cx + gap * np.cos(direction), target.cy + gap * np.sin(direction)
+            moved = replace(new, cx=cx, cy=cy)
+            if not 0.9 * new.radius < min(cx, cy, SIZE - cx, SIZE - cy):
+                continue
+            pixels = _inside(moved, x, y)
+            common = [int((pixels & below).sum()) for below in covered]
+            if max(common) >= _CONTACT:
+                if all(c <= _COVERED * below.sum() for c, below in zip(common, covered, strict=True)):
+                    things.append(moved)
+                    covered.append(pixels)
+                break
+    for _ in range(20):
+        radius = rng.uniform(*_TOUCHING_RADII)
+        cx, cy = rng.uniform(0.9 * radius, SIZE - 0.9 * radius, 2)
+        if all(np.hypot(cx - one.cx, cy - one.cy) > 1.1 * (radius + one.radius) for one in things):
+            return [*things, _posed(other, (cx, cy, radius), rng)]
+    return things
+
+
 def describe(names: Sequence[str], rng: np.random.Generator) -> str:
     """A sentence that names `names` in the order given, things before the ground they are on."""
     phrases = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names if name in THINGS]
@@ -372,14 +452,16 @@ def scene(seed: int, conditions: Conditions = "clean") -> Scene:
     Args:
         seed: any non-negative integer; those from `HELD_OUT` up are never trained on.
         conditions: `"hard"`: the same scene with another image, whose hues are turned by up to 14 degrees,
-            in uneven light, with two straight shadows, texture, blur and noise. Never trained on.
+            in uneven light, with two straight shadows, texture, blur and noise. `"touching"`: another scene,
+            of two or three things of one class in contact, where no other covers more than a fifth of one,
+            and often one thing of another class. Neither is trained on.
 
     Raises:
         TypeError: the seed is not an integer (a bool included).
         ValueError: the seed is negative, or the conditions are unknown.
     """
     if conditions not in get_args(Conditions):
-        raise ValueError(f"conditions={conditions!r} are unknown; accepted: 'clean', 'hard'")
+        raise ValueError(f"conditions={conditions!r} are unknown; accepted: {', '.join(map(repr, get_args(Conditions)))}")
     if isinstance(seed, (bool, np.bool_)):
         raise TypeError(f"seed must be an integer, not a bool: {seed!r}")
     try:
@@ -393,21 +475,22 @@ def scene(seed: int, conditions: Conditions = "clean") -> Scene:
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + np.float32(0.5)
     stuff = [str(name) for name in rng.choice(STUFF, 2 if rng.random() < 0.4 else 1, replace=False)]
     stuff.sort(key=lambda name: name != "sky")  # the sky is never below the horizon
-    places = _places(int(rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15])), rng)
-    things = [str(name) for name in rng.choice(THINGS, len(places), replace=False)]
+    places: list[tuple[float, float, float]] = []
+    if conditions != "touching":
+        places = _places(int(rng.choice([1, 2, 3, 4], p=[0.2, 0.35, 0.3, 0.15])), rng)
+    names = [str(name) for name in rng.choice(THINGS, len(places), replace=False)]
 
     pixels, index = _ground(stuff, x, y, rng)
-    for name, (cx, cy, radius) in zip(things, places, strict=True):
-        top, left = max(int(cy - 1.3 * radius), 0), max(int(cx - 1.3 * radius), 0)
-        window = np.s_[top : int(cy + 1.3 * radius) + 1, left : int(cx + 1.3 * radius) + 1]
-        angle = np.deg2rad(rng.uniform(-1.0, 1.0) * _TILT.get(name, 20.0))
-        mirror = 1.0 if rng.random() < 0.5 else -1.0
-        dx, dy = x[window] - np.float32(cx), y[window] - np.float32(cy)
-        across = (np.cos(angle) * dx + np.sin(angle) * dy) * mirror
-        down = np.cos(angle) * dy - np.sin(angle) * dx
-        distance, colour = _THINGS[name](across.astype(np.float32), down.astype(np.float32), radius)
-        pixels[window] = _blend(pixels[window], colour * rng.uniform(0.92, 1.05), distance)
-        index[window][distance > 0] = CLASSES.index(name)
+    things = [_posed(name, place, rng) for name, place in zip(names, places, strict=True)]
+    if conditions == "touching":
+        things = _touching(x, y, rng)
+        names = list(dict.fromkeys(thing.name for thing in things))
+    instances = np.full(index.shape, -1, np.int64)
+    for number, thing in enumerate(things):
+        window, (distance, colour) = _drawn(thing, x, y)
+        pixels[window] = _blend(pixels[window], colour, distance)
+        index[window][distance > 0] = CLASSES.index(thing.name)
+        instances[window][distance > 0] = number
 
     if conditions == "hard":  # by a generator of its own, so that the caption stays as it is
         own = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
@@ -417,5 +500,6 @@ def scene(seed: int, conditions: Conditions = "clean") -> Scene:
         image=Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)),
         labels=labels.reshape(index.shape).astype(np.int64),
         classes=tuple(CLASSES[i] for i in present),
-        caption=describe(things + stuff, rng),
+        caption=describe(names + stuff, rng),
+        instances=instances,
     )
