@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,7 @@ from PIL import Image
 
 from seg4diff.files import write_atomically
 from seg4diff.segmentation.formats import WRITERS, read_npz
+from seg4diff.segmentation.instances import Instances, find_instances
 from seg4diff.segmentation.presets import Upsample
 from seg4diff.segmentation.scores import resize_scores
 from seg4diff.visualization import label_overlay
@@ -111,6 +112,20 @@ class Segmentation:
         if name not in self.classes:
             raise ValueError(f"class {name!r} is not among {', '.join(map(repr, self.classes))}")
         return self.labels == self.classes.index(name)
+
+    def instances(self, things: Sequence[str] | None = None) -> Instances:
+        """The things of each class one by one: its connected components, divided at the necks between them.
+
+        It needs the labels alone: see `seg4diff.segmentation.instances`. Computed at each call.
+
+        Args:
+            things: names of the classes to divide; the others are one instance each. All when None.
+
+        Raises:
+            ValueError: one of `things` is not a class; the message lists those there are. Or scores follow
+                the edges of the image, and there is none.
+        """
+        return find_instances(self.labels, self.pixel_scores(), self.classes, things)
 
     def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
         """The labels in colours over the image (or alone, if there is none), the names that occur below it.
