@@ -240,7 +240,9 @@ def separation(cases: Sequence[Case], name: str) -> float:
     """Probability that the strength between two things of a class is above that within one (AUC)."""
     within, between = [], []
     for case in cases:
-        cells = case.scene.instances.reshape(GRID, CELL, GRID, CELL).transpose(0, 2, 1, 3).reshape(-1, CELL**2)
+        cells = (
+            case.scene.instances.reshape(GRID, CELL, GRID, CELL).transpose(0, 2, 1, 3).reshape(-1, CELL**2)
+        )
         labels = case.scene.labels.reshape(GRID, CELL, GRID, CELL).transpose(0, 2, 1, 3).reshape(cells.shape)
         tokens = np.array([np.bincount(cell + 1).argmax() - 1 for cell in cells])
         classes = np.array([np.bincount(cell).argmax() for cell in labels])

@@ -14,7 +14,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from seg4diff.metrics import Counts, matched_counts
 from seg4diff.segmentation.inputs import Noising, views_of
 from seg4diff.segmentation.maps import Reading, run_maps
 from seg4diff.segmentation.presets import find_preset
+
+CONDITIONS: tuple[Conditions, ...] = ("clean", "hard")
 
 
 def clusters(features: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
@@ -123,7 +125,7 @@ def main() -> None:
     pipe = load_pipeline("demo", "cpu")
     expert = pipe.transformer.config["_seg4diff_expert_layers"][0]
     figures = {}
-    for conditions in get_args(Conditions):
+    for conditions in CONDITIONS:
         scenes = [scene(options.first + number, conditions) for number in range(options.scenes)]
         mean = np.mean([len(one.classes) for one in scenes])
         print(f"{len(scenes)} {conditions} scenes from seed {options.first}, {mean:.1f} classes a scene")

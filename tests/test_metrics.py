@@ -12,9 +12,11 @@ from scipy.ndimage import binary_erosion
 
 from seg4diff.metrics import (
     Counts,
+    InstanceMatches,
     boundary_counts,
     confusion_matrix,
     counts_of,
+    match_instances,
     matched_counts,
     rates_of,
 )
@@ -220,3 +222,74 @@ def test_boundary_iou_is_stricter_than_iou_and_one_for_the_truth() -> None:
     assert boundary_counts(torch.full_like(actual, 2), actual, 2).mean_iou == 0.0  # no class at all
     with pytest.raises(ValueError, match="the same"):
         boundary_counts(actual[:50], actual, 2)
+
+
+def test_instances_by_hand() -> None:
+    """Two classes: IoU 3/4 and a false instance of class 0; of class 1 an IoU of exactly 1/2, no match."""
+    true = torch.tensor([[0, 0, 0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 2, 2, 2, 2]])
+    found = torch.tensor([[0, 0, 0, -1, 1, -1, -1, 2], [3, 3, 3, 3, 3, 3, 3, 3]])
+    classes = torch.tensor([0, 1, 0, 0]), torch.tensor([0, 1, 1])
+    matches = match_instances(found, classes[0], torch.tensor([0.5, 0.9, 0.8, 0.7]), true, classes[1], 3)
+    assert matches.iou.tolist() == [0.75, 0, 0, 0]  # the row below is one segment, but of another class
+    assert matches.truth.tolist() == [1, 2, 0]
+    # class 0: ranked miss, miss, hit: precision 1/3 at every recall; PQ 0.75 / (1 + 2 / 2)
+    assert matches.average_precision.tolist()[:2] == pytest.approx([1 / 3, 0])
+    assert matches.panoptic_quality.tolist()[:2] == pytest.approx([0.75 / 2, 0])
+    assert matches.average_precision[2].isnan()
+    assert matches.panoptic_quality[2].isnan()
+    twice = matches + matches
+    assert twice.panoptic_quality.tolist()[:2] == pytest.approx([0.375, 0])
+    assert twice.truth.tolist() == [2, 4, 0]
+
+
+def test_no_instance_found_or_none_there() -> None:
+    none, some = torch.full((2, 3), -1), torch.zeros(2, 3, dtype=torch.int64)
+    empty, one = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    missed = match_instances(none, empty, torch.zeros(0), some, one, 1)
+    assert (float(missed.average_precision[0]), float(missed.panoptic_quality[0])) == (0, 0)
+    invented = match_instances(some, one, torch.ones(1), none, empty, 1)
+    assert (math.isnan(invented.average_precision[0]), float(invented.panoptic_quality[0])) == (True, 0)
+
+
+def test_ap50_is_that_of_coco(capsys: pytest.CaptureFixture[str]) -> None:
+    from pycocotools import mask as run_lengths
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(0)
+    annotations, results, total = [], [], None
+    for image in range(12):
+        true = np.repeat(np.repeat(rng.integers(-1, 6, (5, 5)), 8, 0), 8, 1)
+        shift = tuple(rng.integers(-2, 3, 2))
+        found = np.where(rng.random((40, 40)) < 0.1, -1, np.roll(true, shift, (0, 1)))
+        parts = [np.unique(one, return_inverse=True) for one in (found, true)]
+        found, true = (inverse.reshape(40, 40) - (values[0] == -1) for values, inverse in parts)
+        of_true = rng.integers(0, 2, true.max() + 1)
+        of_found = np.resize(np.where(rng.random(len(of_true)) < 0.8, of_true, 1 - of_true), found.max() + 1)
+        scores = rng.permutation(1000)[: len(of_found)] + image / 100
+        for maps, of_map, into in ((true, of_true, annotations), (found, of_found, results)):
+            for number, index in enumerate(of_map):
+                mask = run_lengths.encode(np.asfortranarray((maps == number).astype(np.uint8)))
+                into.append({"id": len(into) + 1, "image_id": image, "category_id": int(index), "iscrowd": 0})
+                into[-1] |= {
+                    "segmentation": mask,
+                    "area": float(run_lengths.area(mask)),
+                    "bbox": [0, 0, 1, 1],
+                }
+                if into is results:
+                    into[-1]["score"] = float(scores[number])
+        tensors = (torch.from_numpy(part) for part in (found, of_found, scores, true, of_true))
+        matches = match_instances(*tensors, 2)
+        total = matches if total is None else total + matches
+    coco, detections = COCO(), COCO()
+    for one, content in ((coco, annotations), (detections, results)):
+        images = [{"id": image, "height": 40, "width": 40} for image in range(12)]
+        one.dataset = {"images": images, "categories": [{"id": 0}, {"id": 1}], "annotations": content}
+        one.createIndex()
+    evaluation = COCOeval(coco, detections, "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    expected = evaluation.eval["precision"][0, :, :, 0, 2].mean(axis=0)
+    assert isinstance(total, InstanceMatches)
+    assert 0.1 < expected.min() < expected.max() < 0.9
+    assert total.average_precision.tolist() == pytest.approx(expected.tolist(), abs=1e-12)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from seg4diff.segmentation.result import Segmentation
 
-_OVERLAY = "-overlay"
+OVERLAY = "-overlay"
+PANOPTIC = "-panoptic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +70,9 @@ class ImageOptions(ModelOptions):
     def _outputs(self, paths: Sequence[str]) -> list[dict[str, Path]]:
         """For each image the files that are written: its overlay, and one in each format."""
         ordered = sorted(paths)  # so that the names do not depend on the order of the arguments
-        stems = dict(zip(ordered, distinct_stems(ordered, ("", _OVERLAY)), strict=True))
+        stems = dict(zip(ordered, distinct_stems(ordered, ("", OVERLAY, PANOPTIC)), strict=True))
         return [
-            {"overlay": self.out / f"{stems[path]}{_OVERLAY}.png"}
+            {"overlay": self.out / f"{stems[path]}{OVERLAY}.png"}
             | {suffix: self.out / f"{stems[path]}.{suffix}" for suffix in self.formats}
             for path in paths
         ]
@@ -92,9 +93,12 @@ class ImageOptions(ModelOptions):
             for first in range(0, len(paths), self.batch_size):
                 batch = paths[first : first + self.batch_size]
                 for path, result in zip(batch, segment([as_rgb(path) for path in batch]), strict=True):
-                    files = outputs[path]
-                    for suffix in self.formats:
-                        result.save(files[suffix])
-                    overlay = save_image(result.overlay(), files["overlay"])
-                    progress.write(f"{path}: {describe(result)} -> {overlay}")
+                    self.save(result, outputs[path])
+                    progress.write(f"{path}: {describe(result)} -> {outputs[path]['overlay']}")
                     progress.update()
+
+    def save(self, result: Segmentation, files: dict[str, Path]) -> None:
+        """Write one result to the files of `_outputs`."""
+        for suffix in self.formats:
+            result.save(files[suffix])
+        save_image(result.overlay(), files["overlay"])

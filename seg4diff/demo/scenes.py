@@ -461,7 +461,9 @@ def scene(seed: int, conditions: Conditions = "clean") -> Scene:
         ValueError: the seed is negative, or the conditions are unknown.
     """
     if conditions not in get_args(Conditions):
-        raise ValueError(f"conditions={conditions!r} are unknown; accepted: {', '.join(map(repr, get_args(Conditions)))}")
+        raise ValueError(
+            f"conditions={conditions!r} are unknown; accepted: {', '.join(map(repr, get_args(Conditions)))}"
+        )
     if isinstance(seed, (bool, np.bool_)):
         raise TypeError(f"seed must be an integer, not a bool: {seed!r}")
     try:

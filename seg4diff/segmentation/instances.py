@@ -152,11 +152,14 @@ def find_instances(
 
 def _parts(mask: np.ndarray) -> np.ndarray:
     """Numbers from 1 of the instances of a class [height, width], 0 outside."""
-    components, _ = label(mask)
-    parts = np.zeros(mask.shape, np.int64)
+    components, count = label(mask)
+    parts = components.astype(np.int64)
     for number, window in enumerate(find_objects(components), start=1):
         inside = components[window] == number
-        parts[window][inside] = parts.max() + 1 + outline_parts(inside)[inside]
+        if inside.sum() >= 2 * _SMALLEST * mask.size:
+            divided = outline_parts(inside)[inside]
+            parts[window][inside] = np.where(divided > 0, count + divided, number)
+            count += divided.max()
     return large_parts(parts)
 
 
@@ -170,7 +173,7 @@ def large_parts(parts: np.ndarray) -> np.ndarray:
 
 
 def outline_parts(mask: np.ndarray) -> np.ndarray:
-    """Numbers from 0 of the parts of one component [height, width]; outside of it, any.
+    """Numbers from 0 of the parts of one component [height, width], int64; outside of it, any.
 
     Watershed by a minimum spanning tree (Cousty et al., IEEE TPAMI 2009): neighbours are joined, deepest
     first, unless that connected two peaks. A root that is joined with all peaks beforehand prevents it.

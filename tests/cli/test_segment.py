@@ -65,6 +65,24 @@ def test_segment_writes_labels_and_overlay(
     assert "image.png: cat 50%, red sofa 50%" in capsys.readouterr().out
 
 
+def test_instances_are_written_beside_the_labels(
+    image_file: str, tmp_path: Path, calls: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["segment", image_file, "--classes", "cat", "red sofa", "--out", str(tmp_path / "out")]
+    code, line = refused([*words, "--instances", "dog"], capsys)
+    assert (code, calls) == (2, [])
+    assert "--instances 'dog' is not among --classes cat, red sofa" in line
+    assert main([*words, "--instances", "red sofa"]) == 0
+    written = sorted(os.listdir(tmp_path / "out"))
+    assert written == ["image-overlay.png", "image-panoptic.json", "image-panoptic.png", "image.png"]
+    document = json.loads((tmp_path / "out" / "image-panoptic.json").read_text(encoding="utf-8"))
+    assert document["annotations"][0]["file_name"] == "image-panoptic.png"
+    assert [category["isthing"] for category in document["categories"]] == [0, 1]
+    ids = np.asarray(Image.open(tmp_path / "out" / "image-panoptic.png"))
+    assert (ids[:, :40] == [1, 0, 0]).all()
+    assert (ids[:, 40:] == [2, 0, 0]).all()
+
+
 def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path, calls: list[int]) -> None:
     paths = []
     for folder, suffix, width in (("a", "png", 10), ("b", "png", 20), ("b", "bmp", 30)):

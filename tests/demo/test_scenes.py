@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from hashlib import sha256
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from scipy.ndimage import maximum_filter
 
-from seg4diff.demo.scenes import CLASSES, HELD_OUT, SIZE, Conditions, Scene, scene
+from seg4diff.demo.scenes import CLASSES, HELD_OUT, SIZE, THINGS, Conditions, Scene, scene
 
 
 def _pixels(seed: int, conditions: Conditions = "clean") -> np.ndarray:
@@ -18,8 +19,9 @@ def _pixels(seed: int, conditions: Conditions = "clean") -> np.ndarray:
 
 
 def _digest(drawn: Scene) -> str:
-    content = drawn.image.tobytes() + drawn.labels.tobytes() + repr((drawn.classes, drawn.caption)).encode()
-    return sha256(content).hexdigest()
+    text = repr((drawn.classes, drawn.caption)).encode()
+    arrays = drawn.labels.tobytes() + drawn.instances.tobytes()
+    return sha256(drawn.image.tobytes() + arrays + text).hexdigest()
 
 
 @pytest.mark.parametrize("seed", [0, 1, HELD_OUT - 1, HELD_OUT, 2**63, 10**40], ids=str)
@@ -33,13 +35,14 @@ def test_every_pixel_is_labelled(seed: int) -> None:
     assert all(name in drawn.caption for name in drawn.classes)
 
 
-@pytest.mark.parametrize("conditions", ["clean", "hard"])
+@pytest.mark.parametrize("conditions", ["clean", "hard", "touching"])
 def test_same_seed_same_scene_in_another_process(conditions: Conditions) -> None:
     code = (
         "import sys; from hashlib import sha256; from seg4diff.demo.scenes import scene;"
         "d = scene(7, sys.argv[1]);"
         "text = repr((d.classes, d.caption)).encode();"
-        "print(sha256(d.image.tobytes() + d.labels.tobytes() + text).hexdigest())"
+        "arrays = d.labels.tobytes() + d.instances.tobytes();"
+        "print(sha256(d.image.tobytes() + arrays + text).hexdigest())"
     )
     command = [sys.executable, "-c", code, conditions]
     other = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -73,8 +76,40 @@ def test_hard_images_are_noisy_blurred_and_shadowed() -> None:
     assert np.percentile(brightness, 95) / np.percentile(brightness, 5) > 1.25
 
 
+def test_instances_are_the_things() -> None:
+    for seed in range(HELD_OUT, HELD_OUT + 6):
+        for conditions in get_args(Conditions):
+            drawn = scene(seed, conditions)
+            names = np.array(drawn.classes)[drawn.labels]
+            assert np.array_equal(drawn.instances >= 0, np.isin(names, THINGS))
+            numbers = np.unique(drawn.instances)
+            assert np.array_equal(numbers, np.arange(-1, len(numbers) - 1))
+            for number in numbers[1:]:
+                assert len(np.unique(names[drawn.instances == number])) == 1
+            if conditions != "touching":
+                assert len(numbers) - 1 == len(np.unique(names[drawn.instances >= 0]))
+
+
+def test_touching_things_touch() -> None:
+    """Each of the most frequent class has a neighbouring pixel of another one of it, and is seen."""
+    for seed in range(HELD_OUT, HELD_OUT + 12):
+        drawn = scene(seed, "touching")
+        of_instance = [
+            drawn.labels[drawn.instances == number][0] for number in range(drawn.instances.max() + 1)
+        ]
+        kind = np.bincount(of_instance).argmax()
+        several = [number for number, label in enumerate(of_instance) if label == kind]
+        assert 2 <= len(several) <= 3
+        for number in several:
+            inside = drawn.instances == number
+            assert inside.sum() > 300
+            near = np.unique(drawn.instances[maximum_filter(inside, 3) & ~inside])
+            assert set(near) & (set(several) - {number})
+        assert f"{drawn.classes[kind]}" in drawn.caption
+
+
 def test_unknown_conditions_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'foggy'.*'clean', 'hard'"):
+    with pytest.raises(ValueError, match=r"'foggy'.*'clean', 'hard', 'touching'"):
         scene(1, "foggy")  # type: ignore[arg-type]
 
 
