@@ -1,10 +1,10 @@
-"""Instances by outline, by connected components, and by boundaries that attention tells, on the demo's scenes.
+"""Instances by outline, by connected components, and by boundaries read from attention, on the demo's scenes.
 
     OMP_NUM_THREADS=1 python -m benchmarks.instances --out benchmarks/results/instances.md
 
-Labels are those of the preset "best" with the names present. Every method starts from the connected components
-of the things' classes and divides them. Settings are chosen on training seeds, by the mean PQ of touching and
-clean scenes; figures are of held-out ones.
+Labels are those of the preset "best" with the names present. Every method starts from the connected
+components of the things' classes and divides them. Settings are chosen on training seeds, by the mean PQ of
+touching and clean scenes; figures are of held-out ones.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def by_cuts(
 
 
 def matches_of(case: Case, divide: Divide) -> InstanceMatches:
-    """Matches of the things' instances with the true ones; an instance's score is the mean one of its class."""
+    """Matches of the things' instances; the score of one is the mean score of its class inside of it."""
     labels, names = case.result.labels.numpy(), case.result.classes
     scores, truth = case.result.pixel_scores().numpy(), case.scene.instances
     found, of_found, how_sure = np.full(labels.shape, -1), [], []
@@ -261,24 +261,44 @@ def chosen(options: Mapping[str, Divide], tuning: Sequence[Sequence[Case]]) -> t
     return name, options[name]
 
 
+def rectangles() -> list[str]:
+    """Numbers of parts of rectangles, which are one thing each."""
+    lines = ["| | 1 : 1 | 3 : 2 | 2 : 1 | 3 : 1 |", "| --- " * 5 + "|"]
+    cuts = partial(by_cuts, name=None, beta=0.0, threshold=0.9)
+    methods: dict[str, Divide] = {"outline": lambda mask, _: outline_parts(mask), "normalised cuts": cuts}
+    for row, divide in methods.items():
+        counts = []
+        for ratio in (1.0, 1.5, 2.0, 3.0):
+            mask = np.zeros((SIZE, SIZE), bool)
+            mask[8 : 8 + round(112 / ratio), 8:120] = True
+            counts.append(len(np.unique(divide(mask, {})[mask])))
+        lines.append(f"| {row}, value 0.9 | " if divide is cuts else f"| {row} | ")
+        lines[-1] += " | ".join(map(str, counts)) + " |"
+    return lines
+
+
 PAGE = """# Instances: outline, components, boundaries
 
 `OMP_NUM_THREADS=1 python -m benchmarks.instances --out benchmarks/results/instances.md`
 
-The demo model, labels of the preset `best` with the names present, {count} held-out scenes each: `touching`, two
-or three things of one class in contact, and `clean`, where no two things of a class occur and every division is
-wrong. AP50 and PQ in %, means over the classes of things; a match has IoU above 0.5; {device}, one run.
-Settings in brackets have the largest PQ, mean of both kinds of scenes, on {tuning} training scenes each.
+The demo model on the CPU, labels of the preset `best` with the names present, {count} held-out scenes each:
+`touching`, two or three things of one class in contact, and `clean`, where no two things of a class occur and
+every division is wrong. AP50 and PQ in %, means over the classes of things; a match has IoU above 0.5; one
+run. Settings in brackets have the largest PQ, mean of both kinds of scenes, on {tuning} training scenes each.
 
 {table}
 
 Connected components are what a division starts from. The outline is the smoothed distance to it, divided by a
 watershed (`seg4diff.segmentation.instances`), and no output of the model. Row divergences are those of
-`seg4diff.kernels.api.row_divergence`, between neighbouring image tokens; outputs are squared distances of their
-attention outputs; both at the level of `best`.
+`seg4diff.kernels.api.row_divergence`, between neighbouring image tokens; outputs are squared distances of
+their attention outputs; both at the level of `best`.
 
-How well a boundary strength separates two neighbouring tokens of two things of one class from two of one thing
-(area under the ROC curve, training scenes; 50 is chance):
+Normalised cuts do better than the outline here, but cut what is long: parts of a full rectangle.
+
+{rectangles}
+
+How well a boundary strength separates two neighbouring tokens of two things of one class from two of one
+thing (area under the ROC curve, training scenes; 50 is chance):
 
 {separations}
 """
@@ -330,7 +350,7 @@ def main() -> None:
     text = PAGE.format(
         count=options.scenes,
         tuning=options.tuning,
-        device="CPU",
+        rectangles="\n".join(rectangles()),
         table="\n".join(table),
         separations="\n".join(separations),
     )

@@ -22,8 +22,8 @@ from scipy.ndimage import gaussian_filter
 __all__ = ["CLASSES", "HELD_OUT", "SIZE", "STUFF", "THINGS", "Conditions", "Scene", "describe", "scene"]
 
 Conditions = Literal["clean", "hard", "touching"]
-"""`"clean"`: things apart from each other, as they are drawn. `"hard"`: in other hues and light, with shadows,
-texture, blur and noise. `"touching"`: two or three things of one class in contact."""
+"""`"clean"`: things apart from each other, as they are drawn. `"hard"`: in other hues and light, with
+shadows, texture, blur and noise. `"touching"`: two or three things of one class in contact."""
 
 SIZE = 128
 """Width and height of a scene in pixels."""
@@ -370,7 +370,7 @@ _COVERED = 0.2  # share of a thing, at most, that others cover
 
 
 def _touching(x: Array, y: Array, rng: np.random.Generator) -> list[_Thing]:
-    """Two or three things of one class, each in contact with an earlier one, and perhaps one of another class.
+    """Two or three things of one class, each in contact with an earlier one, and perhaps one of another.
 
     A thing is moved towards the one it shall touch until they have pixels in common.
     """

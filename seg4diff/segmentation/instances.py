@@ -121,7 +121,8 @@ def find_instances(
 ) -> Instances:
     """The instances of a label map.
 
-    Parts below a four-hundredth of the image join the nearest instance of their class, if it has a larger one.
+    Parts below a four-hundredth of the image join the nearest instance of their class, if there is a larger
+    one.
 
     Args:
         labels: int64 [height, width], an index into `classes`, or -1.
