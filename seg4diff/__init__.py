@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.kernels.types import MapRequest as MapRequest
     from seg4diff.loading import load_pipeline as load_pipeline
     from seg4diff.lora.files import load_lora as load_lora
+    from seg4diff.segmentation.instances import Instances as Instances
     from seg4diff.segmentation.regions import segment_unsupervised as segment_unsupervised
     from seg4diff.segmentation.result import Segmentation as Segmentation
     from seg4diff.segmentation.zero_shot import segment as segment
@@ -38,6 +39,7 @@ _PUBLIC = {
     "AnalysisReport": "seg4diff.analysis.report",
     "Blur": "seg4diff.editing.blur",
     "Capture": "seg4diff.attention.capture",
+    "Instances": "seg4diff.segmentation.instances",
     "MapRequest": "seg4diff.kernels.types",
     "Measures": "seg4diff.analysis.report",
     "Pipeline": "seg4diff.backbones",
