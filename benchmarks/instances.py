@@ -30,7 +30,7 @@ from seg4diff.demo.scenes import CLASSES, HELD_OUT, SIZE, THINGS, Conditions, Sc
 from seg4diff.kernels.api import key_average, row_divergence
 from seg4diff.loading import load_pipeline
 from seg4diff.metrics import InstanceMatches, match_instances
-from seg4diff.segmentation.inputs import model_inputs, views_of
+from seg4diff.segmentation.inputs import Noising, model_inputs, views_of
 from seg4diff.segmentation.instances import large_parts, outline_parts
 from seg4diff.segmentation.passes import recipe_of
 from seg4diff.segmentation.presets import PRESETS
@@ -77,9 +77,7 @@ def cases_of(pipe: Any, first: int, count: int, conditions: Conditions) -> list[
         pipe,
         views_of(pipe, [one.image for one in scenes], best.fit),
         [[" ".join(one.classes)] for one in scenes],
-        steps=state.backbone.noise[0],
-        noise_levels=(level,),
-        batch_size=10,
+        Noising(levels=(level,), batch_size=10),
     ):
         keeper = _Keeper()
         request = LayerRequest(output=True, observe=lambda p: (p.query, key_average(p.query, p.key)[0]))
