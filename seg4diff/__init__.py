@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # with `as`, which makes them public to type checkers
     from seg4diff.kernels.types import MapRequest as MapRequest
     from seg4diff.loading import load_pipeline as load_pipeline
     from seg4diff.lora.files import load_lora as load_lora
+    from seg4diff.segmentation.discover import discover as discover
     from seg4diff.segmentation.instances import Instances as Instances
     from seg4diff.segmentation.regions import segment_unsupervised as segment_unsupervised
     from seg4diff.segmentation.result import Segmentation as Segmentation
@@ -50,6 +51,7 @@ _PUBLIC = {
     "analyze": "seg4diff.analysis",
     "capture": "seg4diff.attention.capture",
     "demo": "",
+    "discover": "seg4diff.segmentation.discover",
     "edit": "seg4diff.editing.words",
     "guide": "seg4diff.editing.guidance",
     "is_patched": "seg4diff.attention.patch",

@@ -70,7 +70,7 @@ def write_captions(
     identity = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "batch_size": batch_size}
     with claim(out.with_name(f"{out.name}.part"), identity) as job:
         pending = job.pending(batches, {entry["name"] for entry in results_in(job.folder)})
-        speak = _Captioner(model, prompt, max_tokens, device) if pending else None
+        speak = Captioner(model, prompt, max_tokens, device) if pending else None
         for batch in tqdm(pending, desc="captions", unit="batch", disable=None if progress else True):
             readable = _readable([wanted[name] for name in batch])
             if readable and speak is not None:
@@ -96,7 +96,7 @@ def _readable(items: Sequence[Item]) -> dict[str, Image.Image]:
     return images
 
 
-class _Captioner:
+class Captioner:
     """One model and its processor."""
 
     def __init__(self, model: str, prompt: str | None, max_tokens: int, device: str | None) -> None:

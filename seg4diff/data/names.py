@@ -1,4 +1,4 @@
-"""The names of the data sets, apart from their readers: importing this module imports nothing heavy."""
+"""The names of data sets and vocabularies; importing this module imports nothing heavy."""
 
 from typing import Literal
 
@@ -18,3 +18,6 @@ DatasetName = Literal[
     "scenes",
     "scenes-hard",
 ]
+
+VocabularyName = Literal["coco", "ade20k", "lvis", "wordnet"]
+"""The built-in vocabularies, see `seg4diff.data.vocabularies.read_vocabulary`."""

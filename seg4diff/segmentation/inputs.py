@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ class View:
     Attributes:
         image: the part of the image that a result covers, at its own resolution.
         pixels: the same part at the size the model gets, RGB.
+        latents: clean latents [C, h, w] of `pixels`, where they are known already.
     """
 
     image: Image.Image
     pixels: Image.Image
+    latents: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,16 @@ def views_of(pipe: Pipeline, images: Sequence[Image.Image], fit: Fit) -> list[Vi
     return [fit_image(image, fit, **sizes) for image in images]
 
 
+@torch.no_grad()
+def clean_latents(pipe: Any, views: Sequence[View]) -> Tensor:
+    """Clean latents of views of one size, [B, C, h, w], float32; encoded only where they are not known."""
+    known = [view.latents for view in views if view.latents is not None]
+    if len(known) == len(views):
+        return torch.stack(known)
+    pixels = torch.stack([_as_tensor(view.pixels) for view in views])
+    return patch_of(pipe).backbone.latents(pipe, pixels).float()
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """One call of the transformer: images at one noise level, each with one of its prompts.
@@ -172,8 +184,7 @@ def model_inputs(
     batch_size, seeds = noising.batch_size, noising.seeds(len(views))
     text = _encode(backbone, pipe, prompts, batch_size, {} if known_text is None else known_text)
     for batch in _batches(views, batch_size):
-        pixels = torch.stack([_as_tensor(views[i].pixels) for i in batch])
-        latents = backbone.latents(pipe, pixels).float()
+        latents = clean_latents(pipe, [views[i] for i in batch])
         noise = _noise(latents, [seeds[i] for i in batch], noising.generator)
         pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
         for level in levels:

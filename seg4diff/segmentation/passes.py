@@ -30,11 +30,14 @@ class NamedScores:
         index: position of the image in the list that was given.
         scores: probabilities [names, h, w], float32, at the image tokens.
         timestep: the model's timestep.
+        outputs: attention outputs [h, w, C], float32, mean over the passes, by which scores were spread; None
+            where they were not.
     """
 
     index: int
     scores: Tensor
     timestep: float
+    outputs: Tensor | None = None
 
 
 def recipe_of(pipe: Pipeline, preset: Preset) -> Recipe:
@@ -103,9 +106,11 @@ def run_scores(
             continue
         of_scores, of_outputs = zip(*found.pop(index), strict=True)
         scores = of_scores[0] if count == 1 else torch.stack([log_scores(s) for s in of_scores]).mean(0).exp()
+        outputs = None
         if preset.spread:
-            scores = spread_scores(scores, torch.stack(of_outputs).mean(dim=0), recipe.tau)
-        yield NamedScores(index, scores, maps.timestep)
+            outputs = torch.stack(of_outputs).mean(dim=0)
+            scores = spread_scores(scores, outputs, recipe.tau)
+        yield NamedScores(index, scores, maps.timestep, outputs)
 
 
 def _of_one_pass(

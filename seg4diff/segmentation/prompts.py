@@ -77,15 +77,20 @@ def names_for_each(classes: Sequence[str] | Sequence[Sequence[str]], images: int
     if not given:
         raise ValueError("classes is empty; name at least one thing to look for")
     if all(isinstance(name, str) for name in given):
-        return [_checked_names(given)] * images  # type: ignore[arg-type]
+        return [checked_names(given)] * images  # type: ignore[arg-type]
     if any(isinstance(name, str) for name in given):
         raise ValueError("classes mixes names and lists of names; give one list, or one list for each image")
     if len(given) != images:
         raise ValueError(f"classes holds {len(given)} lists of names for {images} images")
-    return [_checked_names(list(names)) for names in given]
+    return [checked_names(list(names)) for names in given]
 
 
-def _checked_names(names: list[str]) -> tuple[str, ...]:
+def checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names without surrounding white space.
+
+    Raises:
+        ValueError: there are none, or one is not a string, blank, or the same as another but for case.
+    """
     if not names:
         raise ValueError("an image's list of classes is empty; name at least one thing to look for")
     seen: dict[str, str] = {}

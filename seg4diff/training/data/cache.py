@@ -27,10 +27,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from seg4diff.backbones import Pipeline, find_backbone
+from seg4diff.backbones.identity import encoders_identity
 from seg4diff.backbones.text import find_words
 from seg4diff.data.examples import Example, fingerprint, read_example
 from seg4diff.data.items import Item, UnusableItemError
@@ -293,25 +294,6 @@ def cache_identity(pipe: Pipeline, dataset: Dataset, data: DataSettings) -> str:
         },
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def encoders_identity(pipe: Pipeline) -> str:
-    """Hash of the VAE and the text encoders: classes, and names, shapes, dtypes, a sample of weights."""
-    digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        if "tokenizer" in part and module is not None:
-            digest.update(f"{part} {type(module).__name__} {len(module)}\n".encode())
-        if not isinstance(module, nn.Module) or "transformer" in part:
-            continue
-        digest.update(f"{part} {type(module).__name__}\n".encode())
-        if part == "vae":
-            config: Any = module.config
-            digest.update(f"{config.scaling_factor} {config.shift_factor}\n".encode())
-        for name, weight in module.state_dict().items():
-            flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes()
-            digest.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode() + sample)
-    return digest.hexdigest()
 
 
 class _Encoder:
