@@ -36,7 +36,9 @@ def with_distractors(distractors: Sequence[str]) -> list[str]:
     return [names[index] for index in np.random.default_rng(0).permutation(len(names))]
 
 
-def measure(pipe: Any, scenes: Sequence[Scene], vocabulary: Sequence[str], **options: Any) -> dict[str, float]:
+def measure(
+    pipe: Any, scenes: Sequence[Scene], vocabulary: Sequence[str], **options: Any
+) -> dict[str, float]:
     """Figures of one vocabulary."""
     right = distracted = pixels = found = forwards = 0
     start = time.process_time()

@@ -15,6 +15,7 @@ from seg4diff.cli.analyze import Analyze
 from seg4diff.cli.caption import Caption
 from seg4diff.cli.clip_score import ClipScore
 from seg4diff.cli.demo import Demo
+from seg4diff.cli.discover import Discover
 from seg4diff.cli.estimate import Estimate
 from seg4diff.cli.evaluate import Evaluate
 from seg4diff.cli.generate import Generate
@@ -31,6 +32,7 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 Verb: TypeAlias = (
     Segment
     | Regions
+    | Discover
     | Generate
     | Analyze
     | RankLayers

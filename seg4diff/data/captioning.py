@@ -97,9 +97,15 @@ def _readable(items: Sequence[Item]) -> dict[str, Image.Image]:
 
 
 class Captioner:
-    """One model and its processor."""
+    """An image-to-text model of transformers and its processor; the arguments are those of `write_captions`.
 
-    def __init__(self, model: str, prompt: str | None, max_tokens: int, device: str | None) -> None:
+    Raises:
+        ValueError: the model cannot be loaded as an image-to-text model.
+    """
+
+    def __init__(
+        self, model: str, prompt: str | None = None, max_tokens: int = 70, device: str | None = None
+    ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = "seg4diff-text-1"
 
 
+@torch.no_grad()
 def encoded_texts(
     pipe: Any, prompts: Sequence[str], *, cache: str | os.PathLike[str] | None = None, batch_size: int = 1
 ) -> dict[str, dict[str, Tensor]]:
@@ -65,6 +67,4 @@ def encoded_texts(
 def _paths(pipe: Any, prompts: Sequence[str], folder: Path) -> dict[str, Path]:
     model = [_FORMAT, type(pipe).__name__, encoders_identity(pipe), str(pipe.transformer.dtype)]
     keys = {prompt: json.dumps([*model, prompt]).encode() for prompt in prompts}
-    return {
-        prompt: folder / f"{hashlib.sha256(key).hexdigest()}.safetensors" for prompt, key in keys.items()
-    }
+    return {prompt: folder / f"{hashlib.sha256(key).hexdigest()}.safetensors" for prompt, key in keys.items()}

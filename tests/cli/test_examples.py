@@ -63,8 +63,8 @@ def configuration() -> str:
 
 def test_every_verb_has_an_example() -> None:
     assert {shlex.split(line)[1] for line in examples()} == {
-        "segment", "regions", "generate", "analyze", "rank-layers", "evaluate", "clip-score", "prepare",
-        "caption", "train", "estimate", "demo", "kernels",
+        "segment", "regions", "discover", "generate", "analyze", "rank-layers", "evaluate", "clip-score",
+        "prepare", "caption", "train", "estimate", "demo", "kernels",
     }  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def test_the_defaults_agree() -> None:
         for field in dataclasses.fields(verb):
             if field.default is not dataclasses.MISSING:
                 defaults.setdefault(field.name, {})[verb.__name__] = field.default
+    defaults["preset"].pop("Discover")  # which takes presets that compare image tokens
     for name in ("preset", "seed", "layers", "model", "threads", "steps", "device"):
         assert len({repr(value) for value in defaults[name].values()}) == 1, defaults[name]
     folders = {verb: value for verb, value in defaults["out"].items() if value is not None}
