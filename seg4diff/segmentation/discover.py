@@ -119,9 +119,9 @@ def discover(
     Raises:
         NotImplementedError: the model family is not supported.
         TypeError: `pipe` has no VAE.
-        ValueError: an empty vocabulary, blank or repeated names, a name that is longer than a prompt or without
-            tokens, an unreadable image or file, an unknown preset or one that does not spread scores, a layer
-            out of range, or no expert layer is known.
+        ValueError: an empty vocabulary, blank or repeated names, a name that is longer than a prompt or
+            without tokens, an unreadable image or file, an unknown preset or one that does not spread
+            scores, a layer out of range, or no expert layer is known.
     """
     state = patch_of(pipe)
     if not hasattr(pipe, "vae"):

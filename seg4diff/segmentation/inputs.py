@@ -119,11 +119,12 @@ def views_of(pipe: Pipeline, images: Sequence[Image.Image], fit: Fit) -> list[Vi
 @torch.no_grad()
 def clean_latents(pipe: Any, views: Sequence[View]) -> Tensor:
     """Clean latents of views of one size, [B, C, h, w], float32; encoded only where they are not known."""
-    known = [view.latents for view in views if view.latents is not None]
-    if len(known) == len(views):
-        return torch.stack(known)
-    pixels = torch.stack([_as_tensor(view.pixels) for view in views])
-    return patch_of(pipe).backbone.latents(pipe, pixels).float()
+    known = {row: view.latents for row, view in enumerate(views) if view.latents is not None}
+    missing = [row for row in range(len(views)) if row not in known]
+    if missing:
+        pixels = torch.stack([_as_tensor(views[row].pixels) for row in missing])
+        known.update(zip(missing, patch_of(pipe).backbone.latents(pipe, pixels).float(), strict=True))
+    return torch.stack([known[row] for row in range(len(views))])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The search of one image for the names of a vocabulary: all of them at a glance, then those that are left."""
+"""The search of one image for the names of a vocabulary: all of them, then those that are left."""
 
 from __future__ import annotations
 

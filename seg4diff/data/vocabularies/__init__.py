@@ -1,4 +1,4 @@
-"""Lists of names to search an image for: built-in ones, with sources and licences in NOTICE.txt, or a file."""
+"""Lists of names to search an image for. NOTICE.txt has sources and licences of the built-in ones."""
 
 from __future__ import annotations
 
