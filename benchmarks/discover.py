@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--first", type=int, default=HELD_OUT, help="seed of the first scene")
-    parser.add_argument("--large", type=int, default=20, help="scenes for the vocabulary of LVIS")
+    parser.add_argument("--large", type=int, default=20, help="scenes for LVIS and WordNet")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args()
     pipe = load_pipeline("demo", "cpu")
@@ -74,7 +74,14 @@ def main() -> None:
         "18 names": (CLASSES, options.scenes, {}),
         "18 names and 30 distractors": (few, options.scenes, {}),
         '18 names and 30 distractors, preset="best"': (few, options.scenes, {"preset": "best"}),
-        "18 names and LVIS": (with_distractors(read_vocabulary("lvis")), options.large, {"batch_size": 8}),
+        **{
+            f"18 names and {title}": (
+                with_distractors(read_vocabulary(name)),
+                options.large,
+                {"batch_size": 8},
+            )
+            for name, title in (("lvis", "LVIS"), ("wordnet", "WordNet"))
+        },
     }
     figures: dict[str, Any] = {"first": options.first}
     for conditions in get_args(Conditions):

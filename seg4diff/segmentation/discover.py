@@ -23,7 +23,7 @@ from seg4diff.segmentation.prompts import checked_names
 from seg4diff.segmentation.result import Segmentation
 from seg4diff.segmentation.search import Search
 
-Vocabulary = VocabularyName | str | Sequence[str]
+Vocabulary = VocabularyName | str | os.PathLike[str] | Sequence[str]
 Captioner = Callable[[Sequence[Image.Image]], Sequence[str]]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import seg4diff
+from benchmarks.discover import DISTRACTORS, measure, with_distractors
 from seg4diff.demo import CLASSES, HELD_OUT, Scene, scene
 from seg4diff.evaluation.showcase import Score, compare, in_vocabulary, labels_of
 from seg4diff.kernels.testing import assert_accurate
@@ -83,6 +84,14 @@ def test_all_names_at_once_with_presence(
         for p in (preset, "default")
     )  # fmt: skip
     assert one.miou >= other.miou + 0.08
+
+
+def test_names_are_found_among_distractors(pipe: Any, scenes: list[Scene]) -> None:
+    """18 names and 30 that the model never read, in four prompts: `python -m benchmarks.discover`."""
+    figures = measure(pipe, scenes[:8], with_distractors(DISTRACTORS))
+    assert figures["right"] >= 93
+    assert figures["distractor"] < 1
+    assert figures["forwards"] == 4
 
 
 def test_shuffled_names_find_nothing(score: Callable[..., Score], scenes: list[Scene], oracle: Score) -> None:

@@ -36,6 +36,8 @@ counted: seg4diff.Segmentation = seg4diff.segment_unsupervised(pipe, images[0], 
 both: seg4diff.Segmentation | list[seg4diff.Segmentation] = seg4diff.segment_unsupervised(
     pipe, torch.zeros(3, 64, 64)
 )
+named: seg4diff.Segmentation = seg4diff.discover(pipe, "kitchen.jpg", "lvis", cache="texts")
+several: list[seg4diff.Segmentation] = seg4diff.discover(pipe, images, ["cat", "sofa"], preset="best")
 version: str = seg4diff.__version__
 
 with seg4diff.capture(pipe, layers=[9], maps=seg4diff.MapRequest(heads="each")) as captured:
