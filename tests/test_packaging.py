@@ -83,7 +83,9 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     assert tops == {"seg4diff", only(built, "*.whl").name.removesuffix("-py3-none-any.whl") + ".dist-info"}
     kinds = {Path(name).suffix for name in names if name.startswith("seg4diff/")}
     weights = ROOT / "seg4diff" / "demo" / "weights"
-    expected = {path.relative_to(ROOT).as_posix() for path in weights.rglob("*") if path.is_file()}
+    vocabularies = ROOT / "seg4diff" / "data" / "vocabularies"
+    files = (*weights.rglob("*"), *vocabularies.glob("*.txt"))
+    expected = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     assert {
         "seg4diff/py.typed",
         "seg4diff/kernels/api.py",
