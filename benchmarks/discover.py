@@ -52,13 +52,14 @@ def measure(
         pixels += labels.size
         found += len(result.classes)
         forwards += sum(result.metadata["forwards"].values())
-    return {
+    figures = {
         "right": 100 * right / pixels,
         "distractor": 100 * distracted / pixels,
         "names": found / len(scenes),
         "forwards": forwards / len(scenes),
         "cpu_seconds": (time.process_time() - start) / len(scenes),
     }
+    return {name: round(value, 2) for name, value in figures.items()}
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
             scenes = [scene(options.first + number, conditions) for number in range(count)]
             row = measure(pipe, scenes, vocabulary, **choices)
             figures[conditions][name] = {"scenes": count, "vocabulary": len(vocabulary), **row}
-            print(conditions, name, count, {key: round(value, 2) for key, value in row.items()}, flush=True)
+            print(conditions, name, count, row, flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n")

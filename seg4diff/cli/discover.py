@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -76,7 +77,7 @@ class Discover(ImageOptions):
                 preset=self.preset,
                 background=self.background,
                 captioner=captioner,
-                cache=self.cache,
+                cache=cache,
                 layers=layers,
                 seed=self.seed,
                 batch_size=self.batch_size,
@@ -84,7 +85,9 @@ class Discover(ImageOptions):
             )
             return found
 
-        self.write(paths, segment, _found)
+        with tempfile.TemporaryDirectory() as folder:  # prompts are encoded once for all batches
+            cache = self.cache or folder
+            self.write(paths, segment, _found)
 
 
 def _found(result: Segmentation) -> str:

@@ -54,10 +54,11 @@ def plan_prompts(
 
 def _plan(group: Sequence[str], span: TextSpan) -> PlannedPrompt:
     text = " ".join(group)
+    offsets = span.offsets(text)
     columns = []
     start = 0
     for name in group:
-        found = span.columns(text, start, start + len(name))
+        found = [column for column, first, last in offsets if first < start + len(name) and last > start]
         if not found:
             raise ValueError(f"class name {name!r} has no tokens of its own in the prompt {text!r}")
         columns.append(tuple(found))
