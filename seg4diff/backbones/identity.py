@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from seg4diff.backbones.base import Pipeline
 
-def encoders_identity(pipe: Any) -> str:
+
+def encoders_identity(pipe: Pipeline) -> str:
     """Hash of the VAE and the text encoders: classes, and names, shapes, dtypes, a sample of weights."""
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from PIL import Image
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.data.names import VocabularyName
 from seg4diff.data.vocabularies import read_vocabulary
 from seg4diff.images import ImageInput, as_list
@@ -28,8 +29,8 @@ Captioner = Callable[[Sequence[Image.Image]], Sequence[str]]
 
 
 @overload
-def discover(
-    pipe: Any,
+def discover(  # type: ignore[overload-overlap]  # a str is a sequence of str, and one image
+    pipe: Pipeline,
     image: Image.Image | str | os.PathLike[str],
     vocabulary: Vocabulary = ...,
     *,
@@ -44,7 +45,7 @@ def discover(
 ) -> Segmentation: ...
 @overload
 def discover(
-    pipe: Any,
+    pipe: Pipeline,
     image: Sequence[ImageInput],
     vocabulary: Vocabulary = ...,
     *,
@@ -59,7 +60,7 @@ def discover(
 ) -> list[Segmentation]: ...
 @overload
 def discover(
-    pipe: Any,
+    pipe: Pipeline,
     image: np.ndarray | torch.Tensor,
     vocabulary: Vocabulary = ...,
     *,
@@ -73,7 +74,7 @@ def discover(
     progress: bool | None = ...,
 ) -> Segmentation | list[Segmentation]: ...  # the array may have a batch axis
 def discover(
-    pipe: Any,
+    pipe: Pipeline,
     image: ImageInput | Sequence[ImageInput],
     vocabulary: Vocabulary = "coco",
     *,

@@ -117,7 +117,7 @@ def views_of(pipe: Pipeline, images: Sequence[Image.Image], fit: Fit) -> list[Vi
 
 
 @torch.no_grad()
-def clean_latents(pipe: Any, views: Sequence[View]) -> Tensor:
+def clean_latents(pipe: Pipeline, views: Sequence[View]) -> Tensor:
     """Clean latents of views of one size, [B, C, h, w], float32; encoded only where they are not known."""
     known = {row: view.latents for row, view in enumerate(views) if view.latents is not None}
     missing = [row for row in range(len(views)) if row not in known]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from seg4diff.attention.patch import patch_of
-from seg4diff.segmentation.inputs import View, clean_latents
+from seg4diff.backbones import Pipeline
+from seg4diff.segmentation.inputs import Noising, View, clean_latents
 from seg4diff.segmentation.naming import name_regions, pack_prompts, prune
 from seg4diff.segmentation.passes import NamedScores, recipe_of, run_scores
 from seg4diff.segmentation.presence import THRESHOLD, UNEXPLAINED, presence_of
@@ -45,7 +46,7 @@ class Plan:
 class Search:
     """How images are searched; the attributes are the arguments of `seg4diff.discover`."""
 
-    pipe: Any
+    pipe: Pipeline
     preset: Preset
     layers: tuple[int, ...]
     seed: int
@@ -103,8 +104,8 @@ class Search:
         preset: Preset,
     ) -> NamedScores:
         (found,) = run_scores(
-            self.pipe, [view], [prompts], preset, layers=self.layers, seed=self.seed,
-            batch_size=self.batch_size, progress=False, known_text=texts,
+            self.pipe, [view], [prompts], preset, self.layers,
+            Noising(seed=self.seed, batch_size=self.batch_size), progress=False, known_text=texts,
         )  # fmt: skip
         return found
 

@@ -8,13 +8,13 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from seg4diff.attention.patch import patch_of
+from seg4diff.backbones import Pipeline
 from seg4diff.backbones.identity import encoders_identity
 from seg4diff.files import DamagedFileError, read_sealed, write_sealed
 
@@ -25,7 +25,11 @@ _FORMAT = "seg4diff-text-1"
 
 @torch.no_grad()
 def encoded_texts(
-    pipe: Any, prompts: Sequence[str], *, cache: str | os.PathLike[str] | None = None, batch_size: int = 1
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    batch_size: int = 1,
 ) -> dict[str, dict[str, Tensor]]:
     """The transformer's text arguments of prompts, without the batch axis.
 
@@ -64,7 +68,7 @@ def encoded_texts(
     return known
 
 
-def _paths(pipe: Any, prompts: Sequence[str], folder: Path) -> dict[str, Path]:
+def _paths(pipe: Pipeline, prompts: Sequence[str], folder: Path) -> dict[str, Path]:
     model = [_FORMAT, type(pipe).__name__, encoders_identity(pipe), str(pipe.transformer.dtype)]
     keys = {prompt: json.dumps([*model, prompt]).encode() for prompt in prompts}
     return {prompt: folder / f"{hashlib.sha256(key).hexdigest()}.safetensors" for prompt, key in keys.items()}

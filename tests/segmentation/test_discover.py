@@ -16,8 +16,8 @@ import seg4diff
 from seg4diff.attention.patch import patch_of
 from seg4diff.backbones.base import Recipe
 from seg4diff.backbones.text import TextSpan
-from seg4diff.segmentation.inputs import View
-from seg4diff.segmentation.maps import ImageMaps
+from seg4diff.segmentation.inputs import Noising, View
+from seg4diff.segmentation.maps import ImageMaps, Reading
 from seg4diff.segmentation.presets import PRESETS
 from tests.support import tiny
 
@@ -65,7 +65,13 @@ class HandMade:
         monkeypatch.setattr("seg4diff.segmentation.passes.run_maps", self)
 
     def __call__(
-        self, pipe: Any, views: Sequence[View], prompts: Sequence[Sequence[str]], **options: Any
+        self,
+        pipe: Any,
+        views: Sequence[View],
+        prompts: Sequence[Sequence[str]],
+        reading: Reading,
+        noising: Noising,
+        **options: Any,
     ) -> Iterator[ImageMaps]:
         (texts,) = prompts
         assert views[0].latents is not None
@@ -83,7 +89,7 @@ class HandMade:
         for number, place in enumerate(SEEN.values()):
             outputs[(*place, number)] = 1.0
         of_prompts = (outputs.flatten(0, 1)[None],) * len(texts)
-        yield ImageMaps(0, tuple(maps), (8, 8), 8, 515.0, of_prompts if options["output_layers"] else None)
+        yield ImageMaps(0, tuple(maps), (8, 8), 8, 515.0, of_prompts if reading.output_layers else None)
 
 
 def truth(size: int = 64) -> np.ndarray:
