@@ -16,6 +16,8 @@ from ..types import STREAMS, Inputs, Request, wide_dtype
 from .blocks import block_rows, dense_channels, products, softmax, text_mask
 
 _FREE_CHANNELS = 4  # of their own for what the map adds, see `with_row_sum`
+_TINY = torch.finfo(torch.float32).tiny
+_LEFT_OUT = 2.0**-16  # of <dO, O>, at most, where it is computed from another output
 
 
 def backward(
@@ -186,23 +188,45 @@ def _image_gradients(
     """Gradients by way of the image keys: of rows, keys and values [B, tokens, H, D], by the CPU's operator.
 
     It takes output and log-sum-exp as they are given, those of all keys, and so its probabilities are the
-    right ones. What it subtracts from the gradient of each row's probabilities, <dO, O>, lacks
-    ``row_sum`` [B, H, M], which :func:`with_row_sum` brings in.
+    right ones. The output serves it for <dO, O> alone, which lacks ``row_sum`` [B, H, M]: it is given another.
     """
     with_values = value is not None and d_out is not None
     width = rows.shape[-1]
     if value is None or d_out is None:
-        value, d_out, out = torch.zeros_like(key), torch.zeros_like(rows), torch.zeros_like(rows)
+        value, d_out, out = torch.zeros_like(key), torch.ones_like(rows), torch.zeros_like(rows)
     if row_sum is not None:
-        d_out, rows, key, value, out = with_row_sum(
-            d_out, rows, key, value, out, row_sum, channels=_FREE_CHANNELS
-        )
+        other = _along_gradient(d_out, out, row_sum)
+        if other is None:
+            d_out, rows, key, value, out = with_row_sum(
+                d_out, rows, key, value, out, row_sum, channels=_FREE_CHANNELS
+            )
+        else:
+            out = other
     tensors = (d_out, rows, key, value, out)
     d_o, q, k, v, o = (dense_channels(tensor).transpose(1, 2) for tensor in tensors)
     differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     found = differentiate(d_o, q, k, v, o, lse.contiguous(), 0.0, False, scale=scale)
     d_rows, d_key, d_value = (gradient.transpose(1, 2)[..., :width] for gradient in found)
     return d_rows, d_key, d_value if with_values else None
+
+
+def _along_gradient(d_out: Tensor, out: Tensor, row_sum: Tensor) -> Tensor | None:
+    """An output along dO whose <dO, O> is that of ``out`` and ``row_sum`` [B, H, M]; [B, M, H, D].
+
+    None where it cannot hold them, as in a row whose dO is 0, and in float16, which has too few exponents.
+    """
+    if d_out.dtype == torch.float16:
+        return None
+    wide = d_out.to(row_sum.dtype)
+    wanted = (wide * out).sum(dim=-1) + row_sum.transpose(1, 2)  # [B, M, H]
+    found, rest = torch.empty_like(d_out), wanted
+    pieces = 1 if d_out.dtype == row_sum.dtype else 2  # bfloat16: the second holds the first's rounding
+    for direction, piece in zip(wide.chunk(pieces, dim=-1), found.chunk(pieces, dim=-1), strict=True):
+        square = direction.square().sum(dim=-1).clamp_min(_TINY)
+        piece.copy_(direction * (rest / square)[..., None])
+        rest = rest - (direction * piece).sum(dim=-1)
+    exact = rest.abs() <= _LEFT_OUT * wanted.abs()
+    return found if bool(exact.all()) else None
 
 
 def _image_gradients_in_blocks(
