@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .aten import backend as aten
-from .aten.backward import with_row_sum
+from .aten.backward import gradients_by, joined, parts, with_row_sum
 from .fallback import falling_back, query_of
-from .operators import Attend, empty_gradients, empty_outputs, register
-from .types import STREAMS, Inputs, Request
+from .operators import Attend, empty_outputs, register
+from .types import Inputs, Request
 
 _CHANNELS = 8  # the kernels want head dims that are multiples of 8
 
@@ -88,19 +88,8 @@ def _by_ours(part: str) -> Callable[..., Any]:
     return falling_back("triton", part, run, getattr(aten, part))
 
 
-def _parts(inputs: Inputs) -> Sequence[tuple[tuple[str, ...], str]]:
-    """Calls of the provider: which rows, and which text values they read. Edited values need two."""
-    read = "text_value" if inputs.text_value_for_image is None else "text_value_for_image"
-    if inputs.text_query is None:
-        return [(("query",), read)]
-    if read == "text_value":
-        return [(("query", "text_query"), read)]
-    return [(("query",), read), (("text_query",), "text_value")]
-
-
-def _joined(inputs: Inputs, names: Sequence[str]) -> Tensor:
-    tensors = [getattr(inputs, name) for name in names]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
+def _together(inputs: Inputs, names: Sequence[str]) -> Tensor:
+    return joined([getattr(inputs, name) for name in names])
 
 
 def _alone(inputs: Inputs) -> Inputs:
@@ -114,17 +103,17 @@ def _forward(provider: Provider, inputs: Inputs, request: Request) -> tuple[Tens
     if inputs.value is None:
         return tuple(ours.forward(inputs, request))
     joint, lse, maps = empty_outputs(inputs, request)
-    key, tokens, outs = _joined(inputs, ("key", "text_key")), inputs.query.shape[1], []
-    for names, read in _parts(inputs):
-        rows = _joined(inputs, names)
+    key, tokens, outs = _together(inputs, ("key", "text_key")), inputs.query.shape[1], []
+    for names, read in parts(inputs):
+        rows = _together(inputs, names)
         first = 0 if names[0] == "query" else tokens
-        out, found = provider.forward(rows, key, _joined(inputs, ("value", read)), request.scale)
+        out, found = provider.forward(rows, key, _together(inputs, ("value", read)), request.scale)
         lse[:, :, first : first + rows.shape[1]] = found
         outs.append(out)
-    joined = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     image, text = request.split(joint, tokens)
-    image.copy_(joined[:, :tokens])
-    text.copy_(joined[:, tokens:])
+    found = joined(outs)
+    image.copy_(found[:, :tokens])
+    text.copy_(found[:, tokens:])
     if request.kind in ("logit", "text_probability"):
         maps = ours.forward(_alone(inputs), request)[-1]
     elif request.kind is not None and ours is aten:
@@ -155,54 +144,28 @@ def _backward(
     through_lse = d_lse is not None or (d_maps is not None and request.kind == "probability")
     if inputs.value is None or (through_lse and inputs.query.shape[-1] > provider.map_head_dim):
         return tuple(ours.backward(d_image, d_text, d_maps, inputs, image, text, lse, request, d_lse=d_lse))
-    totals: dict[str, Tensor] = {}
-    row_sum = None if d_lse is None else -d_lse
-    if d_maps is not None:
-        totals["query"], totals["text_key"], of_map = _map_gradient(ours, d_maps, inputs, lse, request)
-        if of_map is not None:
-            row_sum = torch.zeros_like(lse) if row_sum is None else row_sum
-            row_sum[:, :, : of_map.shape[-1]] += of_map
-    if d_image is not None or d_text is not None or row_sum is not None:
-        d_streams = [torch.zeros_like(o) if d is None else d for d, o in ((d_image, image), (d_text, text))]
-        d_out, out = torch.cat(d_streams, dim=1), torch.cat([image, text], dim=1)
-        key = _joined(inputs, ("key", "text_key"))
-        for names, read in _parts(inputs):
-            rows, value = _joined(inputs, names), _joined(inputs, ("value", read))
-            first = 0 if names[0] == "query" else inputs.query.shape[1]
-            here = slice(first, first + rows.shape[1])
-            found = provider.backward(
-                d_out[:, here], rows, key, value, out[:, here], lse[:, :, here].contiguous(),
-                None if row_sum is None else row_sum[:, :, here].contiguous(), request.scale,
-            )  # fmt: skip
-            for group, gradient in zip((names, ("key", "text_key"), ("value", read)), found, strict=True):
-                lengths = [getattr(inputs, name).shape[1] for name in group]
-                for name, part in zip(group, gradient.split(lengths, dim=1), strict=True):
-                    totals[name] = totals[name] + part if name in totals else part
-    gradients = dict(zip(STREAMS, empty_gradients(inputs), strict=True))
-    for name, gradient in gradients.items():
-        gradient.copy_(totals[name]) if name in totals else gradient.zero_()
-    return tuple(gradients.values())
+    of_map = None if d_maps is None else _map_gradient(ours, d_maps, inputs, lse, request)
+
+    def differentiate(d_out: Tensor | None, rows: Tensor, *others: Any) -> Gradients:
+        key, value, out, found, row_sum, scale, _ = others
+        if d_out is None:
+            d_out = out = torch.zeros_like(rows)
+        return provider.backward(d_out, rows, key, value, out, found, row_sum, scale)
+
+    return gradients_by(
+        differentiate, of_map, d_image, d_text, inputs, image, text, lse, request.scale, d_lse
+    )
 
 
 def _map_gradient(
     ours: Any, d_maps: Tensor, inputs: Inputs, lse: Tensor, request: Request
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a map adds to the gradients of image queries and text keys, and its row sum [B, H, N], if any."""
-    tokens = inputs.query.shape[1]
-    if request.kind != "probability":
-        nothing = inputs.query[:, :0]
-        found = ours.backward(None, None, d_maps, _alone(inputs), nothing, nothing, lse, request)
-        return found[0], found[4], None
-    if ours is not aten:
+    if ours is aten or request.kind == "probability":
         return tuple(ours.map_gradient(d_maps, inputs, lse, request))
-    columns = inputs.text_key[:, request.start : request.stop]
-    differentiate = torch.ops.seg4diff.map_entries_backward.default
-    d_query, d_columns, d_lse = differentiate(
-        d_maps, inputs.query, columns, None, lse[:, :, :tokens], request.scale, request.heads == "mean"
-    )
-    d_text_key = torch.zeros_like(inputs.text_key)
-    d_text_key[:, request.start : request.stop] = d_columns
-    return d_query, d_text_key, -d_lse
+    nothing = inputs.query[:, :0]
+    found = ours.backward(None, None, d_maps, _alone(inputs), nothing, nothing, lse, request)
+    return found[0], found[4], None
 
 
 def by_free_channels(differentiate: Callable[..., Gradients]) -> Callable[..., Gradients]:

@@ -1,11 +1,15 @@
 """Joint attention backward from PyTorch's own operators.
 
 PyTorch's operators do not differentiate the log-sum-exp, so a map composed from them would have silently
-wrong gradients. Here, too, the text columns are ours, a head at a time; the image keys are flash attention's
-backward on a CPU, given what the map adds, and blocks of query rows elsewhere. Nothing of size S x S exists.
+wrong gradients. What a map adds on its own columns is ours, a head at a time; the rest is attention over all
+keys, by flash attention's backward on a CPU and in blocks of query rows elsewhere, given the sum that the
+map adds to <dO, O>. Nothing of size S x S exists.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +17,19 @@ from torch import Tensor
 
 from ..operators import empty_gradients
 from ..types import STREAMS, Inputs, Request, wide_dtype
-from .blocks import block_rows, dense_channels, products, softmax, text_mask
+from .blocks import block_rows, products, softmax, text_mask
+from .forward import by_head
 
 _FREE_CHANNELS = 4  # of their own for what the map adds, see `with_row_sum`
 _TINY = torch.finfo(torch.float32).tiny
 _LEFT_OUT = 2.0**-16  # of <dO, O>, at most, where it is computed from another output
+
+Differentiate = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+"""``(d_out, rows, key, value, out, lse, row_sum, scale, bias)`` -> gradients of rows, keys and values.
+
+All are [B, tokens, H, D] but ``lse`` and ``row_sum`` [B, H, rows], the sum to be added to <dO, O>, and
+``bias``, float32 [B, keys]. ``value``, ``d_out``, ``row_sum`` and ``bias`` may be None.
+"""
 
 
 def backward(
@@ -32,129 +44,136 @@ def backward(
     d_lse: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven inputs, [B, tokens, H, D]; any upstream gradient may be None."""
-    tokens = inputs.query.shape[1]
+    of_map = None if d_maps is None else map_gradient(d_maps, inputs, lse, request)
+    by = _flash_gradients if inputs.query.device.type == "cpu" else _gradients_in_blocks
+    return gradients_by(by, of_map, d_image, d_text, inputs, image, text, lse, request.scale, d_lse)
+
+
+def map_gradient(
+    d_maps: Tensor, inputs: Inputs, lse: Tensor, request: Request
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What an I2T map adds to the gradients of image queries and text keys on its own columns, wide, and for
+    probabilities the sum of dM * P over every row, [B, H, N], which attention subtracts along with <dO, O>.
+    """
+    query, text_key, bias = inputs.query, inputs.text_key, inputs.text_bias
+    wide, heads, scale, kind = wide_dtype(query.dtype), query.shape[2], request.scale, request.kind
+    chosen = slice(request.start, request.stop)
+    read = slice(None) if kind == "text_probability" else chosen
+    d_query = torch.empty_like(query, dtype=wide, memory_format=torch.contiguous_format)
+    d_text_key = torch.zeros_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
+    row_sum = norm = None
+    if kind == "probability":
+        norm = _without_empty_rows(lse[:, :, : query.shape[1]])
+        row_sum = torch.empty_like(norm)
+    if request.heads == "mean":
+        d_maps = (d_maps / heads)[:, None].expand(-1, heads, -1, -1)  # [B, H, N, T']
+    if bias is not None:
+        d_maps = d_maps.masked_fill(text_mask(bias[:, chosen])[:, None], 0.0)
+        bias = bias[:, None, read].to(wide)
+    for head in range(heads):
+        rows, columns = query[:, :, head], text_key[:, read, head]
+        d_scores = d_maps[:, head]
+        if kind != "logit":
+            scores = products(rows, columns).mul_(scale)
+            if bias is not None:
+                scores.add_(bias)
+            if norm is not None and row_sum is not None:
+                d_scores = scores.sub_(norm[:, head, :, None]).exp_().mul_(d_scores)
+                torch.sum(d_scores, dim=-1, out=row_sum[:, head])
+            else:
+                entries = softmax(scores, bias)
+                weighted = d_scores * entries[..., chosen]
+                d_scores = entries.mul_(-weighted.sum(dim=-1, keepdim=True))
+                d_scores[..., chosen] += weighted
+        d_query[:, :, head] = torch.bmm(d_scores, columns.to(wide)).mul_(scale)
+        d_text_key[:, read, head] = torch.bmm(d_scores.transpose(1, 2), rows.to(wide)).mul_(scale)
+    return d_query, d_text_key, row_sum
+
+
+def gradients_by(
+    differentiate: Differentiate,
+    of_map: tuple[Tensor, Tensor, Tensor | None] | None,
+    d_image: Tensor | None,
+    d_text: Tensor | None,
+    inputs: Inputs,
+    image: Tensor,
+    text: Tensor,
+    lse: Tensor,
+    scale: float,
+    d_lse: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of the seven inputs from those of attention over the keys of both streams together.
+
+    Args:
+        differentiate: the attention's backward.
+        of_map: what :func:`map_gradient` returned, or None without a map.
+        d_image, d_text, inputs, image, text, lse, scale, d_lse: as in :func:`backward`.
+    """
     gradients = dict(zip(STREAMS, empty_gradients(inputs), strict=True))
-    edited = inputs.text_value_for_image is not None
-    read = inputs.text_value_for_image if edited else inputs.text_value
-    of_image, of_text = (None, None) if d_lse is None else (d_lse[:, :, :tokens], d_lse[:, :, tokens:])
-    rows = lse[:, :, :tokens]
-    found = _stream_gradients(inputs.query, read, d_image, image, rows, d_maps, of_image, inputs, request)
-    names = ("query", "key", "value", "text_key", "text_value_for_image" if edited else "text_value")
-    totals = dict(zip(names, found, strict=True))
-    if inputs.text_query is not None:
-        rows = lse[:, :, tokens:]
-        found = _stream_gradients(
-            inputs.text_query, inputs.text_value, d_text, text, rows, None, of_text, inputs, request
-        )
-        for name, gradient in zip(
-            ("text_query", "key", "value", "text_key", "text_value"), found, strict=True
-        ):
-            before = totals.get(name)
-            if before is None:
-                totals[name] = gradient
-            elif gradient is not None:
-                totals[name] = before.to(lse.dtype).add_(gradient)
-    for name, destination in gradients.items():
-        total = totals.get(name)
-        destination.zero_() if total is None else destination.copy_(total)
+    tokens, totals = inputs.query.shape[1], dict[str, Tensor]()
+    row_sum = None if d_lse is None else -d_lse
+    if of_map is not None:
+        totals["query"], totals["text_key"], of_rows = of_map
+        if of_rows is not None:
+            row_sum = torch.zeros_like(lse) if row_sum is None else row_sum
+            row_sum[:, :, :tokens] += of_rows
+    if d_image is not None or d_text is not None or row_sum is not None:
+        lse, bias = _without_empty_rows(lse), inputs.text_bias
+        if bias is not None and inputs.key is not None:
+            bias = F.pad(bias, (inputs.key.shape[1], 0))
+        if d_text is None and d_lse is None:
+            inputs = replace(inputs, text_query=None)
+        streams = {"query": (d_image, image), "text_query": (d_text, text)}
+        for names, read in parts(inputs):
+            d_out = out = None
+            if any(streams[name][0] is not None for name in names):
+                given = [streams[name] for name in names]
+                d_out = joined([torch.zeros_like(o) if d is None else d for d, o in given])
+                out = joined([o for _, o in given])
+            here = slice(0 if names[0] == "query" else tokens, None if names[-1] == "text_query" else tokens)
+            groups = [names, _present(inputs, "key", "text_key"), _present(inputs, "value", read)]
+            rows, key, value = (joined([getattr(inputs, n) for n in group]) if group else None for group in groups)
+            found = differentiate(
+                d_out, rows, key, value, out, lse[:, :, here].contiguous(),
+                None if row_sum is None else row_sum[:, :, here].contiguous(), scale, bias,
+            )  # fmt: skip
+            for group, gradient in zip(groups, found, strict=True):
+                if gradient is None:
+                    continue
+                lengths = [getattr(inputs, name).shape[1] for name in group]
+                for name, part in zip(group, gradient.split(lengths, dim=1), strict=True):
+                    totals[name] = part if name not in totals else totals[name].to(lse.dtype) + part
+    for name, gradient in gradients.items():
+        gradient.copy_(totals[name]) if name in totals else gradient.zero_()
     return tuple(gradients.values())
 
 
-def _stream_gradients(
-    rows: Tensor,
-    text_value: Tensor | None,
-    d_out: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    d_maps: Tensor | None,
-    d_lse: Tensor | None,
-    inputs: Inputs,
-    request: Request,
-) -> tuple[Tensor | None, ...]:
-    """What the output, map and log-sum-exp of one stream's ``rows`` [B, M, H, D] say of five tensors.
-
-    They are the rows, the image keys and values, and the text keys and values that the rows read. Gradients
-    are [B, tokens, H, D], or None where there is nothing to say.
-    """
-    if d_out is None and d_maps is None and d_lse is None:
-        return (None,) * 5
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of a row that has read nothing
-    d_rows, d_text_key, d_text_value, row_sum = _text_gradients(
-        rows, inputs.text_key, inputs.text_bias, text_value, d_out, out, lse, d_maps, d_lse, request
-    )
-    # Logits and text probabilities know of the text columns alone.
-    if inputs.key is None or (d_out is None and row_sum is None):
-        return d_rows, None, None, d_text_key, d_text_value
-    differentiate = _image_gradients if rows.device.type == "cpu" else _image_gradients_in_blocks
-    of_image, d_key, d_value = differentiate(
-        rows, inputs.key, inputs.value, d_out, out, lse, row_sum, request.scale
-    )
-    return d_rows.add_(of_image), d_key, d_value, d_text_key, d_text_value
+def parts(inputs: Inputs) -> Sequence[tuple[tuple[str, ...], str]]:
+    """Attentions over all keys: which rows, and which text values they read. Edited values need two."""
+    read = "text_value" if inputs.text_value_for_image is None else "text_value_for_image"
+    if inputs.text_query is None:
+        return [(("query",), read)]
+    if read == "text_value":
+        return [(("query", "text_query"), read)]
+    return [(("query",), read), (("text_query",), "text_value")]
 
 
-def _text_gradients(
-    rows: Tensor,
-    text_key: Tensor,
-    text_bias: Tensor | None,
-    text_value: Tensor | None,
-    d_out: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    d_maps: Tensor | None,
-    d_lse: Tensor | None,
-    request: Request,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients by way of the text columns, a head at a time: of rows, text keys and text values, wide,
-    [B, tokens, H, D], and what is subtracted from the gradient of each row's probabilities beside <dO, O>,
-    [B, H, M]: the sum over the row of dM * P~, where the map shows probabilities, less the gradient of the
-    log-sum-exp. None if neither is there.
-    """
-    wide = wide_dtype(rows.dtype)
-    batch, count, heads, _ = rows.shape
-    start, stop, scale = request.start, request.stop, request.scale
-    shown = None if d_maps is None else request.kind
-    d_rows = torch.empty_like(rows, dtype=wide, memory_format=torch.contiguous_format)
-    d_text_key = torch.empty_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
-    d_text_value = None if d_out is None else torch.empty_like(d_text_key)
-    row_sum = None if d_lse is None else -d_lse
-    if shown == "probability" and row_sum is None:
-        row_sum = rows.new_zeros((batch, heads, count), dtype=wide)
-    bias = None if text_bias is None else text_bias[:, None].to(wide)  # [B, 1, T]
-    if d_maps is not None and request.heads == "mean":
-        d_maps = (d_maps / heads)[:, None].expand(-1, heads, -1, -1)  # [B, H, M, T']
-    if d_maps is not None and text_bias is not None:
-        d_maps = d_maps.masked_fill(text_mask(text_bias[:, start:stop])[:, None], 0.0)
-    for head in range(heads):
-        scores = products(rows[:, :, head], text_key[:, :, head]).mul_(scale)  # [B, M, T]
-        if bias is not None:
-            scores.add_(bias)
-        d_scores = torch.zeros_like(scores)
-        d_entries = scores.new_zeros(()) if d_maps is None else d_maps[:, head]
-        if d_out is not None or row_sum is not None:
-            probability = (scores - lse[:, head, :, None]).exp_()
-            delta = scores.new_zeros((batch, count))
-            if d_out is not None and text_value is not None and d_text_value is not None:
-                d_o = d_out[:, :, head].to(wide)
-                torch.bmm(d_o, text_value[:, :, head].to(wide).transpose(1, 2), out=d_scores)
-                delta = (d_o * out[:, :, head]).sum(dim=-1)
-                d_text_value[:, :, head] = torch.bmm(probability.transpose(1, 2), d_o)
-            if row_sum is not None:
-                if shown == "probability":
-                    d_scores[..., start:stop] += d_entries
-                    row_sum[:, head] += (d_entries * probability[..., start:stop]).sum(dim=-1)
-                delta = delta + row_sum[:, head]
-            d_scores.sub_(delta[..., None]).mul_(probability)
-        if shown == "logit":
-            d_scores[..., start:stop] += d_entries
-        elif shown == "text_probability":
-            entries = softmax(scores, bias)
-            weighted = d_entries * entries[..., start:stop]
-            d_scores -= entries * weighted.sum(dim=-1, keepdim=True)
-            d_scores[..., start:stop] += weighted
-        d_scores.mul_(scale)
-        d_rows[:, :, head] = torch.bmm(d_scores, text_key[:, :, head].to(wide))
-        d_text_key[:, :, head] = torch.bmm(d_scores.transpose(1, 2), rows[:, :, head].to(wide))
-    return d_rows, d_text_key, d_text_value, row_sum
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Streams one after another, [B, tokens, H, D]; on a CPU by head in memory, as its operator reads them."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if tensors[0].device.type == "cpu":
+        return torch.cat([tensor.transpose(1, 2) for tensor in tensors], dim=2).transpose(1, 2)
+    return torch.cat(list(tensors), dim=1)
+
+
+def _present(inputs: Inputs, *names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if getattr(inputs, name) is not None)
+
+
+def _without_empty_rows(lse: Tensor) -> Tensor:
+    """The log-sum-exp by which probabilities of a row that has read nothing are 0."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def with_row_sum(
@@ -175,24 +194,24 @@ def with_row_sum(
     return d_out, rows, key, value, out
 
 
-def _image_gradients(
+def _flash_gradients(
+    d_out: Tensor | None,
     rows: Tensor,
     key: Tensor,
     value: Tensor | None,
-    d_out: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     row_sum: Tensor | None,
     scale: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients by way of the image keys: of rows, keys and values [B, tokens, H, D], by the CPU's operator.
+    """:data:`Differentiate` by the CPU's operator.
 
-    It takes output and log-sum-exp as they are given, those of all keys, and so its probabilities are the
-    right ones. The output serves it for <dO, O> alone, which lacks ``row_sum`` [B, H, M]: it is given another.
+    The output serves it for <dO, O> alone, which lacks ``row_sum``: it is given another output.
     """
     with_values = value is not None and d_out is not None
     width = rows.shape[-1]
-    if value is None or d_out is None:
+    if value is None or d_out is None or out is None:
         value, d_out, out = torch.zeros_like(key), torch.ones_like(rows), torch.zeros_like(rows)
     if row_sum is not None:
         other = _along_gradient(d_out, out, row_sum)
@@ -202,10 +221,10 @@ def _image_gradients(
             )
         else:
             out = other
-    tensors = (d_out, rows, key, value, out)
-    d_o, q, k, v, o = (dense_channels(tensor).transpose(1, 2) for tensor in tensors)
+    d_o, q, k, v, o = (by_head(tensor) for tensor in (d_out, rows, key, value, out))
+    mask = None if bias is None else bias[:, None, None].to(lse.dtype).expand(*q.shape[:3], -1)
     differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    found = differentiate(d_o, q, k, v, o, lse.contiguous(), 0.0, False, scale=scale)
+    found = differentiate(d_o, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
     d_rows, d_key, d_value = (gradient.transpose(1, 2)[..., :width] for gradient in found)
     return d_rows, d_key, d_value if with_values else None
 
@@ -229,19 +248,20 @@ def _along_gradient(d_out: Tensor, out: Tensor, row_sum: Tensor) -> Tensor | Non
     return found if bool(exact.all()) else None
 
 
-def _image_gradients_in_blocks(
+def _gradients_in_blocks(
+    d_out: Tensor | None,
     rows: Tensor,
     key: Tensor,
     value: Tensor | None,
-    d_out: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     row_sum: Tensor | None,
     scale: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same for devices without that operator, in blocks of rows."""
+    """:data:`Differentiate` for devices without that operator, in blocks of rows."""
     wide = wide_dtype(rows.dtype)
-    k = key.transpose(1, 2).to(wide)  # [B, H, N, D]
+    k = key.transpose(1, 2).to(wide)  # [B, H, S, D]
     v = None if value is None or d_out is None else value.transpose(1, 2).to(wide)
     d_key, d_value = torch.zeros_like(k), None if v is None else torch.zeros_like(v)
     d_rows = []
@@ -249,9 +269,12 @@ def _image_gradients_in_blocks(
     for first in range(0, rows.shape[1], count):
         block = slice(first, first + count)
         q = rows[:, block].transpose(1, 2).to(wide)
-        probability = (scale * (q @ k.transpose(-1, -2)) - lse[:, :, block, None]).exp_()  # [B, H, rows, N]
+        scores = scale * (q @ k.transpose(-1, -2)) - lse[:, :, block, None]  # [B, H, rows, S]
+        if bias is not None:
+            scores.add_(bias[:, None, None])
+        probability = scores.exp_()
         delta = lse.new_zeros(()) if row_sum is None else row_sum[:, :, block, None]
-        if v is not None and d_value is not None and d_out is not None:
+        if v is not None and d_value is not None and d_out is not None and out is not None:
             d_o = d_out[:, block].transpose(1, 2).to(wide)
             delta = delta + (d_o * out[:, block].transpose(1, 2)).sum(dim=-1, keepdim=True)
             d_value += probability.transpose(-1, -2) @ d_o

@@ -137,7 +137,7 @@ def test_devices_without_these_operators(kind: Any, given: str, monkeypatch: pyt
 
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 8 * 2 * 3 * 21)  # 8 of 21 rows
     monkeypatch.setattr(forward, "flash", in_blocks)
-    monkeypatch.setattr(backward, "_image_gradients", backward._image_gradients_in_blocks)
+    monkeypatch.setattr(backward, "_flash_gradients", backward._gradients_in_blocks)
     test_gradients_are_the_reference_s(kind, "mean", given)
 
 
