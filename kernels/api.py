@@ -220,6 +220,7 @@ def propagate(
     _check_one("maps", maps, query, [query.shape[0], key.shape[1], None], DTYPES)
     if lse is not None:
         _check_one("lse", lse, query, [query.shape[0], query.shape[2], query.shape[1]], (wide,))
+        _check_lse_values(lse)
     if isinstance(hops, bool) or not isinstance(hops, int) or hops < 1:
         raise ValueError(f"hops={hops!r} must be an integer of at least 1")
     if hops > 1 and query.shape[1] != key.shape[1]:
@@ -329,6 +330,9 @@ def _attend(
     lse: Tensor | None,
     text_first: bool = False,
 ) -> JointAttention | AttentionMaps:
+    for name, flag in (("statistics", statistics), ("text_first", text_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r} must be True or False")
     tensors = _autocast(_tensors_of(given, optional))
     _check_tensors(tensors)
     query, text_key = tensors["query"], tensors["text_key"]
@@ -457,6 +461,14 @@ def _check_lse(lse: Tensor, tensors: dict[str, Tensor], maps: MapRequest, statis
         raise TypeError(f"lse must be a tensor, got {type(lse).__name__}; {accepted}")
     if list(lse.shape) not in shapes or lse.dtype != dtype or lse.device != query.device:
         raise ValueError(f"lse is {lse.dtype} {list(lse.shape)} on {lse.device}; {accepted}")
+    _check_lse_values(lse)
+
+
+def _check_lse_values(lse: Tensor) -> None:
+    if readable(lse):
+        refused = lse.detach()[~(lse < torch.inf)]  # NaN, too
+        if refused.numel():
+            raise ValueError(f"lse has a value of {float(refused[0])}; accepted: finite numbers and -inf")
 
 
 def _check_one(

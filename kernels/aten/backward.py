@@ -59,8 +59,11 @@ def map_gradient(
     wide, heads, scale, kind = wide_dtype(query.dtype), query.shape[2], request.scale, request.kind
     chosen = slice(request.start, request.stop)
     read = slice(None) if kind == "text_probability" else chosen
-    d_query = torch.empty_like(query, dtype=wide, memory_format=torch.contiguous_format)
-    d_text_key = torch.zeros_like(text_key, dtype=wide, memory_format=torch.contiguous_format)
+    # By head in memory, as `joined`, whose gradients they are added to.
+    d_query, d_text_key = (
+        torch.zeros_like(t.transpose(1, 2), dtype=wide, memory_format=torch.contiguous_format)
+        for t in (query, text_key)
+    )
     row_sum = norm = None
     if kind == "probability":
         norm = _without_empty_rows(lse[:, :, : query.shape[1]])
@@ -71,7 +74,7 @@ def map_gradient(
         d_maps = d_maps.masked_fill(text_mask(bias[:, chosen])[:, None], 0.0)
         bias = bias[:, None, read].to(wide)
     for head in range(heads):
-        rows, columns = query[:, :, head], text_key[:, read, head]
+        rows, columns = query[:, :, head].to(wide), text_key[:, read, head].to(wide)
         d_scores = d_maps[:, head]
         if kind != "logit":
             scores = products(rows, columns).mul_(scale)
@@ -85,9 +88,10 @@ def map_gradient(
                 weighted = d_scores * entries[..., chosen]
                 d_scores = entries.mul_(-weighted.sum(dim=-1, keepdim=True))
                 d_scores[..., chosen] += weighted
-        d_query[:, :, head] = torch.bmm(d_scores, columns.to(wide)).mul_(scale)
-        d_text_key[:, read, head] = torch.bmm(d_scores.transpose(1, 2), rows.to(wide)).mul_(scale)
-    return d_query, d_text_key, row_sum
+        torch.baddbmm(d_query[:, head], d_scores, columns, beta=0, alpha=scale, out=d_query[:, head])
+        into = d_text_key[:, head, read]
+        torch.baddbmm(into, d_scores.transpose(1, 2), rows, beta=0, alpha=scale, out=into)
+    return d_query.transpose(1, 2), d_text_key.transpose(1, 2), row_sum
 
 
 def gradients_by(

@@ -189,6 +189,8 @@ LSE = r"accepted: torch.float32 \[2, 3, 6\] or \[2, 3, 10\] on cpu"
             "kind='logit' does not use it; omit",
         ),
         (torch.zeros(2, 3, 10), {"statistics": True}, ValueError, "lse is given, but statistics=True"),
+        (torch.full((2, 3, 6), torch.nan), {}, ValueError, "lse has a value of nan; accepted: finite"),
+        (torch.full((2, 3, 10), torch.inf), {}, ValueError, "lse has a value of inf; accepted: finite"),
     ],
 )
 def test_a_log_sum_exp_that_means_nothing(
@@ -212,6 +214,7 @@ def test_a_log_sum_exp_that_means_nothing(
         ({"scale": float("nan")}, ValueError, "scale=nan must be"),
         ({"scale": float("inf")}, ValueError, "scale=inf must be"),
         ({"scale": 1e300}, ValueError, "scale=1e[+]300 must be"),
+        ({"statistics": "no"}, TypeError, "statistics='no' must be True or False"),
     ],
 )
 @pytest.mark.parametrize("name", ["aten", "reference"])
@@ -224,6 +227,11 @@ def test_options_that_mean_nothing(
         streams = (inputs["query"], inputs["key"], inputs["text_query"], inputs["text_key"])
         with pytest.raises(error, match=message):
             attention_maps(*streams, **options)
+
+
+def test_an_order_that_is_not_a_bool(inputs: dict[str, Tensor]) -> None:
+    with pytest.raises(TypeError, match="text_first='text' must be True or False"):
+        joint_attention(**inputs, text_first="text")  # type: ignore[arg-type]
 
 
 def test_a_compiled_function_may_change_its_scale(inputs: dict[str, Tensor]) -> None:

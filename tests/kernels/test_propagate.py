@@ -163,6 +163,7 @@ def test_autocast_does_not_round() -> None:
             r"lse is .*accepted: float64 \[2, 3, 37\] on cpu",
         ),
         ({"lse": torch.zeros(2, 3, 37)}, ValueError, "lse is torch.float32 .*accepted: float64"),
+        ({"lse": torch.full((2, 3, 37), torch.nan).double()}, ValueError, "lse has a value of nan; accepted"),
         ({"hops": 0}, ValueError, "hops=0 must be an integer of at least 1"),
         ({"hops": True}, ValueError, "hops=True must be"),
         ({"hops": 2.0}, ValueError, "hops=2.0 must be"),

