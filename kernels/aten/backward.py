@@ -146,7 +146,7 @@ def gradients_by(
                     continue
                 lengths = [getattr(inputs, name).shape[1] for name in group]
                 for name, part in zip(group, gradient.split(lengths, dim=1), strict=True):
-                    totals[name] = part if name not in totals else totals[name].to(lse.dtype) + part
+                    totals[name] = part if name not in totals else totals[name].to(lse.dtype) + part.to(lse.dtype)
     for name, gradient in gradients.items():
         gradient.copy_(totals[name]) if name in totals else gradient.zero_()
     return tuple(gradients.values())
@@ -241,13 +241,13 @@ def _along_gradient(d_out: Tensor, out: Tensor, row_sum: Tensor) -> Tensor | Non
     if d_out.dtype == torch.float16:
         return None
     wide = d_out.to(row_sum.dtype)
-    wanted = (wide * out).sum(dim=-1) + row_sum.transpose(1, 2)  # [B, M, H]
+    wanted = (wide * out.to(wide.dtype)).sum(dim=-1) + row_sum.transpose(1, 2)  # [B, M, H]
     found, rest = torch.empty_like(d_out), wanted
     pieces = 1 if d_out.dtype == row_sum.dtype else 2  # bfloat16: the second holds the first's rounding
     for direction, piece in zip(wide.chunk(pieces, dim=-1), found.chunk(pieces, dim=-1), strict=True):
         square = direction.square().sum(dim=-1).clamp_min(_TINY)
         piece.copy_(direction * (rest / square)[..., None])
-        rest = rest - (direction * piece).sum(dim=-1)
+        rest = rest - (direction * piece.to(wide.dtype)).sum(dim=-1)
     exact = rest.abs() <= _LEFT_OUT * wanted.abs()
     return found if bool(exact.all()) else None
 
