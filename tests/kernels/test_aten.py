@@ -159,6 +159,34 @@ def test_gradients_keep_the_error_budget(dtype: torch.dtype, given: str) -> None
             assert_accurate(found, true, usual, name=f"d_{name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", ["all", "some-zero", "tiny"])
+def test_the_sum_that_a_map_adds(rows: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes into another output along dO, or where that cannot hold it, into channels of its own."""
+    taken: list[bool] = []
+
+    def along(*given: Tensor) -> Tensor | None:
+        found = along_gradient(*given)
+        taken.append(found is not None)
+        return found
+
+    along_gradient = backward._along_gradient
+    monkeypatch.setattr(backward, "_along_gradient", along)
+    inputs = attention_inputs(2, 70, 33, 2, 64, dtype)
+    options: dict[str, Any] = {"maps": MapRequest()}
+    wanted = upstream(joint_attention(**inputs, **options), UPSTREAM["both"])
+    if rows == "some-zero":
+        wanted["image"][:, 3:9] = 0
+    elif rows == "tiny":  # its square is 0 in float32
+        wanted["image"][:, 3:9] *= 1e-30
+    actual = gradients(joint_attention, inputs, wanted, **options)
+    exact = gradients(exact_attention, {n: t.double() for n, t in inputs.items()}, wanted, **options)
+    baseline = gradients(pytorch_attention, inputs, wanted, **options)
+    for name in inputs:
+        assert_accurate(actual[name], exact[name], baseline[name], name=f"d_{name}")  # type: ignore[arg-type]
+    assert taken == [rows == "all" and dtype != torch.float16]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_maps_alone(kind: Any) -> None:
     """The same map and gradients as with values, and only the log-sum-exp that was needed."""
