@@ -136,7 +136,9 @@ def gradients_by(
                 out = joined([o for _, o in given])
             here = slice(0 if names[0] == "query" else tokens, None if names[-1] == "text_query" else tokens)
             groups = [names, _present(inputs, "key", "text_key"), _present(inputs, "value", read)]
-            rows, key, value = (joined([getattr(inputs, n) for n in group]) if group else None for group in groups)
+            rows, key, value = (
+                joined([getattr(inputs, n) for n in group]) if group else None for group in groups
+            )
             found = differentiate(
                 d_out, rows, key, value, out, lse[:, :, here].contiguous(),
                 None if row_sum is None else row_sum[:, :, here].contiguous(), scale, bias,
@@ -146,7 +148,8 @@ def gradients_by(
                     continue
                 lengths = [getattr(inputs, name).shape[1] for name in group]
                 for name, part in zip(group, gradient.split(lengths, dim=1), strict=True):
-                    totals[name] = part if name not in totals else totals[name].to(lse.dtype) + part.to(lse.dtype)
+                    before, wide = totals.get(name), lse.dtype
+                    totals[name] = part if before is None else before.to(wide) + part.to(wide)
     for name, gradient in gradients.items():
         gradient.copy_(totals[name]) if name in totals else gradient.zero_()
     return tuple(gradients.values())
@@ -163,7 +166,7 @@ def parts(inputs: Inputs) -> Sequence[tuple[tuple[str, ...], str]]:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Streams one after another, [B, tokens, H, D]; on a CPU by head in memory, as its operator reads them."""
+    """Streams one after another, [B, tokens, H, D]; on a CPU by head in memory, as its operator reads."""
     if len(tensors) == 1:
         return tensors[0]
     if tensors[0].device.type == "cpu":
@@ -248,8 +251,8 @@ def _along_gradient(d_out: Tensor, out: Tensor, row_sum: Tensor) -> Tensor | Non
         square = direction.square().sum(dim=-1).clamp_min(_TINY)
         piece.copy_(direction * (rest / square)[..., None])
         rest = rest - (direction * piece.to(wide.dtype)).sum(dim=-1)
-    exact = rest.abs() <= _LEFT_OUT * wanted.abs()
-    return found if bool(exact.all()) else None
+    exact = rest.abs() <= _LEFT_OUT * wanted.abs()  # false for NaN
+    return None if bool((~exact).any()) else found
 
 
 def _gradients_in_blocks(
