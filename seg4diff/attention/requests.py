@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seg4diff.attention.interception import Answer
@@ -21,6 +22,8 @@ class Projections:
     Attributes:
         query, key, value: of the tokens of the generated image, [B, N, H, D].
         text_query, text_key, text_value: of the text tokens, [B, T, H, D]; values are unedited.
+        text_bias: what is added to the scores of the text tokens, float32 [B, T], -inf where one is hidden;
+            None for nothing.
     """
 
     query: Tensor
@@ -29,6 +32,7 @@ class Projections:
     text_query: Tensor
     text_key: Tensor
     text_value: Tensor
+    text_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +109,13 @@ class JointAnswer(Answer):
             raise RuntimeError("a block ran outside of a call of its transformer; call the transformer")
         if query.shape[1] != layout.tokens or key.shape[1] != layout.tokens:
             return None  # image tokens of an IP-Adapter
-        if mask is not None:
-            raise ValueError("attention_mask is given, but joint attention with maps has none; omit it")
         # qk-norm may return float32; attention wants one dtype.
         image_query, text_query = layout.split(query.to(value.dtype))
         image_key, text_key = layout.split(key.to(value.dtype))
         image_value, text_value = layout.split(value)
-        projections = Projections(image_query, image_key, image_value, text_query, text_key, text_value)
+        projections = Projections(
+            image_query, image_key, image_value, text_query, text_key, text_value, _text_bias(mask, layout)
+        )
         if self.last and not any(request.output for request in self.requests):
             return query, tuple(_answer(request, projections, layout, scale) for request in self.requests)
         joint, results = self._attend(projections, layout, scale)
@@ -145,6 +149,7 @@ class JointAnswer(Answer):
             maps=None if first.maps is None else _of_generated(first.maps, layout),
             statistics=any(request.statistics for request in self.requests),
             text_value_for_image=edited,
+            text_bias=p.text_bias,
             text_first=layout.text_first,
         )
         image, read = attention.image, p if edited is None else replace(p, text_value=edited)
@@ -178,8 +183,31 @@ def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float 
         scale=scale,
         maps=_of_generated(request.maps, layout),
         statistics=request.statistics,
+        text_bias=p.text_bias,
     )
     return LayerResult(attention.maps, _statistics_of_generated(attention.statistics, layout))
+
+
+def _text_bias(mask: Tensor | None, layout: Layout) -> Tensor | None:
+    """What a mask of keys, [B, S] or [B, 1, 1, S], boolean or added to scores, adds to those of text tokens.
+
+    Raises:
+        ValueError: the model has no mask of that kind.
+    """
+    if mask is None:
+        return None
+    if not layout.masked:
+        raise ValueError("attention_mask is given, but the joint attention of this model has none; omit it")
+    keys = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
+    if keys.ndim != 2 or keys.shape[1] != layout.tokens:
+        raise ValueError(
+            f"an attention mask of shape {list(mask.shape)} differs between queries or heads, or is not over "
+            f"the {layout.tokens} tokens of image and text; only a mask of keys can be captured"
+        )
+    of_text = layout.split(keys)[1]
+    if of_text.dtype != torch.bool:
+        return of_text.float()
+    return torch.zeros_like(of_text, dtype=torch.float32).masked_fill(~of_text, -torch.inf)
 
 
 def _of_generated(request: MapRequest, layout: Layout) -> MapRequest:

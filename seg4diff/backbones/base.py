@@ -74,12 +74,14 @@ class Layout:
         image_tokens: tokens of the image stream: of the image that is generated, then of reference images.
         text_tokens: tokens of the text stream, padding included.
         generated: tokens of the image that is generated, the first of the image stream.
+        masked: whether an attention may come with a mask of its keys, which hides text tokens alone.
     """
 
     text_first: bool
     image_tokens: int
     text_tokens: int
     generated: int
+    masked: bool = False
 
     @property
     def tokens(self) -> int:
@@ -87,7 +89,7 @@ class Layout:
         return self.image_tokens + self.text_tokens
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """Image stream and text stream of [B, tokens, H, D], as views."""
+        """Image stream and text stream of [B, tokens, ...], as views."""
         if self.text_first:
             return joint[:, self.text_tokens :], joint[:, : self.text_tokens]
         return joint[:, : self.image_tokens], joint[:, self.image_tokens :]

@@ -46,7 +46,12 @@ class TextSpan:
         tokenizer: its tokenizer, with character offsets.
         first: text column of its first token.
         length: number of tokens, padding included.
-        special: tokens of `length` that every prompt spends on begin and end of text.
+        special: tokens of `length` that every prompt spends on begin and end of text, or on its template.
+        template: what the tokenizer is given, with `{}` for the prompt.
+        dropped: tokens at the begin of that which are not among the text tokens.
+        ends: whether the tokens fill `length` to its end, and those of images, of which the tokenizer knows
+            nothing, or padding on the left come before them.
+        adds_special: whether the tokenizer adds begin and end of text to what it is given.
     """
 
     encoder: str
@@ -54,6 +59,10 @@ class TextSpan:
     first: int
     length: int
     special: int
+    template: str = "{}"
+    dropped: int = 0
+    ends: bool = False
+    adds_special: bool = True
 
     @property
     def room(self) -> int:
@@ -75,13 +84,16 @@ class TextSpan:
                 f"{type(self.tokenizer).__name__} has no character offsets; load the pipeline with a fast "
                 "tokenizer (transformers 5 does)"
             )
-        found = self.tokenizer(
-            prompt, max_length=self.length, truncation=True, return_offsets_mapping=True
-        ).offset_mapping
+        found = self._tokenised(prompt, return_offsets_mapping=True).offset_mapping
+        origin, begin = self._origin(found), self.template.index("{}")
+        placed = (
+            (origin + number, max(start - begin, 0), min(stop - begin, len(prompt)))
+            for number, (start, stop) in enumerate(found)
+        )
         return [
-            (self.first + column, start, stop)
-            for column, (start, stop) in enumerate(found)
-            if start < stop and prompt[start:stop].strip()
+            (column, start, stop)
+            for column, start, stop in placed
+            if column >= self.first and start < stop and prompt[start:stop].strip()
         ]
 
     def columns(self, prompt: str, start: int = 0, stop: int | None = None) -> list[int]:
@@ -90,11 +102,59 @@ class TextSpan:
 
     def special_columns(self, prompt: str, special: Special) -> list[int]:
         """Text columns of special tokens; may be empty."""
-        ids = self.tokenizer(prompt, max_length=self.length, truncation=True).input_ids
+        ids = self._tokenised(prompt).input_ids
+        origin = self._origin(ids)
         if special.token == "pad":  # by place: some tokenizers pad with the end of text
-            return list(range(self.first + len(ids), self.first + self.length))
+            if getattr(self.tokenizer, "padding_side", None) == "left":
+                return list(range(self.first, origin))
+            return list(range(origin + len(ids), self.first + self.length))
         wanted = getattr(self.tokenizer, f"{special.token}_token_id")
-        return [self.first + column for column, token in enumerate(ids) if token == wanted]
+        columns = (origin + number for number, token in enumerate(ids) if token == wanted)
+        return [column for column in columns if column >= self.first]
+
+    def _tokenised(self, prompt: str, **options: Any) -> Any:
+        text = self.template.replace("{}", prompt)
+        return self.tokenizer(
+            text,
+            max_length=self.dropped + self.length,
+            truncation=True,
+            add_special_tokens=self.adds_special,
+            **options,
+        )
+
+    def _origin(self, tokens: Sequence[Any]) -> int:
+        """Text column of the first of all tokens; those before `first` are not among the text tokens."""
+        return self.first + (self.length - len(tokens) if self.ends else -self.dropped)
+
+
+def templated_span(
+    encoder: str,
+    tokenizer: Any,
+    template: str,
+    length: int,
+    *,
+    dropped: int = 0,
+    adds_special: bool = True,
+) -> TextSpan:
+    """The text tokens of an encoder that reads the prompt inside of a template, from column 0 on.
+
+    Args:
+        encoder, tokenizer, length, dropped, adds_special: as in `TextSpan`.
+        template: as in `TextSpan`; it may hold other braces.
+    """
+    around = len(tokenizer(template.replace("{}", ""), add_special_tokens=adds_special).input_ids)
+    left = tokenizer.padding_side == "left"
+    return TextSpan(
+        encoder,
+        tokenizer,
+        0,
+        length,
+        around - dropped,
+        template,
+        dropped,
+        ends=left,
+        adds_special=adds_special,
+    )
 
 
 def words_of(prompt: str) -> list[str]:

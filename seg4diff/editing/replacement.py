@@ -135,6 +135,7 @@ class Replacement(Observer):
                 read.text_key[rows],
                 scale=scale,
                 maps=request,
+                text_bias=None if read.text_bias is None else read.text_bias[rows],
                 # The log-sum-exp of the attention has no gradient.
                 lse=None if torch.is_grad_enabled() else lse[rows, :, : image.shape[1]],
             ).maps

@@ -11,16 +11,20 @@ from torch import Tensor
 
 import seg4diff
 from seg4diff.attention.maps import maps_and_outputs, maps_of
-from seg4diff.backbones import families, find_backbone
+from seg4diff.attention.requests import JointAnswer, LayerRequest, Place
+from seg4diff.backbones import Layout, families, find_backbone
 from seg4diff.kernels.types import MapRequest
+from tests.support import tiny
 from tests.support.compiling import compile_counter
 from tests.support.families import (
     FAMILIES,
+    Call,
     Family,
-    attention_calls,
+    cast,
     every_family,
     exact_maps,
     exact_outputs,
+    joint_calls,
 )
 
 
@@ -54,7 +58,7 @@ def test_blocks_cover_every_joint_attention(family: Family) -> None:
 def test_output_and_maps(family: Family, dtype: torch.dtype) -> None:
     """The output is the stock one to rounding; every head, row and column of every layer is the oracle's."""
     transformer = family.transformer().to(dtype)
-    inputs = {name: value.to(dtype) for name, value in family.inputs().items()}
+    inputs = cast(family.inputs(), dtype)
     if "img_ids" in inputs:  # positions are exact in bfloat16 here, and diffusers keeps them so
         inputs["img_ids"], inputs["txt_ids"] = inputs["img_ids"].float(), inputs["txt_ids"].float()
     stock = sample_of(transformer, inputs)
@@ -165,11 +169,7 @@ def test_relations(family: Family, stop_early: bool) -> None:
     """Text rows that read the image, and chosen image rows, of the generated image alone."""
     transformer, inputs = family.transformer(), family.inputs()
     streams = {"image": family.image, "text": family.text}
-    with attention_calls() as calls:
-        transformer(**inputs)
-    query, key = [(q, k) for q, k in calls if q.shape[2] == k.shape[2] == family.tokens][1]
-    scores = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
-    matrix = scores.softmax(dim=-1)  # [B, H, S, S]
+    matrix = joint_calls(family, transformer, inputs)[1].probabilities()
     chosen = torch.tensor([7, 2])
     for rows, columns in (
         (("text", slice(None)), ("image", slice(None))),
@@ -195,12 +195,13 @@ def test_gradients_with_checkpointing(family: Family, stop_early: bool) -> None:
 
     def gradients(checkpointing: bool) -> dict[str, Tensor]:
         transformer = family.transformer().double()
-        inputs = {name: value.double() for name, value in family.inputs().items()}
+        inputs = cast(family.inputs(), torch.float64)
         if checkpointing:
             transformer.enable_gradient_checkpointing()
         with seg4diff.capture(transformer, [1, 2], stop_early=stop_early) as captured:
             output = sample_of(transformer, inputs)
-        weights = torch.linspace(0, 1, 24 * 9, dtype=torch.float64).reshape(24, 9)
+        size = captured.records[0].maps.shape[1:]  # type: ignore[union-attr]
+        weights = torch.linspace(0, 1, size.numel(), dtype=torch.float64).reshape(size)
         loss = sum((record.maps * weights).sum() for record in captured.records)  # type: ignore[operator]
         if not stop_early:
             loss = loss + output.square().sum()
@@ -219,7 +220,7 @@ def test_gradients_with_checkpointing(family: Family, stop_early: bool) -> None:
 def test_map_gradients_are_finite_differences(family: Family) -> None:
     """Of one weight that only the map of layer 1 depends on, by way of the keys."""
     transformer = family.transformer().double()
-    inputs = {name: value.double() for name, value in family.inputs().items()}
+    inputs = cast(family.inputs(), torch.float64)
     weight = find_backbone(transformer).attention(transformer, 1).to_k.weight
     request = MapRequest(columns=("text", slice(3, 4)))
 
@@ -264,18 +265,22 @@ def test_an_exception_at_any_module_call(family: Family) -> None:
     stock = sample_of(transformer, inputs)
     modules = dict(transformer.named_modules())
     before = {name: set(module.__dict__) for name, module in modules.items()}
-    processors = dict(transformer.attn_processors)
+    processors = processors_of(transformer)
     leaves = [module for module in modules.values() if not list(module.children())]
     for leaf in leaves:
         handle = leaf.register_forward_hook(fails)
         with pytest.raises(ZeroDivisionError), seg4diff.capture(transformer):
             transformer(**inputs)
         handle.remove()
-        assert all(now is processors[name] for name, now in transformer.attn_processors.items())
+        assert all(now is processors[name] for name, now in processors_of(transformer).items())
         assert {name: set(module.__dict__) for name, module in transformer.named_modules()} == before
         assert not transformer._forward_hooks
         assert not transformer._forward_pre_hooks
     assert torch.equal(sample_of(transformer, inputs), stock)
+
+
+def processors_of(transformer: Any) -> dict[str, Any]:
+    return {n: m.processor for n, m in transformer.named_modules() if hasattr(m, "processor")}
 
 
 def fails(*_: Any) -> None:
@@ -365,7 +370,33 @@ def test_first_block_cache(family: Family) -> None:
 
 
 def test_masks_are_refused() -> None:
-    transformer, inputs = FAMILIES[2].transformer(), FAMILIES[2].inputs()
+    transformer, inputs = tiny.flux_transformer(), tiny.flux_inputs()
     given = {"joint_attention_kwargs": {"attention_mask": torch.zeros(2, 1, 1, 33)}}
     with seg4diff.capture(transformer, 0), pytest.raises(ValueError, match="attention_mask is given"):
         transformer(**inputs, **given)
+
+
+def test_masks_of_keys_hide_text() -> None:
+    """Boolean and added masks, with a batch axis or without heads and queries; no other kind."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 7, 2, 8, dtype=torch.float64) for _ in range(3))
+    place = Place()
+    answer = JointAnswer((LayerRequest(maps=MapRequest(heads="each")),), place)
+    place.layout = Layout(True, image_tokens=4, text_tokens=3, generated=4, masked=True)
+    hidden = torch.ones(2, 7, dtype=torch.bool)
+    hidden[0, 1] = hidden[1, 0] = False
+    added = torch.zeros(2, 7).masked_fill(~hidden, -10000.0)
+    added[1, 2] = 0.75
+    for mask in (hidden, hidden[:, None, None], added, added[:, None, None]):
+        expected = Call(*(t.transpose(1, 2) for t in (q, k, v)), mask.reshape(2, 1, 1, 7)).probabilities()
+        answered = answer(q, k, v, mask, None)
+        assert answered is not None
+        joint, (result,) = answered
+        torch.testing.assert_close(joint, (expected @ v.transpose(1, 2)).transpose(1, 2))
+        assert result.maps is not None
+        torch.testing.assert_close(result.maps, expected[:, :, 3:, :3])
+        assert float(result.maps[0, :, :, 1].abs().max()) == 0
+    of_queries, of_heads = (hidden[:, None, None].expand(2, *sizes, 7) for sizes in ((1, 7), (2, 1)))
+    for wrong in (hidden[:, :6], of_queries, of_heads):
+        with pytest.raises(ValueError, match="attention mask of shape"):
+            answer(q, k, v, wrong, None)

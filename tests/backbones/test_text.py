@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
-from seg4diff.backbones.text import Special, TextSpan, find_words, words_of
+from seg4diff.backbones.text import Special, TextSpan, find_words, templated_span, words_of
 from tests.support import tiny
 
 
@@ -90,3 +92,25 @@ def test_a_prompt_that_is_cut_off_keeps_its_end_and_has_no_padding(clip: TextSpa
     assert find_words([clip], texts, Special("eos")) == [76]
     with pytest.raises(ValueError, match="no 'pad' token in the text encoders clip"):
         find_words([clip], texts, Special("pad"))
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_templates_padding_and_dropped_tokens(padding_side: str) -> None:
+    """Words of the prompt alone, at the columns of the ids that are padded, cut and then dropped from."""
+    tokenizer = copy.deepcopy(tiny.t5_tokenizer())
+    tokenizer.padding_side = padding_side
+    for length, dropped in ((16, 0), (12, 2), (6, 0)):
+        span = templated_span("t5", tokenizer, "tree a {} on tree", length, dropped=dropped)
+        assert span.room == length + dropped - 5  # four words and the end of text
+        ids = tokenizer(
+            "tree a red tree on tree", padding="max_length", truncation=True, max_length=length + dropped
+        ).input_ids[dropped:]
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        red = pieces.index("▁red")
+        assert find_words([span], {"t5": "red tree"}, "tree") == [red + 1]
+        assert span.columns("red tree") == [red, red + 1]
+        assert span.columns("red tree", 0, 3) == [red]
+        pads = [column for column, piece in enumerate(pieces) if piece == "<pad>"]
+        assert span.special_columns("red tree", Special("pad")) == pads
+        ends = [column for column, piece in enumerate(pieces) if piece == "</s>"]
+        assert span.special_columns("red tree", Special("eos")) == ends

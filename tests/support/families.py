@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -49,6 +49,16 @@ FAMILIES = (
         33,
         3,
     ),
+    Family("qwen", tiny.qwen_transformer, tiny.qwen_inputs, slice(9, 33), slice(0, 9), 33, 3),
+    Family(
+        "qwen edit",
+        lambda: tiny.qwen_transformer(zero_cond_t=True),
+        lambda: tiny.qwen_inputs(reference=10, masked=True),
+        slice(9, 33),
+        slice(0, 9),
+        43,
+        3,
+    ),
     Family("flux", tiny.flux_transformer, tiny.flux_inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family(
         "flux kontext",
@@ -61,6 +71,14 @@ FAMILIES = (
     ),
 )
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a call in another dtype, but for masks, shapes and positions."""
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 @contextmanager
@@ -80,33 +98,35 @@ def attention_calls() -> Iterator[list[tuple[Tensor, Tensor]]]:
         F.scaled_dot_product_attention = stock
 
 
-def exact_maps(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """Image-to-text probabilities [B, H, 24, 9] of every layer of a stock forward, softmax in float64.
+class Call(NamedTuple):
+    """What a stock processor hands to PyTorch's attention: [B, H, S, D] each, and a mask or None."""
 
-    From what the stock processors hand to PyTorch's attention; shares no code with the library.
-    """
-    with attention_calls() as calls, torch.no_grad():
-        transformer(**inputs)
-    joint = [(q, k) for q, k in calls if q.shape[2] == k.shape[2] == family.tokens]
-    assert len(joint) == family.layers
-    maps = []
-    for query, key in joint:
-        scores = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
-        maps.append(scores.softmax(dim=-1)[:, :, family.image, family.text])
-    return maps
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+    def probabilities(self) -> Tensor:
+        """The whole matrix [B, H, S, S] in float64."""
+        scores = self.query.double() @ self.key.double().mT / self.query.shape[-1] ** 0.5
+        if self.mask is not None and self.mask.dtype == torch.bool:
+            scores = scores.masked_fill(~self.mask, -torch.inf)
+        elif self.mask is not None:
+            scores = scores + self.mask.double()
+        return scores.softmax(dim=-1)
 
 
-def exact_outputs(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """Attention outputs [B, 24, H D] of the image tokens in every layer of a stock forward, in float64."""
-    outputs = []
+def joint_calls(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Call]:
+    """The joint attention of every layer of a stock forward; shares no code with the library."""
+    calls = []
     stock = F.scaled_dot_product_attention
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def spy(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if query.shape[2] == key.shape[2] == family.tokens:
-            q, k, v = query.double(), key.double(), value.double()
-            exact = (q @ k.mT / query.shape[-1] ** 0.5).softmax(dim=-1) @ v
-            outputs.append(exact[:, :, family.image].transpose(1, 2).flatten(2))
-        return stock(query, key, value, **kwargs)
+            calls.append(Call(query, key, value, attn_mask))
+        return stock(query, key, value, attn_mask, *args, **kwargs)
 
     F.scaled_dot_product_attention = spy
     try:
@@ -114,5 +134,18 @@ def exact_outputs(family: Family, transformer: Any, inputs: dict[str, Any]) -> l
             transformer(**inputs)
     finally:
         F.scaled_dot_product_attention = stock
-    assert len(outputs) == family.layers
-    return outputs
+    assert len(calls) == family.layers
+    return calls
+
+
+def exact_maps(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Image-to-text probabilities [B, H, N, T] of every layer of a stock forward, softmax in float64."""
+    calls = joint_calls(family, transformer, inputs)
+    return [call.probabilities()[:, :, family.image, family.text] for call in calls]
+
+
+def exact_outputs(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Attention outputs [B, N, H D] of the image tokens in every layer of a stock forward, in float64."""
+    calls = joint_calls(family, transformer, inputs)
+    outputs = [call.probabilities() @ call.value.double() for call in calls]
+    return [output[:, :, family.image].transpose(1, 2).flatten(2) for output in outputs]

@@ -246,6 +246,133 @@ def flux_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
     return pipe
 
 
+def qwen_transformer(layers: int = 3, *, zero_cond_t: bool = False, seed: int = 0) -> Any:
+    """A random Qwen-Image transformer of two heads of 16; later Edit models have ``zero_cond_t``."""
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
+    ).eval()
+
+
+def qwen_inputs(
+    batch: int = 2, text: int = 9, reference: int = 0, *, masked: bool = False, seed: int = 1
+) -> dict[str, Any]:
+    """Random arguments of a call on a 4 x 6 grid; ``masked`` has texts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, 4, 6)] + ([(1, 1, reference)] if reference else [])
+    inputs = {
+        "hidden_states": torch.randn(batch, 24 + reference, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 32, generator=generator),
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [shapes] * batch,
+    }
+    if masked:
+        lengths = torch.tensor([text, *(text - 4,) * (batch - 1)])
+        inputs["encoder_hidden_states_mask"] = torch.arange(text) < lengths[:, None]
+    return inputs
+
+
+@cache
+def chat_tokenizer() -> Any:
+    """A byte-level tokenizer of Qwen2's class: the words above are one token each, also behind a space."""
+    import tokenizers
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = {s: i for i, s in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    merges: list[tuple[str, str]] = []
+    for word in (*("Ġ" + word for word in WORDS), *WORDS):
+        left = word[0]
+        for letter in word[1:]:
+            merges.append((left, letter))
+            left += letter
+            vocabulary.setdefault(left, len(vocabulary))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={**vocabulary, "<|endoftext|>": len(vocabulary)},
+        merges=list(dict.fromkeys(merges)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=special[1:2] + special[3:],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
+    """A random QwenImagePipeline that draws 64 x 64 images."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        **{
+            f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+            for name, token in (
+                ("image", "<|image_pad|>"),
+                ("video", "<|video_pad|>"),
+                ("vision_start", "<|vision_start|>"),
+                ("vision_end", "<|vision_end|>"),
+            )
+        },
+    )
+    pipe = QwenImagePipeline(
+        transformer=qwen_transformer(seed=seed, **transformer_arguments),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.0, 2.0, 0.5, 1.5],
+        ).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer,
+    )
+    before, _, _ = pipe.prompt_template_encode.partition("{}")
+    # 34 with the tokenizer of the published model
+    pipe.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
+    pipe.default_sample_size = 8  # a constant of the pipeline's class: 1024 pixels
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def clip() -> tuple[Any, Any]:
     """A random CLIP model and its processor, as the CLIP score takes them."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
