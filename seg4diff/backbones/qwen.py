@@ -88,8 +88,7 @@ class QwenImage(Backbone):
         return again
 
     def encode_text(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        encoded = pipe.encode_prompt(prompt=list(prompts), max_sequence_length=self.text_tokens)
-        text = _padded(self.text_arguments(encoded), self.text_tokens)
+        text = _padded(self._encoded(pipe, prompts), self.text_tokens)
         return {**text, "encoder_hidden_states": text["encoder_hidden_states"].to(pipe.transformer.dtype)}
 
     def empty_text(self, transformer: nn.Module, batch: int, text_tokens: int) -> dict[str, Tensor]:
@@ -100,9 +99,18 @@ class QwenImage(Backbone):
         }
 
     def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        encoded = pipe.encode_prompt(prompt=list(prompts), max_sequence_length=self.text_tokens)
-        text = self.text_arguments(encoded)
+        text = self._encoded(pipe, prompts)
         return {"prompt_embeds": text["encoder_hidden_states"], "prompt_embeds_mask": text[_MASK]}
+
+    def _encoded(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        if "<|image_pad|>" in pipe.prompt_template_encode:
+            raise NotImplementedError(
+                f"{type(pipe).__name__} encodes no prompt without a reference image; build a "
+                "QwenImagePipeline of its components (scheduler, vae, text_encoder, tokenizer, transformer)"
+            )
+        return self.text_arguments(
+            pipe.encode_prompt(prompt=list(prompts), max_sequence_length=self.text_tokens)
+        )
 
     def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         span = templated_span(

@@ -337,3 +337,47 @@ def test_analyze(pipe: Any) -> None:
         pipe("a cat", generator=torch.Generator().manual_seed(0), **CALL)
     mass = captured.records[-1].statistics.image_to_text.mean()
     assert float(report.by_layer.image_to_text[0, 1]) == pytest.approx(float(mass), rel=1e-4)
+
+
+# Other pipelines of the family
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plus", [False, True])
+def test_edit_pipelines(pipe: Any, plus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of a reference image come before the words and behind the generated image's tokens."""
+    from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+    from PIL import Image
+    from transformers import Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    # The check needs a video processor, whose packages are not installed.
+    monkeypatch.setattr(Qwen2VLProcessor, "check_argument_for_proper_class", lambda *_: object)
+    for module, more in ((pipeline_qwenimage_edit, (None,)), (pipeline_qwenimage_edit_plus, ())):
+        monkeypatch.setattr(module, "calculate_dimensions", lambda *_, more=more: (96, 64, *more))  # not 1 MP
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessorPil(size=size), pipe.tokenizer, None)
+    edit = (QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
+        **pipe.components, processor=processor
+    )
+    edit.set_progress_bar_config(disable=True)
+    before = edit.prompt_template_encode.partition("{}")[0].partition("<|vision_start|>")[0]
+    edit.prompt_template_encode_start_idx = len(pipe.tokenizer(before).input_ids)  # 64 as published
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
+    call = {**CALL, "num_inference_steps": 1, "image": image, "prompt": PROMPT}
+    with seg4diff.capture(edit, 1) as captured:
+        (fed,) = fed_pieces(edit, lambda: edit(generator=seeded(), **call))
+    fed = fed[edit.prompt_template_encode_start_idx :]
+    assert fed.count("<|image_pad|>") > 1
+    assert captured.columns("red sofa") == [fed.index("Ġred"), fed.index("Ġsofa")]
+    (record,) = captured.records
+    assert record.grid == (4, 6)
+    assert record.maps is not None
+    assert record.maps.shape == (1, 24, len(fed))
+    array = np.asarray(image)
+    if plus:
+        assert seg4diff.segment(edit, array, ["cat", "dog"], layers=1).labels.shape == (64, 96)
+        return
+    with pytest.raises(NotImplementedError, match="QwenImageEditPipeline encodes no prompt"):
+        seg4diff.segment(edit, array, ["cat", "dog"], layers=1)
