@@ -179,7 +179,7 @@ def rank_layers(
     timesteps = [float("nan")] * len(noise_levels)
     for found in run_maps(
         pipe, views, [[prompt.text for prompt in plan] for plan in plans],
-        Reading(MapRequest(columns=("text", slice(0, span.first + span.length))), chosen),
+        Reading(MapRequest(columns=("text", slice(0, span.end))), chosen),
         Noising(noise_levels, steps, seed, batch_size=batch_size), progress=progress,
     ):  # fmt: skip
         level = noise_levels.index(found.noise_level)

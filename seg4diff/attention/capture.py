@@ -400,8 +400,12 @@ class _Recorder(Observer):
         timestep = None if call.timestep is None else call.timestep.detach().reshape(-1)
         if timestep is not None and len(timestep) == call.batch:
             timestep = timestep[rows]
+        prompt = forward.prompt
         for layer, result in sorted(results.items()):
-            self._add(layer, self._take(result, rows), timestep, forward)
+            taken = self._take(result, rows)
+            if prompt is not None and prompt.conditional.conditional_first and self._branch == "both":
+                taken = _combine(lambda both: both.roll(prompt.images % len(both), dims=0), taken)
+            self._add(layer, taken, timestep, forward)
 
     def _take(self, result: LayerResult, rows: slice) -> LayerResult:
         """`rows` of the batch, on the device where records are kept."""

@@ -80,8 +80,10 @@ def watching_pipeline(
     def watched_encode_prompt(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
+        # Some pipelines put every prompt of the list that they were given into a template, in place.
+        arguments = {name: list(v) if isinstance(v, list) else v for name, v in given.arguments.items()}
         output = encode_prompt(*args, **kwargs)
-        encoded(given.arguments, output)
+        encoded(arguments, output)
         return output
 
     @wraps(free_hooks)

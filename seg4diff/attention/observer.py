@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -98,7 +98,8 @@ class Forward:
             return slice(0, min(images, batch))
         if branch == "both":
             return slice(0, 2 * images)
-        return slice(images, 2 * images) if branch == "conditional" else slice(0, images)
+        first = (branch == "conditional") == self.prompt.conditional.conditional_first
+        return slice(0, images) if first else slice(images, 2 * images)
 
 
 class Observer:
@@ -217,11 +218,20 @@ class _Attachment:
         waiting, self._waiting = self._waiting, []
         steps = getattr(self._target, "num_timesteps", None)  # set before the first forward of a call
         if self._state.backbone.guidance == "one forward" or len(waiting) == 1:
-            return PromptCall(waiting[-1], steps=steps)
+            return PromptCall(_repeated(waiting[-1], call.batch), steps=steps)
         if _closest(call.text, waiting[-2].embeddings, waiting[-1].embeddings) == 1:
             # The others are of a call that failed before its first forward.
             return PromptCall(waiting[-1], steps=steps)
         return PromptCall(waiting[-2], waiting[-1].embeddings, steps)
+
+
+def _repeated(encoded: EncodedText, batch: int) -> EncodedText:
+    """`encoded` for every image where the pipeline repeats it for the images of one prompt."""
+    if not encoded.conditional_first:
+        return encoded
+    repeats = batch // ((2 if encoded.guided else 1) * len(encoded.embeddings))
+    embeddings = encoded.embeddings.repeat_interleave(repeats, dim=0)
+    return replace(encoded, embeddings=embeddings, repeats=repeats)
 
 
 class SameText(dict[str, str]):

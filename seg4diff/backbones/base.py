@@ -129,12 +129,16 @@ class EncodedText:
         embeddings: what the transformer gets, [rows, T, C]; several images of one prompt follow each other.
         guided: whether the same call also made the embeddings of the unconditional branch.
         arguments: what `encode_prompt` was given, by name.
+        conditional_first: whether the rows of the conditional branch come before the unconditional ones.
+        repeats: images of a prompt, where the pipeline repeats prompts after it has encoded them.
     """
 
     texts: tuple[Mapping[str, str], ...]
     embeddings: Tensor
     guided: bool
     arguments: Mapping[str, Any]
+    conditional_first: bool = False
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -274,8 +278,8 @@ class Backbone:
         """Channels C of the latents that `arguments` takes."""
         return int(transformer.config.in_channels)  # type: ignore[union-attr, arg-type]
 
-    def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
-        """What the transformer predicts, in the shape of `latents`, from the tensor that it returned."""
+    def prediction(self, output: Any, latents: Tensor) -> Tensor:
+        """What the transformer predicts, in the shape of `latents`, from what it returned for all rows."""
         return output
 
     def rows_again(self, arguments: Mapping[str, Any], batch: int, rows: slice) -> dict[str, Any]:
@@ -299,7 +303,7 @@ class Backbone:
             "pooled_projections": torch.zeros(batch, config.pooled_projection_dim),
         }
 
-    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
         """Arguments of the pipeline's call that stand for `prompts`, so that it needs no text encoder."""
         raise NotImplementedError
 
@@ -320,13 +324,13 @@ class Backbone:
         """What a call of `encode_prompt` made, from its arguments by name and what it returned."""
         raise NotImplementedError
 
-    def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
+    def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Any]:
         """The transformer's text arguments of the conditional branch, from what `encode_prompt` returned."""
         raise NotImplementedError
 
     def encode_again(
         self, pipe: Pipeline, encoded: EncodedText, change: Callable[[str], str]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """The transformer's text arguments for the prompts of `encoded` with their text changed."""
 
         def changed(value: Any) -> Any:

@@ -120,9 +120,8 @@ class QwenImage(Backbone):
             self.text_tokens if text_tokens is None else text_tokens,
             dropped=pipe.prompt_template_encode_start_idx,
         )
-        # Tokens of reference images come before the prompt.
-        edits = text_tokens is not None and "processor" in pipe.components
-        return (replace(span, ends=True) if edits else span,)
+        # Tokens of reference images come before the prompt; padding of the tokenizer is left out.
+        return (replace(span, ends=text_tokens is not None and "processor" in pipe.components),)
 
     def read_encoded(self, arguments: Mapping[str, Any], output: tuple[Any, ...]) -> EncodedText:
         texts = as_texts(arguments.get("prompt"))

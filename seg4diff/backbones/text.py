@@ -51,6 +51,7 @@ class TextSpan:
         dropped: tokens at the begin of that which are not among the text tokens.
         ends: whether the tokens fill `length` to its end, and those of images, of which the tokenizer knows
             nothing, or padding on the left come before them.
+        ragged: whether a batch's longest prompt ends the text stream, which may be shorter than `length`.
         adds_special: whether the tokenizer adds begin and end of text to what it is given.
     """
 
@@ -62,12 +63,18 @@ class TextSpan:
     template: str = "{}"
     dropped: int = 0
     ends: bool = False
+    ragged: bool = False
     adds_special: bool = True
 
     @property
     def room(self) -> int:
         """Tokens that are left for words."""
         return self.length - self.special
+
+    @property
+    def end(self) -> int | None:
+        """The text column behind its last token; None for the end of the text stream."""
+        return None if self.ragged else self.first + self.length
 
     def token_count(self, text: str) -> int:
         """Number of tokens of `text` alone, without special tokens."""

@@ -106,6 +106,8 @@ class _Guidance(Observer):
         if forward.prompt is None:
             return None
         sample = output[0] if isinstance(output, tuple) else output.sample
+        listed = isinstance(sample, list)  # one entry for each row
+        sample = torch.stack(sample) if listed else sample
         batch = forward.call.batch
         predicted = sample[:batch]
         if self._perturbed:
@@ -121,6 +123,7 @@ class _Guidance(Observer):
         repeats = len(predicted) // len(step_away)
         away = step_away.repeat(repeats, *(1 for _ in predicted.shape[1:]))
         moved = (predicted + away).to(sample.dtype)
+        moved = list(moved.unbind()) if listed else moved
         return (moved, *output[1:]) if isinstance(output, tuple) else type(output)(sample=moved)
 
     def edit_text_value(self, text_value: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Replacement(Observer):
         self._words = words
         self._until = until
         self._steps = 0  # of the call that runs, in which probabilities are moved
-        self._source: dict[str, Tensor] = {}  # text arguments of the rows that are added
+        self._source: dict[str, Any] = {}  # text arguments of the rows that are added
         self._columns = torch.empty(0, dtype=torch.int64)  # [C] text columns of any word, old or new
         self._moved = torch.empty(0)  # [images, C, C]: from an old word's column to a new word's
         self._batch: int | None = None  # rows of the forward that runs before some are added
@@ -107,7 +107,7 @@ class Replacement(Observer):
         arguments = self._backbone.rows_again(arguments, self._batch, rows)
         for name, value in self._source.items():
             own = arguments[name][: self._batch]
-            arguments[name] = torch.cat([own, value.to(own)])
+            arguments[name] = [*own, *value] if isinstance(own, list) else torch.cat([own, value.to(own)])
         return arguments
 
     def after_forward(self, forward: Forward, results: Mapping[int, LayerResult], output: Any) -> Any:

@@ -56,7 +56,7 @@ def layer_groups(
         pipe,
         views,
         [[prompt.text for prompt in plan] for plan in plans],
-        Reading(MapRequest(columns=("text", slice(0, span.first + span.length))), state.layers(None)),
+        Reading(MapRequest(columns=("text", slice(0, span.end))), state.layers(None)),
         Noising(seed=seed, batch_size=batch_size),
         progress=False,
     ):

@@ -95,7 +95,7 @@ def run_scores(
         pipe,
         [mirrored[i] if number % 2 else views[i] for i in range(len(views)) for number in range(count)],
         [[prompt.text for prompt in plan] for plan in plans for _ in range(count)],
-        Reading(MapRequest(columns=("text", slice(0, span.first + span.length))), layers, compared),
+        Reading(MapRequest(columns=("text", slice(0, span.end))), layers, compared),
         noising,
         progress=len(views) > 1 if progress is None else progress,
         known_text=known_text,

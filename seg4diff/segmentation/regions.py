@@ -132,7 +132,7 @@ def segment_unsupervised(
     noising = Noising(seed=seed, generator=generator, batch_size=batch_size)
     clustered = isinstance(grouping, Clustering)
     # Clustering needs no map: one column is the least that can be asked.
-    columns = slice(span.first, span.first + (1 if clustered else span.length))
+    columns = slice(span.first, span.first + 1 if clustered else span.end)
     for chosen, members in layer_groups(pipe, views, empty, layers, seed=seed, batch_size=batch_size):
         used = chosen
         if layers is None or isinstance(layers, str):

@@ -59,6 +59,7 @@ FAMILIES = (
         43,
         3,
     ),
+    Family("z-image", tiny.z_image_transformer, tiny.z_image_inputs, slice(0, 24), slice(32, 96), 96, 3),
     Family("flux", tiny.flux_transformer, tiny.flux_inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family(
         "flux kontext",
@@ -75,10 +76,13 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fa
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of a call in another dtype, but for masks, shapes and positions."""
-    return {
-        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+
+    def other(value: Any) -> Any:
+        if isinstance(value, list):
+            return [other(entry) for entry in value]
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: other(value) for name, value in inputs.items()}
 
 
 @contextmanager

@@ -373,6 +373,67 @@ def qwen_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
     return pipe
 
 
+def z_image_transformer(layers: int = 3, seed: int = 0) -> Any:
+    """A random Z-Image transformer of two heads of 16."""
+    from diffusers import ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=layers,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    ).eval()
+    for token in (model.x_pad_token, model.cap_pad_token):  # zeros that training has changed
+        torch.nn.init.normal_(token)
+    return model
+
+
+def z_image_inputs(text: tuple[int, ...] = (9, 40), seed: int = 1) -> dict[str, Any]:
+    """Random arguments of a call on a 4 x 6 grid, with texts of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": [torch.randn(4, 1, 8, 12, generator=generator) for _ in text],
+        "cap_feats": [torch.randn(length, 32, generator=generator) for length in text],
+        "t": torch.full((len(text),), 0.5),
+    }
+
+
+def z_image_pipeline(seed: int = 0) -> Any:
+    """A random ZImagePipeline that segments 64 x 64 images."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(seed)
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    pipe = ZImagePipeline(
+        transformer=z_image_transformer(seed=seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(),
+        text_encoder=Qwen3Model(config).eval(),
+        tokenizer=tokenizer,
+    )
+    pipe.default_sample_size = 8
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def clip() -> tuple[Any, Any]:
     """A random CLIP model and its processor, as the CLIP score takes them."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
