@@ -427,6 +427,8 @@ def _trimmed_arguments(arguments: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     """Arguments without the zeros that end their axes (T5's place, CLIP's missing channels), and shapes."""
     trimmed, shapes = {}, {}
     for name, tensor in arguments.items():
+        # Safetensors would store a mask of booleans behind the seal, which has to be last.
+        tensor = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
         nonzero = tensor != 0
         lengths = []
         for axis in range(tensor.dim()):
