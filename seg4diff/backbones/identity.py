@@ -21,7 +21,9 @@ def encoders_identity(pipe: Pipeline) -> str:
         digest.update(f"{part} {type(module).__name__}\n".encode())
         if part == "vae":
             config: Any = module.config
-            digest.update(f"{config.scaling_factor} {config.shift_factor}\n".encode())
+            scale = "scaling_factor", "shift_factor"  # of most; others scale each channel
+            names = scale if "scaling_factor" in config else ("latents_mean", "latents_std")
+            digest.update(f"{' '.join(str(config.get(name)) for name in names)}\n".encode())
         for name, weight in module.state_dict().items():
             flat = weight.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes()
