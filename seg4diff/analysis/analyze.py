@@ -193,7 +193,7 @@ class _Measurement(Observer):
         self._backbone = state.backbone
         self._pipe = pipe
         self._layers = layers
-        heads: Any = state.backbone.attention(state.transformer, layers[0]).heads
+        heads = state.backbone.heads(state.transformer, layers[0])
         names = [f.name for f in fields(Measures)]
         self._by_layer = {name: torch.zeros(levels, len(layers), dtype=torch.float64) for name in names}
         self._by_head = {name: torch.zeros(levels, len(layers), heads, dtype=torch.float64) for name in names}

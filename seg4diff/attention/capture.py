@@ -210,8 +210,8 @@ def capture(
     kept = _kept_steps(steps, pipe is None)
     chosen = state.layers(layers)
     request = LayerRequest(maps=maps, statistics=statistics)
-    attentions: list[Any] = [state.backbone.attention(state.transformer, layer) for layer in chosen]
-    limit = _Limit(max_bytes, request, tuple(attention.heads for attention in attentions))
+    heads = tuple(state.backbone.heads(state.transformer, layer) for layer in chosen)
+    limit = _Limit(max_bytes, request, heads)
     recorder = _Recorder(request, kept, branch, None if device is None else torch.device(device), limit)
     given = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
     with attach(target, chosen, request, recorder, stop_early=stop_early):

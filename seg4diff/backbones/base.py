@@ -220,6 +220,11 @@ class Backbone:
         entry = self.block_lists(transformer)[layer]
         return self.blocks(transformer)[layer].get_submodule(entry.attention)
 
+    def heads(self, transformer: nn.Module, layer: int) -> int:
+        """Number of heads of a layer's joint attention."""
+        attention: Any = self.attention(transformer, layer)
+        return int(attention.heads if hasattr(attention, "heads") else attention.num_heads)
+
     def knows_experts(self, transformer: nn.Module) -> bool:
         """Whether `expert_layers` is known."""
         stored = transformer.config.get(EXPERTS_KEY)  # type: ignore[union-attr, operator]
@@ -272,7 +277,7 @@ class Backbone:
             sigma: noise levels in [0, 1], [B].
             text: what `encode_text` gives, for B rows.
         """
-        raise NotImplementedError
+        raise self._transformer_alone()
 
     def latent_channels(self, transformer: nn.Module) -> int:
         """Channels C of the latents that `arguments` takes."""
@@ -289,11 +294,16 @@ class Backbone:
             for name, value in arguments.items()
         }
 
+    def _transformer_alone(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"pipelines of {self.name} are not supported, maps of its transformer are; capture that"
+        )
+
     # Text
 
     def encode_text(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The transformer's text arguments for `prompts`, first axis len(prompts)."""
-        raise NotImplementedError
+        raise self._transformer_alone()
 
     def empty_text(self, transformer: nn.Module, batch: int, text_tokens: int) -> dict[str, Tensor]:
         """Text arguments of zeros, float32 on the CPU, for estimates and benchmarks."""
@@ -305,7 +315,7 @@ class Backbone:
 
     def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
         """Arguments of the pipeline's call that stand for `prompts`, so that it needs no text encoder."""
-        raise NotImplementedError
+        raise self._transformer_alone()
 
     def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         """The text encoders whose tokens make up the text stream, in the order of the stream.
@@ -314,7 +324,7 @@ class Backbone:
             pipe: the pipeline.
             text_tokens: length T of the text stream; that of `encode_text` when None.
         """
-        raise NotImplementedError
+        raise self._transformer_alone()
 
     def name_span(self, pipe: Pipeline) -> TextSpan:
         """The text encoder in whose tokens segmentation looks for names."""
@@ -322,11 +332,11 @@ class Backbone:
 
     def read_encoded(self, arguments: Mapping[str, Any], output: tuple[Any, ...]) -> EncodedText:
         """What a call of `encode_prompt` made, from its arguments by name and what it returned."""
-        raise NotImplementedError
+        raise self._transformer_alone()
 
     def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Any]:
         """The transformer's text arguments of the conditional branch, from what `encode_prompt` returned."""
-        raise NotImplementedError
+        raise self._transformer_alone()
 
     def encode_again(
         self, pipe: Pipeline, encoded: EncodedText, change: Callable[[str], str]

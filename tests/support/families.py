@@ -60,6 +60,7 @@ FAMILIES = (
         3,
     ),
     Family("z-image", tiny.z_image_transformer, tiny.z_image_inputs, slice(0, 24), slice(32, 96), 96, 3),
+    Family("krea 2", tiny.krea2_transformer, tiny.krea2_inputs, slice(9, 33), slice(0, 9), 33, 3),
     Family("flux", tiny.flux_transformer, tiny.flux_inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family(
         "flux kontext",

@@ -434,6 +434,44 @@ def z_image_pipeline(seed: int = 0) -> Any:
     return pipe
 
 
+def krea2_transformer(layers: int = 3, seed: int = 0) -> Any:
+    """A random Krea 2 transformer of four heads of 16 and two of keys."""
+    from diffusers import Krea2Transformer2DModel
+
+    torch.manual_seed(seed)
+    return Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=32,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+
+
+def krea2_inputs(seed: int = 1) -> dict[str, Any]:
+    """Random arguments of a call of two rows on a 4 x 6 grid, the second with padding in the middle."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 3:7] = False
+    return {
+        "hidden_states": torch.randn(2, 24, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 9, 3, 32, generator=generator),
+        "timestep": torch.full((2,), 0.5),
+        "position_ids": torch.cat([torch.zeros(9, 3), flux_inputs()["img_ids"]]),
+        "encoder_attention_mask": mask,
+    }
+
+
 def clip() -> tuple[Any, Any]:
     """A random CLIP model and its processor, as the CLIP score takes them."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
