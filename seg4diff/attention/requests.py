@@ -166,9 +166,12 @@ class JointAnswer(Answer):
             statistics = attention.statistics if request.statistics else None
             output = image[:, : layout.generated].flatten(2) if request.output else None
             results.append(LayerResult(maps, _statistics_of_generated(statistics, layout), seen, output))
+        if self.last:  # nothing reads it, and its text rows may be missing
+            return attention.joint, tuple(results)
         # Nothing is concatenated unless an edit replaced the image rows.
-        joint = attention.joint if image is attention.image else layout.join(image, attention.text)
-        return joint, tuple(results)
+        if image is attention.image:
+            return layout.in_place(attention.joint), tuple(results)
+        return layout.join(image, attention.text), tuple(results)
 
 
 def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float | None) -> LayerResult:

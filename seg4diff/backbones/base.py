@@ -75,6 +75,8 @@ class Layout:
         text_tokens: tokens of the text stream, padding included.
         generated: tokens of the image that is generated, the first of the image stream.
         masked: whether an attention may come with a mask of its keys, which hides text tokens alone.
+        order: positions in the sequence [B, tokens] of the tokens of both streams, where the streams lie at
+            other places in every row; None where they do not.
     """
 
     text_first: bool
@@ -82,6 +84,7 @@ class Layout:
     text_tokens: int
     generated: int
     masked: bool = False
+    order: Tensor | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -89,14 +92,27 @@ class Layout:
         return self.image_tokens + self.text_tokens
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """Image stream and text stream of [B, tokens, ...], as views."""
+        """Image stream and text stream of [B, tokens, ...], as views unless rows differ."""
+        if self.order is not None:
+            joint = _along_rows(joint, self.order)
         if self.text_first:
             return joint[:, self.text_tokens :], joint[:, : self.text_tokens]
         return joint[:, : self.image_tokens], joint[:, self.image_tokens :]
 
     def join(self, image: Tensor, text: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return torch.cat([text, image] if self.text_first else [image, text], dim=1)
+        return self.in_place(torch.cat([text, image] if self.text_first else [image, text], dim=1))
+
+    def in_place(self, streams: Tensor) -> Tensor:
+        """One stream behind the other, [B, tokens, ...], as the model orders its tokens."""
+        return streams if self.order is None else _along_rows(streams, self.order.argsort(dim=1))
+
+
+def _along_rows(tokens: Tensor, positions: Tensor) -> Tensor:
+    if len(tokens) != len(positions):
+        raise ValueError(f"{len(tokens)} rows run, but the call that was read has {len(positions)}")
+    index = positions.reshape(*positions.shape, *(1 for _ in tokens.shape[2:]))
+    return tokens.gather(1, index.expand(*positions.shape, *tokens.shape[2:]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from tests.support.families import (
     exact_maps,
     exact_outputs,
     joint_calls,
+    take,
 )
 
 # Of norms that compute in float32 whatever the model's dtype.
@@ -189,8 +190,8 @@ def test_relations(family: Family, stop_early: bool) -> None:
         with seg4diff.capture(transformer, 1, maps=request, stop_early=stop_early) as captured:
             transformer(**inputs)
         maps = captured.records[0].maps
-        expected = matrix[:, :, streams[rows[0]]][:, :, rows[1]]
-        expected = expected[..., streams[columns[0]]][..., columns[1]]
+        expected = take(matrix, streams[rows[0]], 2)[:, :, rows[1]]
+        expected = take(expected, streams[columns[0]], 3)[..., columns[1]]
         assert maps is not None
         assert maps.shape == expected.shape
         torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-8)
@@ -251,6 +252,8 @@ def test_map_gradients_are_finite_differences(family: Family) -> None:
 @every_family
 @torch.no_grad()
 def test_compiled_whole(family: Family) -> None:
+    if not family.compiles:
+        pytest.skip("the stock model reads lengths on the host")
     transformer, inputs = family.transformer(), family.inputs()
     stock, exact = sample_of(transformer, inputs), exact_maps(family, transformer, inputs)
     torch._dynamo.reset()

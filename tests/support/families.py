@@ -14,6 +14,15 @@ from torch import Tensor
 
 from tests.support import tiny
 
+Positions = slice | tuple[Tensor, ...]
+
+
+def take(tensor: Tensor, positions: Positions, dim: int) -> Tensor:
+    """Positions along an axis of [B, ...], which may differ from row to row."""
+    if isinstance(positions, slice):
+        return tensor[(slice(None),) * dim + (positions,)]
+    return torch.stack([row.index_select(dim - 1, own) for row, own in zip(tensor, positions, strict=True)])
+
 
 @dataclass(frozen=True)
 class Family:
@@ -23,19 +32,22 @@ class Family:
         name: of the case.
         transformer: builds the model.
         inputs: arguments of a call of two rows on a 4 x 6 grid with 9 text tokens.
-        image: positions of the 24 tokens of the generated image in the sequence.
-        text: positions of the 9 text tokens.
+        image: positions of the 24 tokens of the generated image in the sequence, of every row where they
+            differ.
+        text: positions of the text tokens, likewise.
         tokens: length of the sequence.
         layers: number of layers.
+        compiles: whether the stock model compiles into one graph.
     """
 
     name: str
     transformer: Callable[[], Any]
     inputs: Callable[[], dict[str, Any]]
-    image: slice
-    text: slice
+    image: Positions
+    text: Positions
     tokens: int
     layers: int
+    compiles: bool = True
 
 
 FAMILIES = (
@@ -61,6 +73,16 @@ FAMILIES = (
     ),
     Family("z-image", tiny.z_image_transformer, tiny.z_image_inputs, slice(0, 24), slice(32, 96), 96, 3),
     Family("krea 2", tiny.krea2_transformer, tiny.krea2_inputs, slice(9, 33), slice(0, 9), 33, 3),
+    Family(
+        "lumina 2",
+        tiny.lumina2_transformer,
+        tiny.lumina2_inputs,
+        (torch.arange(9, 33), torch.arange(5, 29)),
+        (torch.arange(9), torch.tensor([*range(5), *range(29, 33)])),
+        33,
+        3,
+        compiles=False,
+    ),
     Family("flux", tiny.flux_transformer, tiny.flux_inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family(
         "flux kontext",
@@ -146,11 +168,11 @@ def joint_calls(family: Family, transformer: Any, inputs: dict[str, Any]) -> lis
 def exact_maps(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """Image-to-text probabilities [B, H, N, T] of every layer of a stock forward, softmax in float64."""
     calls = joint_calls(family, transformer, inputs)
-    return [call.probabilities()[:, :, family.image, family.text] for call in calls]
+    return [take(take(call.probabilities(), family.image, 2), family.text, 3) for call in calls]
 
 
 def exact_outputs(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """Attention outputs [B, N, H D] of the image tokens in every layer of a stock forward, in float64."""
     calls = joint_calls(family, transformer, inputs)
     outputs = [call.probabilities() @ call.value.double() for call in calls]
-    return [output[:, :, family.image].transpose(1, 2).flatten(2) for output in outputs]
+    return [take(output, family.image, 2).transpose(1, 2).flatten(2) for output in outputs]

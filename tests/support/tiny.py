@@ -472,6 +472,36 @@ def krea2_inputs(seed: int = 1) -> dict[str, Any]:
     }
 
 
+def lumina2_transformer(layers: int = 3, seed: int = 0) -> Any:
+    """A random Lumina 2 transformer of four heads of 16 and two of keys."""
+    from diffusers import Lumina2Transformer2DModel
+
+    torch.manual_seed(seed)
+    return Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=64,
+        num_layers=layers,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        cap_feat_dim=32,
+    ).eval()
+
+
+def lumina2_inputs(seed: int = 1) -> dict[str, Any]:
+    """Random arguments of a call on a 4 x 6 grid, of two rows with 9 and 5 text tokens, padded to 12."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 12, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 12, 32, generator=generator),
+        "encoder_attention_mask": (torch.arange(12) < torch.tensor([[9], [5]])).long(),
+        "timestep": torch.full((2,), 0.5),
+    }
+
+
 def clip() -> tuple[Any, Any]:
     """A random CLIP model and its processor, as the CLIP score takes them."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
