@@ -228,7 +228,7 @@ def model_table() -> str:
                 _text_encoders(family),
                 ", ".join(experts) or "none known",
                 "yes" if family.name in MEASURED_HERE else "no",
-                EXPERTS_FROM[family.name],
+                EXPERTS_FROM.get(family.name, "none is published"),
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -245,11 +245,12 @@ def _text_encoders(family: backbones.Backbone) -> str:
     parameters = inspect.signature(getattr(diffusers, family.pipeline).__init__).parameters.values()
     found = []
     for parameter in parameters:
-        if parameter.name.startswith("text_encoder"):
+        if re.fullmatch(r"text_encoder(_\d)?", parameter.name):
             kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
             short = re.match(r"[A-Z]+\d*(?=[A-Z][a-z]|$)", kind.rpartition(".")[2])
             optional = " (optional)" if parameter.name in family.optional else ""
-            found.append((short.group() if short else kind) + optional)
+            long = re.sub(r"(ForConditionalGeneration|(PreTrained)?Model)$", "", kind.rpartition(".")[2])
+            found.append((short.group() if short else long or "a language model") + optional)
     return ", ".join(found)
 
 
