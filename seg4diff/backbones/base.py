@@ -396,11 +396,25 @@ class Backbone:
         arguments = self.schedule(scheduler.config, steps)
         if scheduler.config.get("use_dynamic_shifting"):
             tokens = (latents.shape[-2] // self.patch) * (latents.shape[-1] // self.patch)
-            arguments["mu"] = _shift(scheduler.config, tokens)
+            arguments["mu"] = self.shift(scheduler.config, tokens, steps)
         scheduler.set_timesteps(device=latents.device, **arguments)
         if not -len(scheduler.timesteps) <= index < len(scheduler.timesteps):
             raise ValueError(f"timestep index {index} is outside a schedule of {steps} steps")
         return scheduler.sigmas[index % len(scheduler.timesteps)].reshape(1)  # sigmas end with one more, 0
+
+    def shift(self, scheduler_config: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """Shift of the noise schedule for a number of image tokens: a line through two points."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        return float(
+            calculate_shift(
+                tokens,
+                scheduler_config.get("base_image_seq_len", 256),
+                scheduler_config.get("max_image_seq_len", 4096),
+                scheduler_config.get("base_shift", 0.5),
+                scheduler_config.get("max_shift", 1.15),
+            )
+        )
 
     def schedule(self, scheduler_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Arguments of `set_timesteps` as the pipeline gives them."""
@@ -417,21 +431,6 @@ class Backbone:
     def largest_size(self, pipe: Pipeline) -> int:
         """Largest side in pixels that the model takes."""
         return 2 * self.native_size(pipe)
-
-
-def _shift(config: Mapping[str, Any], tokens: int) -> float:
-    """Shift of the noise schedule for a number of image tokens: a line through two points."""
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-    return float(
-        calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-    )
 
 
 def _append_rows(value: Any, batch: int, rows: slice) -> Any:
