@@ -217,8 +217,10 @@ class _Attachment:
         """The prompt of the pipeline call whose first forward this is; it is the conditional one."""
         waiting, self._waiting = self._waiting, []
         steps = getattr(self._target, "num_timesteps", None)  # set before the first forward of a call
-        if self._state.backbone.guidance == "one forward" or len(waiting) == 1:
-            return PromptCall(_repeated(waiting[-1], call.batch), steps=steps)
+        unconditional = waiting[-1].unconditional
+        alone = self._state.backbone.guidance == "one forward" or len(waiting) == 1
+        if alone or unconditional is not None:
+            return PromptCall(_repeated(waiting[-1], call.batch), unconditional, steps)
         if _closest(call.text, waiting[-2].embeddings, waiting[-1].embeddings) == 1:
             # The others are of a call that failed before its first forward.
             return PromptCall(waiting[-1], steps=steps)

@@ -147,6 +147,8 @@ class EncodedText:
         arguments: what `encode_prompt` was given, by name.
         conditional_first: whether the rows of the conditional branch come before the unconditional ones.
         repeats: images of a prompt, where the pipeline repeats prompts after it has encoded them.
+        unconditional: embeddings of the unconditional branch, where the same call made them and the branch
+            has forwards of its own; else None.
     """
 
     texts: tuple[Mapping[str, str], ...]
@@ -155,6 +157,7 @@ class EncodedText:
     arguments: Mapping[str, Any]
     conditional_first: bool = False
     repeats: int = 1
+    unconditional: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from seg4diff.backbones.base import (
     Backbone,
     BlockList,
     EncodedText,
+    Guidance,
     Layout,
     Pipeline,
     TransformerCall,
@@ -29,12 +30,21 @@ from seg4diff.backbones.text import TextSpan
 
 _T5_TOKENS = 512
 _GRID_ATTRIBUTE = "seg4diff_grid"  # on positions that are made here: their values need not be read again
-_GUIDANCE = 3.5  # the scale that the pipeline gives guidance-distilled models by default
 
 
 @dataclass(frozen=True)
-class Flux(Backbone):
-    """See `Backbone`."""
+class Packed(Backbone):
+    """Families of Flux's kind: latents packed two by two, tokens [text; image] with positions of their own.
+
+    Attributes:
+        distilled: scale that the pipeline gives guidance-distilled models by default.
+    """
+
+    shared_arguments: frozenset[str] = frozenset({"img_ids", "txt_ids"})
+    timestep_unit: float = 1.0
+    guidance: Guidance = "separate forwards"
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    distilled: float = 3.5
 
     def read_call(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> TransformerCall:
         hidden_states, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
@@ -58,21 +68,44 @@ class Flux(Backbone):
         self, transformer: nn.Module, latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         height, width = (side // self.patch for side in latents.shape[-2:])
-        ids = image_ids(height, width).to(latents)
+        positions = {"device": latents.device, "dtype": torch.float32}  # bfloat16 would round some
+        ids = self.image_ids(height, width).to(**positions)
         setattr(ids, _GRID_ATTRIBUTE, (height, width))
         arguments = {
             "hidden_states": _with_conditions(pack(latents), transformer.config.in_channels),  # type: ignore[union-attr, arg-type]
             "timestep": sigma * self.timestep_unit,
             "img_ids": ids,
-            "txt_ids": latents.new_zeros(text["encoder_hidden_states"].shape[1], 3),
+            "txt_ids": self.text_ids(text["encoder_hidden_states"].shape[1]).to(**positions),
             **text,
         }
-        if transformer.config.guidance_embeds:  # type: ignore[union-attr]
-            arguments["guidance"] = torch.full((len(latents),), _GUIDANCE, device=latents.device)
+        if transformer.config.get("guidance_embeds"):  # type: ignore[union-attr, operator]
+            arguments["guidance"] = torch.full((len(latents),), self.distilled, device=latents.device)
         return arguments
+
+    def image_ids(self, height: int, width: int) -> Tensor:
+        """Positions of the tokens of the generated image, [height * width, axes]."""
+        return image_ids(height, width)
+
+    def text_ids(self, tokens: int) -> Tensor:
+        """Positions of the text tokens, [tokens, axes]."""
+        return torch.zeros(tokens, 3)
 
     def prediction(self, output: Tensor, latents: Tensor) -> Tensor:
         return unpack(output, latents)
+
+    def latent_channels(self, transformer: nn.Module) -> int:
+        config: Any = transformer.config
+        return int(config.get("out_channels") or config.in_channels) // self.patch**2
+
+    def schedule(self, scheduler_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        if scheduler_config.get("use_flow_sigmas"):
+            return {"num_inference_steps": steps}
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+
+
+@dataclass(frozen=True)
+class Flux(Packed):
+    """See `Backbone`."""
 
     def encode_text(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         given = self.prompt_arguments(pipe, prompts)
@@ -81,10 +114,6 @@ class Flux(Backbone):
             "encoder_hidden_states": given["prompt_embeds"].to(dtype),
             "pooled_projections": given["pooled_prompt_embeds"].to(dtype),
         }
-
-    def latent_channels(self, transformer: nn.Module) -> int:
-        config: Any = transformer.config
-        return int(config.out_channels or config.in_channels) // self.patch**2
 
     def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         embeddings, pooled, _ = pipe.encode_prompt(
@@ -107,11 +136,6 @@ class Flux(Backbone):
 
     def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": output[0], "pooled_projections": output[1]}
-
-    def schedule(self, scheduler_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-        if scheduler_config.get("use_flow_sigmas"):
-            return {"num_inference_steps": steps}
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps)}
 
 
 def _with_conditions(tokens: Tensor, channels: int) -> Tensor:
@@ -147,12 +171,12 @@ def generated_grid(ids: Tensor) -> tuple[int, int]:
 
 
 # The last attention of a single-stream block comes before its output projection, which also takes the MLP.
-_DOUBLE = BlockList(
+DOUBLE = BlockList(
     "transformer_blocks",
     returns=("encoder_hidden_states", "hidden_states"),
     unneeded=("ff", "ff_context", "attn.to_out.0", "attn.to_add_out"),
 )
-_SINGLE = BlockList(
+SINGLE = BlockList(
     "single_transformer_blocks",
     returns=("encoder_hidden_states", "hidden_states"),
     unneeded=("proj_mlp", "act_mlp", "proj_out"),
@@ -176,14 +200,10 @@ BACKBONE = Flux(
     name="Flux.1",
     transformer="FluxTransformer2DModel",
     pipeline="FluxPipeline",
-    lists=(_DOUBLE, _SINGLE),
-    guidance="separate forwards",
+    lists=(DOUBLE, SINGLE),
     # Provisional, from ConceptAttention (arXiv 2502.04320), which reads the last of the 19 double-stream
     # blocks; not measured by this project.
     experts={57: tuple(range(10, 19))},
-    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
-    shared_arguments=frozenset({"img_ids", "txt_ids"}),
-    timestep_unit=1.0,
     configurations={
         "black-forest-labs/FLUX.1-dev": _FLUX_DEV,
         "black-forest-labs/FLUX.1-schnell": {**_FLUX_DEV, "guidance_embeds": False},

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.support import tiny
+from tests.support import models, tiny
 
 Positions = slice | tuple[Tensor, ...]
 
@@ -93,6 +93,20 @@ FAMILIES = (
         43,
         4,
     ),
+    Family("flux.2", models.flux2_transformer, models.flux2_inputs, slice(9, 33), slice(0, 9), 33, 4),
+    Family(
+        "flux.2 reference",
+        lambda: models.flux2_transformer(guidance=True),
+        lambda: {**models.flux2_inputs(reference=10), "guidance": torch.full((2,), 4.0)},
+        slice(9, 33),
+        slice(0, 9),
+        43,
+        4,
+    ),
+    Family("longcat", models.longcat_transformer, models.longcat_inputs, slice(9, 33), slice(0, 9), 43, 4),
+    Family("ovis", models.ovis_transformer, models.inputs, slice(9, 33), slice(0, 9), 33, 4),
+    Family("bria", models.bria_transformer, models.bria_inputs, slice(9, 33), slice(0, 9), 33, 4),
+    Family("auraflow", models.auraflow_transformer, models.latent_inputs, slice(17, 41), slice(0, 17), 41, 4),
 )
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 

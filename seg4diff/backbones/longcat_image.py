@@ -1,0 +1,90 @@
+"""LongCat-Image: blocks of Flux's kind over [text; image] tokens.
+
+Text tokens are the prompt's own in the language model, 512 with padding; those of the chat template around
+them are left out. Text in quotes is split into letters, each tokenised alone. The pipeline rewrites prompts
+unless it is called with `enable_prompt_rewrite=False`: words are then those of the rewritten prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seg4diff.backbones.base import Pipeline
+from seg4diff.backbones.flux import DOUBLE, SINGLE, Packed, image_ids
+from seg4diff.backbones.single import SingleEncoder
+from seg4diff.backbones.text import Special, TextSpan
+
+_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class QuotedSpan(TextSpan):
+    """Text tokens of a prompt whose quoted parts are tokenised letter by letter."""
+
+    def token_count(self, text: str) -> int:
+        return len(self._tokens(text))
+
+    def offsets(self, prompt: str) -> list[tuple[int, int, int]]:
+        tokens = self._tokens(prompt)[: self.length]
+        return [
+            (column, start, stop)
+            for column, (_, start, stop) in enumerate(tokens, self._begin(len(tokens)))
+            if start < stop and prompt[start:stop].strip()
+        ]
+
+    def special_columns(self, prompt: str, special: Special) -> list[int]:
+        tokens = self._tokens(prompt)[: self.length]
+        begin = self._begin(len(tokens))
+        if special.token == "pad":
+            return [c for c in range(self.length) if not begin <= c < begin + len(tokens)]
+        wanted = getattr(self.tokenizer, f"{special.token}_token_id")
+        return [column for column, (token, _, _) in enumerate(tokens, begin) if token == wanted]
+
+    def _begin(self, count: int) -> int:
+        return self.length - count if self.tokenizer.padding_side == "left" else 0
+
+    def _tokens(self, prompt: str) -> list[tuple[int, int, int]]:
+        """Token and characters [start, stop) of everything that the pipeline tokenises."""
+        from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
+
+        parts = split_quotation(prompt)
+        if "".join(text for text, _ in parts) != prompt:
+            raise ValueError(
+                f"the pipeline garbles the prompt {prompt!r}, since several words in it have an apostrophe; "
+                "write at most one such word"
+            )
+        tokens, start = [], 0
+        for part, quoted in parts:
+            for text in part if quoted else (part,):
+                found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+                for token, (first, last) in zip(found.input_ids, found.offset_mapping, strict=True):
+                    tokens.append((token, start + first, start + last))
+                start += len(text)
+        return tokens
+
+
+@dataclass(frozen=True)
+class LongCatImage(Packed, SingleEncoder):
+    """See `Backbone`."""
+
+    def image_ids(self, height: int, width: int) -> Tensor:
+        return image_ids(height, width) + torch.tensor([1, _TOKENS, _TOKENS])
+
+    def text_ids(self, tokens: int) -> Tensor:
+        return torch.nn.functional.pad(torch.arange(tokens)[:, None].expand(-1, 2), (1, 0))
+
+    def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
+        length = self.text_tokens if text_tokens is None else text_tokens
+        return (QuotedSpan(self.encoder, pipe.tokenizer, 0, length, special=0),)
+
+
+BACKBONE = LongCatImage(
+    name="LongCat-Image",
+    transformer="LongCatImageTransformer2DModel",
+    pipeline="LongCatImagePipeline",
+    lists=(DOUBLE, SINGLE),
+    encoder="llm",
+)
