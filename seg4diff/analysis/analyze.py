@@ -144,7 +144,7 @@ def _measure_prompts(
             generators = [torch.Generator().manual_seed(seed + first + row) for row in range(len(batch))]
             with _without_bar(pipe):
                 made = pipe(
-                    batch,
+                    prompt=batch,
                     generator=generators,
                     **{"output_type": "latent", **call},
                 )

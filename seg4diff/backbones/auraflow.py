@@ -47,7 +47,7 @@ class AuraFlow(SingleEncoder):
     ) -> dict[str, Any]:
         return {"hidden_states": latents, "timestep": sigma * self.timestep_unit, **text}
 
-    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
         output = self._encoded(pipe, prompts, guided=True)
         names = ("prompt_embeds", "prompt_attention_mask")
         return dict(zip((*names, *(f"negative_{name}" for name in names)), output, strict=True))

@@ -115,7 +115,7 @@ class Flux(Packed):
             "pooled_projections": given["pooled_prompt_embeds"].to(dtype),
         }
 
-    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
         embeddings, pooled, _ = pipe.encode_prompt(
             prompt=list(prompts), prompt_2=None, max_sequence_length=_T5_TOKENS
         )

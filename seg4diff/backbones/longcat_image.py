@@ -7,7 +7,9 @@ unless it is called with `enable_prompt_rewrite=False`: words are then those of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +77,17 @@ class LongCatImage(Packed, SingleEncoder):
 
     def text_ids(self, tokens: int) -> Tensor:
         return torch.nn.functional.pad(torch.arange(tokens)[:, None].expand(-1, 2), (1, 0))
+
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
+        """As `Backbone.prompt_arguments`.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(pipe).__name__} takes no embeddings in place of a prompt, so it draws nothing without its "
+            "text encoder; train without samples"
+        )
 
     def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         length = self.text_tokens if text_tokens is None else text_tokens

@@ -6,7 +6,9 @@ is zero. One call of `encode_prompt` encodes both branches of guidance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,10 @@ class OvisImage(Packed, SingleEncoder):
 
     def text_ids(self, tokens: int) -> Tensor:
         return torch.nn.functional.pad(torch.arange(tokens)[:, None].expand(-1, 2), (1, 0))
+
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
+        # Its default, an empty string, may not be given beside embeddings.
+        return {**super().prompt_arguments(pipe, prompts), "negative_prompt": None}
 
     def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         (template,) = pipe._get_messages("{}")

@@ -64,7 +64,7 @@ class StableDiffusion3(Backbone):
     def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": output[0], "pooled_projections": output[2]}
 
-    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
         encoded = pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,

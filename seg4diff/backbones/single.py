@@ -34,7 +34,7 @@ class SingleEncoder(Backbone):
     def text_arguments(self, output: tuple[Any, ...]) -> dict[str, Tensor]:
         return {"encoder_hidden_states": output[0]}
 
-    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def prompt_arguments(self, pipe: Pipeline, prompts: Sequence[str]) -> dict[str, Any]:
         output = self._encoded(pipe, prompts, guided=True)
         given = {"prompt_embeds": output[0]}
         if "negative_prompt_embeds" in inspect.signature(pipe.__call__).parameters:

@@ -177,7 +177,7 @@ def _draw(
             layers = options.map_layers or state.backbone.expert_layers(state.transformer)
             captured = stack.enter_context(seg4diff.capture(pipe, layers))
         if options.guide is None:
-            output = pipe(prompt, **call)
+            output = pipe(prompt=prompt, **call)
         else:
             output = seg4diff.guide(
                 pipe, prompt, scale=options.guide, layers=options.guide_layers, blur=blur, **call

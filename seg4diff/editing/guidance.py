@@ -71,10 +71,10 @@ def guide(
         raise TypeError(f"blur={blur!r} must be a seg4diff.editing.blur.Blur")
     chosen = state.layers_or_experts(layers)
     if scale == 0:
-        return pipe(prompt, **call)
+        return pipe(prompt=prompt, **call)
     guidance = _Guidance(state.backbone, float(scale), blur)
     with attach(pipe, chosen, LayerRequest(edit_text_value=guidance.edit_text_value), guidance):
-        return pipe(prompt, **call)
+        return pipe(prompt=prompt, **call)
 
 
 class _Guidance(Observer):

@@ -77,7 +77,10 @@ class SamplePrompts:
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.to(place.device)
         images = pipe(
-            **{name: tensor.to(place.device) for name, tensor in self._embeddings.items()},
+            **{
+                name: value.to(place.device) if isinstance(value, torch.Tensor) else value
+                for name, value in self._embeddings.items()
+            },
             num_inference_steps=self._steps,
             guidance_scale=self._scale,
             generator=torch.Generator().manual_seed(0),

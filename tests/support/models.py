@@ -115,14 +115,21 @@ def flux2_pipeline(*, klein: bool = False) -> Any:
         tokenizer = copy.deepcopy(word_tokenizer())
         pipe = Flux2KleinPipeline(text_encoder=qwen3(len(tokenizer), 28), tokenizer=tokenizer, **parts)
     else:
-        from transformers import PixtralImageProcessor, PixtralProcessor
-
         tokenizer = copy.deepcopy(word_tokenizer(INSTRUCTIONS, "left", begins=True))
-        processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=INSTRUCTIONS)
+        processor = text_processor(tokenizer)
         pipe = Flux2Pipeline(text_encoder=mistral(len(tokenizer)), tokenizer=processor, **parts)
-    pipe.default_sample_size = 8
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return finished(pipe)
+
+
+def text_processor(tokenizer: Any) -> Any:
+    """A processor of text alone; that of Pixtral needs torchvision."""
+    from transformers import ProcessorMixin
+
+    class TextProcessor(ProcessorMixin):
+        def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+            super().__init__(tokenizer, chat_template=chat_template)
+
+    return TextProcessor(tokenizer, INSTRUCTIONS)
 
 
 def decoder(vocabulary: int, layers: int, hidden: int = 8) -> dict[str, Any]:
@@ -174,13 +181,12 @@ def fed_ids(encoder: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def longcat_transformer(double: int = 2, single: int = 2) -> Any:
+def longcat_transformer(double: int = 2, single: int = 2, *, channels: int = 16) -> Any:
     from diffusers import LongCatImageTransformer2DModel
 
     torch.manual_seed(0)
-    return LongCatImageTransformer2DModel(
-        **transformer_arguments(double, single), pooled_projection_dim=32
-    ).eval()
+    arguments = {**transformer_arguments(double, single), "in_channels": channels}
+    return LongCatImageTransformer2DModel(**arguments, pooled_projection_dim=32).eval()
 
 
 def longcat_inputs() -> dict[str, Any]:
@@ -242,3 +248,96 @@ def latent_inputs(text: int = 9, timestep: float = 0.5) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(2, text, 32, generator=generator),
         "timestep": torch.full((2,), timestep),
     }
+
+
+def finished(pipe: Any) -> Any:
+    """The pipeline for images of 64 x 64 pixels, without a progress bar."""
+    pipe.default_sample_size = 4 if type(pipe).__name__ == "BriaPipeline" else 8
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flow(**options: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def longcat_pipeline() -> Any:
+    from diffusers import LongCatImagePipeline
+    from transformers import Qwen2Config, Qwen2Model
+
+    transformer = longcat_transformer(channels=64)  # the pipeline has 16 channels written down
+    tokenizer = copy.deepcopy(word_tokenizer())
+    encoder = Qwen2Model(Qwen2Config(**decoder(len(tokenizer), 1, 32))).eval()
+    return finished(
+        LongCatImagePipeline(
+            scheduler=flow(use_dynamic_shifting=True),
+            vae=tiny.vae(16),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            text_processor=None,
+            transformer=transformer,
+        )
+    )
+
+
+def ovis_pipeline() -> Any:
+    from diffusers import OvisImagePipeline
+    from transformers import Qwen3Config, Qwen3Model
+
+    transformer = ovis_transformer()
+    tokenizer = copy.deepcopy(word_tokenizer())
+    encoder = Qwen3Model(Qwen3Config(**decoder(len(tokenizer), 1, 32))).eval()
+    return finished(
+        OvisImagePipeline(
+            scheduler=flow(use_dynamic_shifting=True),
+            vae=tiny.vae(),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    )
+
+
+def t5(tokenizer: Any, *, multilingual: bool = False) -> Any:
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    if multilingual:
+        return UMT5EncoderModel(UMT5Config(**sizes)).eval()
+    return T5EncoderModel(T5Config(**sizes)).eval()
+
+
+def bria_pipeline(**scheduler: Any) -> Any:
+    from diffusers import BriaPipeline
+
+    transformer = bria_transformer()
+    tokenizer = copy.deepcopy(tiny.t5_tokenizer())
+    return finished(
+        BriaPipeline(
+            transformer=transformer,
+            scheduler=flow(**scheduler),
+            vae=tiny.vae(),
+            text_encoder=t5(tokenizer),
+            tokenizer=tokenizer,
+        )
+    )
+
+
+def auraflow_pipeline() -> Any:
+    from diffusers import AuraFlowPipeline
+
+    transformer = auraflow_transformer()
+    tokenizer = copy.deepcopy(tiny.t5_tokenizer())
+    vae = tiny.vae()
+    vae.register_to_config(shift_factor=None)
+    return finished(
+        AuraFlowPipeline(
+            tokenizer=tokenizer,
+            text_encoder=t5(tokenizer, multilingual=True),
+            vae=vae,
+            transformer=transformer,
+            scheduler=flow(shift=1.73),
+        )
+    )

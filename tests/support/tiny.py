@@ -105,7 +105,7 @@ def transformer_inputs(
     }
 
 
-def vae() -> Any:
+def vae(channels: int = 4) -> Any:
     """A random autoencoder that shrinks each side by 8."""
     from diffusers import AutoencoderKL
 
@@ -115,7 +115,7 @@ def vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=1,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         use_quant_conv=False,
         use_post_quant_conv=False,
         shift_factor=0.1,
