@@ -324,6 +324,11 @@ class Backbone:
         """The transformer's text arguments for `prompts`, first axis len(prompts)."""
         raise self._transformer_alone()
 
+    def encode_each(self, pipe: Pipeline, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """What `encode_text` gives for each prompt, without the batch axis; lengths may differ."""
+        arguments = self.encode_text(pipe, prompts)
+        return [{name: value[row] for name, value in arguments.items()} for row in range(len(prompts))]
+
     def empty_text(self, transformer: nn.Module, batch: int, text_tokens: int) -> dict[str, Tensor]:
         """Text arguments of zeros, float32 on the CPU, for estimates and benchmarks."""
         config: Any = transformer.config

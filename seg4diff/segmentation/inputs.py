@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -191,8 +192,8 @@ def model_inputs(
         for level in levels:
             sigma = backbone.sigma(pipe, latents, steps, -level)
             noisy = torch.lerp(latents, noise, sigma.to(latents)).to(state.transformer.dtype)  # type: ignore[arg-type]
-            for first in range(0, len(pairs), batch_size):
-                rows, texts = zip(*pairs[first : first + batch_size], strict=True)
+            for alike in _alike(pairs, text, batch_size):
+                rows, texts = zip(*alike, strict=True)
                 encoded = {
                     key: torch.stack([text[prompt][key] for prompt in texts]).to(noisy.device)
                     for key in text[texts[0]]
@@ -222,9 +223,7 @@ def _encode(
     different = [prompt for prompt in wanted if prompt not in known]
     for first in range(0, len(different), batch_size):
         batch = different[first : first + batch_size]
-        arguments = backbone.encode_text(pipe, batch)
-        for row, prompt in enumerate(batch):
-            encoded[prompt] = {key: tensor[row] for key, tensor in arguments.items()}
+        encoded.update(zip(batch, backbone.encode_each(pipe, batch), strict=True))
     return encoded
 
 
@@ -236,6 +235,16 @@ def _batches(views: Sequence[View], batch_size: int) -> Iterator[list[int]]:
     for positions in by_size.values():
         for first in range(0, len(positions), batch_size):
             yield positions[first : first + batch_size]
+
+
+def _alike(
+    pairs: Sequence[tuple[int, str]], text: Mapping[str, dict[str, Tensor]], batch_size: int
+) -> Iterator[Sequence[tuple[int, str]]]:
+    """(Image, prompt) pairs that run together: in order, of texts of one length, at most `batch_size`."""
+    for _, group in groupby(pairs, key=lambda pair: [value.shape for value in text[pair[1]].values()]):
+        same = list(group)
+        for first in range(0, len(same), batch_size):
+            yield same[first : first + batch_size]
 
 
 def _as_tensor(pixels: Image.Image) -> Tensor:

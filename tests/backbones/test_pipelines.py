@@ -86,6 +86,7 @@ CASES = (
         first=8,
         packed=lambda latents: latents,
     ),
+    Case("cogview4", models.cogview4_pipeline, 16, OFF, NEGATIVE, packed=lambda latents: latents),
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 guided_case = pytest.mark.parametrize("case", [c for c in CASES if c.guided], ids=lambda case: case.name)

@@ -107,6 +107,7 @@ FAMILIES = (
     Family("ovis", models.ovis_transformer, models.inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family("bria", models.bria_transformer, models.bria_inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family("auraflow", models.auraflow_transformer, models.latent_inputs, slice(17, 41), slice(0, 17), 41, 4),
+    Family("cogview4", models.cogview4_transformer, models.cogview4_inputs, slice(9, 33), slice(0, 9), 33, 4),
 )
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 

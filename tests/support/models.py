@@ -341,3 +341,47 @@ def auraflow_pipeline() -> Any:
             scheduler=flow(shift=1.73),
         )
     )
+
+
+def cogview4_transformer(layers: int = 4) -> Any:
+    from diffusers import CogView4Transformer2DModel
+
+    torch.manual_seed(0)
+    return CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=8,
+        rope_axes_dim=(32, 32),
+    ).eval()
+
+
+def cogview4_inputs() -> dict[str, Any]:
+    size = torch.tensor([[64.0, 96.0]] * 2)
+    sizes = {"original_size": size, "target_size": size, "crop_coords": size * 0}
+    return {**latent_inputs(timestep=500.0), **sizes}
+
+
+def cogview4_pipeline() -> Any:
+    from diffusers import CogView4Pipeline
+    from transformers import GlmConfig, GlmModel
+
+    transformer = cogview4_transformer()
+    tokenizer = copy.deepcopy(word_tokenizer(TURNS, "left", begins=True))
+    encoder = GlmModel(GlmConfig(**decoder(len(tokenizer), 2, 32))).eval()
+    vae = tiny.vae()
+    vae.register_to_config(shift_factor=None)
+    scheduler = flow(
+        use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.25, max_shift=0.75, base_image_seq_len=256
+    )
+    return finished(
+        CogView4Pipeline(
+            tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+    )
