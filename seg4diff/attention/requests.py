@@ -109,6 +109,12 @@ class JointAnswer(Answer):
             raise RuntimeError("a block ran outside of a call of its transformer; call the transformer")
         if query.shape[1] != layout.tokens or key.shape[1] != layout.tokens:
             return None  # image tokens of an IP-Adapter
+        if mask is not None and layout.added:
+            channels = value.shape[-1]
+            answered = self(*_with_mask(query, key, value, mask, scale))
+            assert answered is not None
+            joint, results = answered
+            return joint[..., :channels], tuple(_without_mask(result, query.shape[2]) for result in results)
         # qk-norm may return float32; attention wants one dtype.
         image_query, text_query = layout.split(query.to(value.dtype))
         image_key, text_key = layout.split(key.to(value.dtype))
@@ -189,6 +195,42 @@ def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float 
         text_bias=p.text_bias,
     )
     return LayerResult(attention.maps, _statistics_of_generated(attention.statistics, layout))
+
+
+_MORE_CHANNELS = 8  # kernels take multiples of it
+
+
+def _with_mask(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, None, float]:
+    """An attention without a mask whose scores are those with one, the product of two tokens' numbers.
+
+    The number of each token becomes one more channel of its query and key.
+
+    Args:
+        query, key, value: [B, S, H, D].
+        mask: [B, 1, S, S], added to scores, the outer product of a vector that is not negative.
+        scale: of the scores; 1 / sqrt(D) when None.
+    """
+    own = query.shape[-1] ** -0.5 if scale is None else scale
+    numbers = mask[:, 0].diagonal(dim1=-2, dim2=-1).sqrt()[:, :, None, None].to(value.dtype)
+    numbers = numbers.expand(-1, -1, query.shape[2], -1)
+    zeros = numbers.new_zeros(()).expand(*numbers.shape[:3], _MORE_CHANNELS - 1)
+    return (
+        torch.cat([query.to(value.dtype), numbers / own, zeros], dim=-1),
+        torch.cat([key.to(value.dtype), numbers, zeros], dim=-1),
+        torch.nn.functional.pad(value, (0, _MORE_CHANNELS)),
+        None,
+        own,
+    )
+
+
+def _without_mask(result: LayerResult, heads: int) -> LayerResult:
+    """A result without the channels that `_with_mask` adds."""
+    if result.output is None:
+        return result
+    own = result.output.unflatten(2, (heads, -1))[..., :-_MORE_CHANNELS]
+    return replace(result, output=own.flatten(2))
 
 
 def _text_bias(mask: Tensor | None, layout: Layout) -> Tensor | None:

@@ -77,6 +77,7 @@ class Layout:
         masked: whether an attention may come with a mask of its keys, which hides text tokens alone.
         order: positions in the sequence [B, tokens] of the tokens of both streams, where the streams lie at
             other places in every row; None where they do not.
+        added: whether it may come with a mask that adds the product of two tokens' numbers to their score.
     """
 
     text_first: bool
@@ -85,6 +86,7 @@ class Layout:
     generated: int
     masked: bool = False
     order: Tensor | None = field(default=None, compare=False)
+    added: bool = False
 
     @property
     def tokens(self) -> int:

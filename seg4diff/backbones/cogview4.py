@@ -3,8 +3,7 @@
 Text tokens are those of a language model without a mask: padding on the left fills them to a multiple of 16,
 and is read. A prompt is encoded alone, so that its tokens do not depend on other prompts; prompts of different
 lengths run in different forwards. The model's timestep is that before the shift of the noise schedule. A mask
-of text tokens, which the model would add to scores instead of hiding tokens, is refused; the pipeline gives
-none.
+of text tokens is added to scores; the pipeline gives none.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class CogView4(SingleEncoder):
         tokens = height * width
         return TransformerCall(
             grid=(height, width),
-            layout=Layout(True, tokens, text.shape[1], tokens),
+            layout=Layout(True, tokens, text.shape[1], tokens, added=True),
             text=text,
             batch=len(latents),
             timestep=arguments.get("timestep"),

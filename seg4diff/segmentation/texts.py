@@ -59,9 +59,8 @@ def encoded_texts(
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
     for first in range(0, len(missing), batch_size):
         batch = missing[first : first + batch_size]
-        arguments = backbone.encode_text(pipe, batch)
-        for row, prompt in enumerate(batch):
-            known[prompt] = {name: tensor[row] for name, tensor in arguments.items()}
+        for prompt, arguments in zip(batch, backbone.encode_each(pipe, batch), strict=True):
+            known[prompt] = arguments
             if prompt in paths:
                 stored = {name: tensor.contiguous() for name, tensor in known[prompt].items()}
                 write_sealed(paths[prompt], save(stored))

@@ -107,6 +107,25 @@ FAMILIES = (
     Family("ovis", models.ovis_transformer, models.inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family("bria", models.bria_transformer, models.bria_inputs, slice(9, 33), slice(0, 9), 33, 4),
     Family("auraflow", models.auraflow_transformer, models.latent_inputs, slice(17, 41), slice(0, 17), 41, 4),
+    Family("chroma", models.chroma_transformer, models.chroma_inputs, slice(9, 33), slice(0, 9), 33, 4),
+    Family(
+        "chroma without a mask",
+        models.chroma_transformer,
+        lambda: models.chroma_inputs(masked=False),
+        slice(9, 33),
+        slice(0, 9),
+        33,
+        4,
+    ),
+    Family(
+        "cogview4 with a mask",
+        models.cogview4_transformer,
+        lambda: models.cogview4_inputs(masked=True),
+        slice(9, 33),
+        slice(0, 9),
+        33,
+        4,
+    ),
     Family("cogview4", models.cogview4_transformer, models.cogview4_inputs, slice(9, 33), slice(0, 9), 33, 4),
 )
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -158,26 +177,32 @@ class Call(NamedTuple):
         return scores.softmax(dim=-1)
 
 
-def joint_calls(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Call]:
-    """The joint attention of every layer of a stock forward; shares no code with the library."""
-    calls = []
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """Every call of PyTorch's attention with its mask, in the order of the calls."""
+    calls: list[Call] = []
     stock = F.scaled_dot_product_attention
 
     def spy(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if query.shape[2] == key.shape[2] == family.tokens:
-            calls.append(Call(query, key, value, attn_mask))
+        calls.append(Call(query, key, value, attn_mask))
         return stock(query, key, value, attn_mask, *args, **kwargs)
 
     F.scaled_dot_product_attention = spy
     try:
-        with torch.no_grad():
-            transformer(**inputs)
+        yield calls
     finally:
         F.scaled_dot_product_attention = stock
-    assert len(calls) == family.layers
-    return calls
+
+
+def joint_calls(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Call]:
+    """The joint attention of every layer of a stock forward; shares no code with the library."""
+    with recorded_calls() as calls, torch.no_grad():
+        transformer(**inputs)
+    joint = [call for call in calls if call.query.shape[2] == call.key.shape[2] == family.tokens]
+    assert len(joint) == family.layers
+    return joint
 
 
 def exact_maps(family: Family, transformer: Any, inputs: dict[str, Any]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -362,10 +363,11 @@ def cogview4_transformer(layers: int = 4) -> Any:
     ).eval()
 
 
-def cogview4_inputs() -> dict[str, Any]:
+def cogview4_inputs(*, masked: bool = False) -> dict[str, Any]:
     size = torch.tensor([[64.0, 96.0]] * 2)
     sizes = {"original_size": size, "target_size": size, "crop_coords": size * 0}
-    return {**latent_inputs(timestep=500.0), **sizes}
+    mask = {"attention_mask": (torch.arange(9) >= torch.tensor([[0], [4]])).float()} if masked else {}
+    return {**latent_inputs(timestep=500.0), **sizes, **mask}
 
 
 def cogview4_pipeline() -> Any:
@@ -383,5 +385,43 @@ def cogview4_pipeline() -> Any:
     return finished(
         CogView4Pipeline(
             tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+    )
+
+
+def chroma_transformer(double: int = 2, single: int = 2) -> Any:
+    from diffusers import ChromaTransformer2DModel
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers builds it of deprecated parts of its own
+        return ChromaTransformer2DModel(
+            **transformer_arguments(double, single),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ).eval()
+
+
+def chroma_inputs(*, masked: bool = True) -> dict[str, Any]:
+    given = inputs()
+    if masked:
+        text = (torch.arange(9) < torch.tensor([[9], [5]])).float()
+        given["attention_mask"] = torch.cat([text, torch.ones(2, 24)], dim=1)
+    return given
+
+
+def chroma_pipeline() -> Any:
+    from diffusers import ChromaPipeline
+
+    transformer = chroma_transformer()
+    tokenizer = copy.deepcopy(tiny.t5_tokenizer())
+    return finished(
+        ChromaPipeline(
+            scheduler=flow(use_dynamic_shifting=True),
+            vae=tiny.vae(),
+            text_encoder=t5(tokenizer),
+            tokenizer=tokenizer,
+            transformer=transformer,
         )
     )
