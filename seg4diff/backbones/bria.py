@@ -31,8 +31,8 @@ class Bria(Packed, SingleEncoder):
 
         if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
             raise NotImplementedError(
-                f"{type(pipe.scheduler).__name__} is not a scheduler of flow matching, so images get no noise; "
-                "give the pipeline a FlowMatchEulerDiscreteScheduler"
+                f"{type(pipe.scheduler).__name__} is not a scheduler of flow matching, so images get no "
+                "noise; give the pipeline a FlowMatchEulerDiscreteScheduler"
             )
         return super().sigma(pipe, latents, steps, index)
 

@@ -55,8 +55,8 @@ class Chroma(Packed, SingleEncoder):
     ) -> dict[str, Any]:
         text = super().encode_again(pipe, encoded, change)
         raise NotImplementedError(
-            f"Chroma reads {text[_MASK].shape[1]} text tokens with a mask over text and image, to which no row "
-            "of another prompt can be added; use drop=, swap= or weights= in place of replace="
+            f"Chroma reads {text[_MASK].shape[1]} text tokens with a mask over text and image, to which no "
+            "row of another prompt can be added; use drop=, swap= or weights= in place of replace="
         )
 
 

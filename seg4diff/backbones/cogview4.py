@@ -1,9 +1,9 @@
 """CogView4: joint blocks with one set of projections over [text; image] tokens.
 
-Text tokens are those of a language model without a mask: padding on the left fills them to a multiple of 16,
-and is read. A prompt is encoded alone, so that its tokens do not depend on other prompts; prompts of different
-lengths run in different forwards. The model's timestep is that before the shift of the noise schedule. A mask
-of text tokens is added to scores; the pipeline gives none.
+Text tokens are those of a language model without a mask: padding on the left fills them to a multiple of
+16, and is read. A prompt is encoded alone, so that its tokens do not depend on other prompts; prompts of
+different lengths run in different forwards. The model's timestep is that before the shift of the noise
+schedule. A mask of text tokens is added to scores; the pipeline gives none.
 """
 
 from __future__ import annotations

@@ -68,14 +68,14 @@ class Packed(Backbone):
         self, transformer: nn.Module, latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         height, width = (side // self.patch for side in latents.shape[-2:])
-        positions = {"device": latents.device, "dtype": torch.float32}  # bfloat16 would round some
-        ids = self.image_ids(height, width).to(**positions)
+        # Positions in bfloat16 would be rounded.
+        ids = self.image_ids(height, width).to(latents.device, torch.float32)
         setattr(ids, _GRID_ATTRIBUTE, (height, width))
         arguments = {
             "hidden_states": _with_conditions(pack(latents), transformer.config.in_channels),  # type: ignore[union-attr, arg-type]
             "timestep": sigma * self.timestep_unit,
             "img_ids": ids,
-            "txt_ids": self.text_ids(text["encoder_hidden_states"].shape[1]).to(**positions),
+            "txt_ids": self.text_ids(text["encoder_hidden_states"].shape[1]).to(ids),
             **text,
         }
         if transformer.config.get("guidance_embeds"):  # type: ignore[union-attr, operator]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from seg4diff.backbones.base import Pipeline
 from seg4diff.backbones.flux import DOUBLE, SINGLE, Packed, image_ids
 from seg4diff.backbones.single import SingleEncoder
-from seg4diff.backbones.text import Special, TextSpan
+from seg4diff.backbones.text import TextSpan
 
 _TOKENS = 512
 
@@ -29,24 +30,12 @@ class QuotedSpan(TextSpan):
     def token_count(self, text: str) -> int:
         return len(self._tokens(text))
 
-    def offsets(self, prompt: str) -> list[tuple[int, int, int]]:
+    def _tokenised(self, prompt: str, **options: Any) -> Any:
         tokens = self._tokens(prompt)[: self.length]
-        return [
-            (column, start, stop)
-            for column, (_, start, stop) in enumerate(tokens, self._begin(len(tokens)))
-            if start < stop and prompt[start:stop].strip()
-        ]
-
-    def special_columns(self, prompt: str, special: Special) -> list[int]:
-        tokens = self._tokens(prompt)[: self.length]
-        begin = self._begin(len(tokens))
-        if special.token == "pad":
-            return [c for c in range(self.length) if not begin <= c < begin + len(tokens)]
-        wanted = getattr(self.tokenizer, f"{special.token}_token_id")
-        return [column for column, (token, _, _) in enumerate(tokens, begin) if token == wanted]
-
-    def _begin(self, count: int) -> int:
-        return self.length - count if self.tokenizer.padding_side == "left" else 0
+        return SimpleNamespace(
+            input_ids=[token for token, _, _ in tokens],
+            offset_mapping=[(start, stop) for _, start, stop in tokens],
+        )
 
     def _tokens(self, prompt: str) -> list[tuple[int, int, int]]:
         """Token and characters [start, stop) of everything that the pipeline tokenises."""
@@ -85,13 +74,14 @@ class LongCatImage(Packed, SingleEncoder):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            f"{type(pipe).__name__} takes no embeddings in place of a prompt, so it draws nothing without its "
-            "text encoder; train without samples"
+            f"{type(pipe).__name__} takes no embeddings in place of a prompt, so it draws nothing without "
+            "its text encoder; train without samples"
         )
 
     def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
         length = self.text_tokens if text_tokens is None else text_tokens
-        return (QuotedSpan(self.encoder, pipe.tokenizer, 0, length, special=0),)
+        left = pipe.tokenizer.padding_side == "left"
+        return (QuotedSpan(self.encoder, pipe.tokenizer, 0, length, special=0, ends=left),)
 
 
 BACKBONE = LongCatImage(

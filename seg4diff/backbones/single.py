@@ -40,7 +40,9 @@ class SingleEncoder(Backbone):
         if "negative_prompt_embeds" in inspect.signature(pipe.__call__).parameters:
             empty = [""] * len(prompts)
             given["negative_prompt_embeds"] = (
-                self._encoded(pipe, empty, guided=False)[0] if self.negative is None else output[self.negative]
+                self._encoded(pipe, empty, guided=False)[0]
+                if self.negative is None
+                else output[self.negative]
             )
         return given
 

@@ -12,7 +12,7 @@ import seg4diff
 from seg4diff.backbones import find_backbone
 from seg4diff.backbones.text import Special
 from tests.support import models
-from tests.support.tiny import seeded
+from tests.support.tiny import WORDS, seeded
 
 LONG = "a red cat on a red sofa on a red tree on a red dog on a red"  # with the begin of text 19 tokens
 
@@ -26,7 +26,7 @@ def pipe() -> Any:
 def test_prompts_of_different_lengths(pipe: Any) -> None:
     """Alone or in a list, a prompt has the same scores; together they cannot be encoded."""
     images = [np.random.default_rng(n).integers(0, 256, (64, 64, 3), np.uint8) for n in range(2)]
-    names = [["cat", "sofa"], [f"red {word}" for word in "cat sofa tree dog a on b c d e".split()]]
+    names = [["cat", "sofa"], [f"red {word}" for word in (*WORDS, "a", "on", *"bcde")]]
     alone = [
         seg4diff.segment(pipe, image, own, layers=1, preset="paper")
         for image, own in zip(images, names, strict=True)

@@ -1,4 +1,4 @@
-"""What Flux.2 alone has: reference images in the pipeline, and a pipeline that keeps their keys and values."""
+"""What Flux.2 alone has: reference images, and pipelines that keep the keys and values of those."""
 
 from __future__ import annotations
 

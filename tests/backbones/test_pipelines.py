@@ -1,4 +1,4 @@
-"""What holds for the pipeline of every family: text columns, noise, latents, branches of guidance, the verbs."""
+"""What holds for pipelines of all families: text columns, noise, latents, branches of guidance, verbs."""
 
 from __future__ import annotations
 
@@ -291,13 +291,17 @@ def test_edits_and_guidance(case: Case) -> None:
 
 @every_case
 @torch.no_grad()
-def test_analyze(case: Case) -> None:
+def test_analyze_and_rank_layers(case: Case) -> None:
     pipe = pipeline_of(case)
     call = {key: value for key, value in case.call.items() if key != "guidance_scale"}
     report = seg4diff.analyze(pipe, ["a cat"], noise_levels=(1, 2), steps=2, height=64, width=96, **call)
     assert report.layers == (0, 1, 2, 3)
     assert report.grid == (4, 6)
     assert report.uniform_to_text == pytest.approx(case.text / (case.text + 24))
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    labels = np.arange(64 * 64).reshape(1, 64, 64) // (64 * 32)
+    ranking = seg4diff.rank_layers(pipe, images=image[None], labels=labels, classes=[["cat", "red sofa"]])
+    assert sorted(ranking.layers) == [0, 1, 2, 3]
 
 
 @every_case

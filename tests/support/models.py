@@ -91,7 +91,12 @@ def flux2_inputs(*, reference: int = 0, batch: int = 2) -> dict[str, Any]:
 
 def flux2_pipeline(*, klein: bool = False) -> Any:
     """A random pipeline of Flux.2 that draws 64 x 64 images, dev or klein."""
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Pipeline,
+    )
 
     torch.manual_seed(0)
     vae = AutoencoderKLFlux2(
@@ -156,10 +161,20 @@ def qwen3(vocabulary: int, layers: int) -> Any:
 
 
 def mistral(vocabulary: int) -> Any:
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        MistralConfig,
+        PixtralVisionConfig,
+    )
 
     vision = PixtralVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=16,
+        patch_size=8,
     )
     text = MistralConfig(**decoder(vocabulary, 30))
     return Mistral3ForConditionalGeneration(Mistral3Config(vision_config=vision, text_config=text)).eval()
@@ -304,7 +319,14 @@ def ovis_pipeline() -> Any:
 def t5(tokenizer: Any, *, multilingual: bool = False) -> Any:
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     if multilingual:
         return UMT5EncoderModel(UMT5Config(**sizes)).eval()
     return T5EncoderModel(T5Config(**sizes)).eval()
@@ -380,7 +402,11 @@ def cogview4_pipeline() -> Any:
     vae = tiny.vae()
     vae.register_to_config(shift_factor=None)
     scheduler = flow(
-        use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.25, max_shift=0.75, base_image_seq_len=256
+        use_dynamic_shifting=True,
+        time_shift_type="linear",
+        base_shift=0.25,
+        max_shift=0.75,
+        base_image_seq_len=256,
     )
     return finished(
         CogView4Pipeline(
