@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 from torch import nn
 
 from seg4diff.backbones.base import Backbone, BlockList, EncodedText, Layout, Pipeline, TransformerCall
+from seg4diff.backbones.refused import REFUSED
 
 __all__ = [
     "Backbone",
@@ -56,14 +57,19 @@ def find_backbone(target: Pipeline | nn.Module) -> Backbone:
 
     Raises:
         TypeError: `target` has no transformer.
-        NotImplementedError: its family is not supported; the message names it.
+        NotImplementedError: its family is not supported; the message names it and, where known, the reason.
     """
     transformer = transformer_of(target)
+    reason = None
     for cls in type(transformer).__mro__:
         for backbone in families():
             if cls.__name__ == backbone.transformer:
                 return backbone
-    raise NotImplementedError(f"{type(transformer).__name__} is not supported; supported: {_supported()}")
+        reason = reason or REFUSED.get(cls.__name__)
+    because = "" if reason is None else f": {reason}"
+    raise NotImplementedError(
+        f"{type(transformer).__name__} is not supported{because}; supported: {_supported()}"
+    )
 
 
 def _supported() -> str:
