@@ -264,7 +264,7 @@ class Backbone:
         if count not in self.experts:
             raise ValueError(
                 f"no expert layer is known for a {self.name} transformer of {count} blocks; "
-                "name it with layers=[...] (seg4diff.rank_layers measures it)"
+                "name it: layers=[...], or mask.layers of a training run (`seg4diff rank-layers` measures it)"
             )
         return self.experts[count]
 

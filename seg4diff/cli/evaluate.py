@@ -12,7 +12,7 @@ import tyro
 
 from seg4diff.cli.options import (
     DataOptions,
-    Layers,
+    LayersOrAuto,
     ModelOptions,
     at_least_one,
     end_processes,
@@ -54,10 +54,11 @@ class Evaluate(DataOptions, ModelOptions):
     out: Path = Path("evaluate-output")
     """Folder for what is written."""
     preset: PresetName = "default"
-    """`default` keeps images whole, `paper` takes the central square, `reference` squashes images as the
-    paper's public code does and keeps its quirks."""
-    layers: Layers = None
-    """Transformer layers whose attention is read; by default the model's expert layers."""
+    """`default` keeps images whole, `best` refines that and `fast` does so in one pass, `paper` takes the
+    central square, `reference` squashes images as the paper's public code does and keeps its quirks."""
+    layers: LayersOrAuto = None
+    """Transformer layers whose attention is read; by default the model's expert layers. `auto`: those that
+    tell most about each image, for one more forward; the default where no expert is known."""
     names: str = "paper"
     """Names to prompt: `paper` for those of the data set; `better` for names that say more; or a JSON file
     that maps classes to lists of names."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from seg4diff.cli.options import ModelOptions, at_least_one
+from seg4diff.cli.options import LayersOrAuto, ModelOptions, at_least_one
 from seg4diff.files import check_outputs, distinct_stems, save_image
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ class ImageOptions(ModelOptions):
     """Folder for what is written."""
     formats: tuple[Literal["png", "npz", "json"], ...] = ("png",)
     """Labels as palette PNG; labels and scores for numpy; COCO run-length masks as JSON."""
-    layers: Annotated[
-        tuple[int, ...] | Literal["auto"] | None,
-        tyro.conf.arg(metavar="N [N ...]|auto", help_behavior_hint=""),
-    ] = None
+    layers: LayersOrAuto = None
     """Transformer layers whose attention is read; by default the model's expert layers. `auto`: those that
     tell most about each image, for one more forward; the default where no expert is known."""
     batch_size: int = 1

@@ -24,6 +24,10 @@ OptionalText: TypeAlias = Annotated[str | None, tyro.conf.arg(metavar="TEXT", he
 Layers: TypeAlias = Annotated[
     tuple[int, ...] | None, tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="")
 ]
+LayersOrAuto: TypeAlias = Annotated[
+    tuple[int, ...] | Literal["auto"] | None,
+    tyro.conf.arg(metavar="N [N ...]|auto", help_behavior_hint=""),
+]
 Device: TypeAlias = Annotated[str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="")]
 
 

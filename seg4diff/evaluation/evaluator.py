@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from seg4diff.evaluation.protocols import Protocol, predict
 from seg4diff.evaluation.results import Result
 from seg4diff.metrics import IGNORED, Counts, boundary_counts, confusion_matrix, counts_of, matched_counts
 from seg4diff.segmentation.inputs import Noising, View, views_of
+from seg4diff.segmentation.layers import known_layers, layer_groups
 from seg4diff.segmentation.passes import recipe_of, run_scores
 from seg4diff.segmentation.presets import PresetName, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt
@@ -35,7 +37,8 @@ class EvaluationSettings:
     Attributes:
         protocols: one or several of `PROTOCOLS`; all are answered in one pass.
         preset: a name in `seg4diff.segmentation.presets.PRESETS`.
-        layers: transformer layers whose maps are averaged; the model's expert layers when None.
+        layers: transformer layers whose maps are averaged; `"auto"`: chosen for each image and its prompts;
+            None: the model's expert layers, or as `"auto"` where none is known.
         seed: seed of the noise, the same for every image.
         batch_size: images, and pairs of image and prompt, in one pass through the model.
         background: how the background class of a data set is found: by its name in the prompt, or as what no
@@ -45,7 +48,7 @@ class EvaluationSettings:
 
     protocols: tuple[ProtocolName, ...] = ("oracle",)
     preset: PresetName = "paper"
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | Literal["auto"] | None = None
     seed: int = 0
     batch_size: int = 1
     background: BackgroundBy = "prompt"
@@ -82,7 +85,7 @@ class Evaluator:
             raise TypeError(f"{type(pipe).__name__} has no VAE; evaluation takes a whole pipeline")
         self.pipe = pipe
         self.preset = find_preset(settings.preset)
-        self.settings = replace(settings, layers=state.layers_or_experts(settings.layers))
+        self.settings = replace(settings, layers=known_layers(state, settings.layers) or "auto")
         span = state.backbone.name_span(pipe)
         self.protocols: dict[str, Protocol] = {
             name: Protocol(
@@ -97,7 +100,6 @@ class Evaluator:
         }
         self._classes = len(dataset.classes)
         self._given_layers = settings.layers
-        self._layers = state.layers_or_experts(settings.layers)
         self.recipe = recipe_of(pipe, self.preset)
         self._text: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings of recent prompts
 
@@ -161,17 +163,31 @@ class Evaluator:
     ) -> dict[tuple[int, tuple[PlannedPrompt, ...]], Tensor]:
         """Scores [names, h, w] of images, given by position, under their prompts."""
         self._encode([prompt.text for _, prompts in keys for prompt in prompts])
-        found = run_scores(
+        seen = [views[index] for index, _ in keys]
+        plans = [prompts for _, prompts in keys]
+        seed, batch_size = self.settings.seed, self.settings.batch_size
+        found: dict[tuple[int, tuple[PlannedPrompt, ...]], Tensor] = {}
+        for layers, members in layer_groups(
             self.pipe,
-            [views[index] for index, _ in keys],
-            [prompts for _, prompts in keys],
-            self.preset,
-            self._layers,
-            Noising(seed=self.settings.seed, batch_size=self.settings.batch_size),
-            progress=False,
+            seen,
+            plans,
+            self.settings.layers,
+            seed=seed,
+            batch_size=batch_size,
             known_text=self._text,
-        )
-        return {keys[scores.index]: scores.scores for scores in found}
+        ):
+            for scores in run_scores(
+                self.pipe,
+                [seen[position] for position in members],
+                [plans[position] for position in members],
+                self.preset,
+                layers,
+                Noising(seed=seed, batch_size=batch_size),
+                progress=False,
+                known_text=self._text,
+            ):
+                found[keys[members[scores.index]]] = scores.scores
+        return found
 
     def _regions(self, images: list[Image.Image]) -> Iterator[Tensor]:
         """The regions of each image, uint8 [height, width]."""

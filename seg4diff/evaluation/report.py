@@ -143,7 +143,7 @@ def _notes(report: EvaluationReport) -> list[str]:
         f"model {settings.get('model', '?')}",
         f"LoRA {settings.get('lora') or 'none'}",
         f"preset {settings['preset']}",
-        f"layers {', '.join(map(str, settings['layers']))}",
+        f"layers {_listed(settings['layers'])}",
         f"seed {settings['seed']}",
         f"labels from {report.source}",
     ]
@@ -159,6 +159,10 @@ def _notes(report: EvaluationReport) -> list[str]:
     if report.images_per_second is not None:
         notes.append(f"- {report.title}: {report.images_per_second:.2f} images/s.")
     return notes
+
+
+def _listed(layers: Sequence[int] | str) -> str:
+    return layers if isinstance(layers, str) else ", ".join(map(str, layers))
 
 
 def _images(report: EvaluationReport) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -31,6 +31,7 @@ def layer_groups(
     *,
     seed: int | None = None,
     batch_size: int = 1,
+    known_text: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> list[tuple[tuple[int, ...], list[int]]]:
     """The layers to read of each image, and the positions of the images of which they are read.
 
@@ -41,13 +42,13 @@ def layer_groups(
         views: the images.
         plans: for each image its prompts.
         layers: see `LayerChoice`.
-        seed, batch_size: as in `seg4diff.segmentation.maps.run_maps`.
+        seed, batch_size, known_text: as in `seg4diff.segmentation.maps.run_maps`.
 
     Raises:
         TypeError, ValueError: layers that the model does not have, or another word than `"auto"`.
     """
     state = patch_of(pipe)
-    known = _known_layers(state, layers)
+    known = known_layers(state, layers)
     if known is not None:
         return [(known, list(range(len(views))))]
     span = state.backbone.name_span(pipe)
@@ -59,14 +60,19 @@ def layer_groups(
         Reading(MapRequest(columns=("text", slice(0, span.end))), state.layers(None)),
         Noising(seed=seed, batch_size=batch_size),
         progress=False,
+        known_text=known_text,
     ):
         information = information_of_layers(found.maps, plans[found.index])
         groups[informative_layers(information)].append(found.index)
     return sorted((layers, sorted(members)) for layers, members in groups.items())
 
 
-def _known_layers(state: Patch, layers: LayerChoice) -> tuple[int, ...] | None:
-    """The layers, or None where they are to be chosen."""
+def known_layers(state: Patch, layers: LayerChoice) -> tuple[int, ...] | None:
+    """The layers, or None where they are to be chosen.
+
+    Raises:
+        TypeError, ValueError: as `layer_groups`.
+    """
     if isinstance(layers, str):
         if layers != "auto":
             raise ValueError(f'layers={layers!r} is unknown; accepted: numbers, "auto", None')

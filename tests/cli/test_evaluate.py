@@ -59,6 +59,23 @@ def test_several_data_sets_and_protocols(
     assert set(np.unique(predicted)) <= {7, 11, 255}  # cat and dog, and what the central square leaves out
 
 
+def test_layers_may_be_chosen(model: Path, tmp_path: Path) -> None:
+    command = [
+        "evaluate",
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--layers",
+        "auto",
+    ]
+    assert main([*command, "--dataset", "scenes", "--limit", "1", "--preset", "best"]) == 0
+    assert json.loads((tmp_path / "scenes" / "settings.json").read_text())["layers"] == "auto"
+    assert "; layers auto;" in (tmp_path / "report.md").read_text()
+
+
 def test_what_is_missing_is_said_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

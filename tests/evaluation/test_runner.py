@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from seg4diff.evaluation.results import Result, add_up, read_results
 from seg4diff.evaluation.runner import evaluate
 from seg4diff.kernels.api import backend
 from seg4diff.metrics import Counts
+from seg4diff.segmentation.passes import run_scores
 from tests.support import miniature
 from tests.support.painted import CLASSES, LABELS, PerfectMaps, use_maps
 from tests.support.paths import ROOT
@@ -170,6 +171,37 @@ def test_labels_are_those_of_segment(pipe: Any, preset: str) -> None:
         pairs = torch.stack([result.predicted["unsupervised"].long().flatten(), regions.labels.flatten()])
         assert pairs.unique(dim=1).shape[1] == len(regions.classes)  # the same regions, numbered anew
         assert len(named.labels.unique()) > 1
+
+
+@pytest.mark.parametrize("layers", ["auto", None])
+def test_layers_that_are_chosen_are_those_of_segment(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, layers: Literal["auto"] | None
+) -> None:
+    """For each image and prompt; None is `auto` for this model, of which no expert is known."""
+    read: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        evaluation,
+        "run_scores",
+        lambda *a, **options: read.append(options["layers"]) or run_scores(*a, **options),
+    )
+    dataset = subset(open_dataset("scenes"), limit=2)
+    settings = EvaluationSettings(("full", "presence", "unsupervised"), "best", layers)
+    evaluator = Evaluator(pipe, dataset, settings)
+    assert evaluator.settings.layers == "auto"
+    for index, entry in enumerate(dataset.items):
+        item = load(entry, index)
+        assert isinstance(item, Loaded)
+        (result,) = evaluator.results([item])
+        kept, found = (
+            seg4diff.segment(pipe, item.image, dataset.classes, preset="best", layers="auto", absent=absent)
+            for absent in ("keep", "ignore")
+        )
+        assert torch.equal(result.predicted["full"].long(), kept.labels)
+        assert torch.equal(result.predicted["presence"].long(), found.labels)
+        regions = seg4diff.segment_unsupervised(pipe, item.image, preset="best", layers="auto")
+        assert torch.equal(result.predicted["unsupervised"].long(), regions.labels)
+        assert read.pop() == kept.metadata["layers"]
+        assert not read  # `presence` reads what `full` has read
 
 
 SCENES = EvaluationSettings(("oracle", "full", "unsupervised"), preset="default", batch_size=1)
@@ -401,6 +433,7 @@ def test_versions_and_settings_are_reported(uninterrupted: tuple[Path, Evaluatio
         ({"batch_size": 0}, "batch_size=0 must be a positive integer"),
         ({"preset": "worst"}, "preset='worst' is unknown"),
         ({"layers": (7,)}, "layer 7 is out of range"),
+        ({"layers": "best"}, "layers='best' is unknown; accepted: numbers, \"auto\", None"),
     ],
 )
 def test_bad_settings(pipe: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
