@@ -22,7 +22,7 @@ define run-tests
 @$(TEST_ENVIRONMENT) TRITON_INTERPRET=1 $(1)/bin/python $(PYTEST) $(2) tests/kernels/interpreted
 endef
 
-.PHONY: help demo test test-all test-oldest lint bench gpu train-demo clean
+.PHONY: help demo test test-all test-oldest lint bench gpu real train-demo clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ gpu:  ## on a GPU, with the Python and packages already there: gpu tests, tuning
 	    run training pytest -s benchmarks/test_magnet.py --results gpu-results; fi; \
 	run report benchmarks.report gpu-results; \
 	exit $$status
+
+real:  ## real weights to one report, real-results/report.md: make real MODEL=name-or-folder DATA=folder
+	@test -n "$(MODEL)" -a -n "$(DATA)" || { echo "usage: make real MODEL=name-or-folder DATA=folder [ARGS='--limit 500']"; exit 2; }
+	@$(PYTHON) -m benchmarks.real --model "$(MODEL)" --data-root "$(DATA)" $(ARGS)
 
 train-demo: .venv/.installed  ## train the bundled model again
 	@.venv/bin/python -m seg4diff.demo.train

@@ -23,7 +23,7 @@ from seg4diff.metrics import IGNORED, Counts, boundary_counts, confusion_matrix,
 from seg4diff.segmentation.inputs import Noising, View, views_of
 from seg4diff.segmentation.layers import known_layers, layer_groups
 from seg4diff.segmentation.passes import recipe_of, run_scores
-from seg4diff.segmentation.presets import PresetName, find_preset
+from seg4diff.segmentation.presets import Preset, PresetName, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt
 from seg4diff.segmentation.regions import segment_unsupervised
 
@@ -36,7 +36,7 @@ class EvaluationSettings:
 
     Attributes:
         protocols: one or several of `PROTOCOLS`; all are answered in one pass.
-        preset: a name in `seg4diff.segmentation.presets.PRESETS`.
+        preset: a name in `seg4diff.segmentation.presets.PRESETS`, or a preset.
         layers: transformer layers whose maps are averaged; `"auto"`: chosen for each image and its prompts;
             None: the model's expert layers, or as `"auto"` where none is known.
         seed: seed of the noise, the same for every image.
@@ -47,7 +47,7 @@ class EvaluationSettings:
     """
 
     protocols: tuple[ProtocolName, ...] = ("oracle",)
-    preset: PresetName = "paper"
+    preset: PresetName | Preset = "paper"
     layers: tuple[int, ...] | Literal["auto"] | None = None
     seed: int = 0
     batch_size: int = 1

@@ -190,6 +190,7 @@ def _identity(evaluator: Evaluator, dataset: Dataset, about: Mapping[str, Any]) 
     steps, level = patch_of(evaluator.pipe).backbone.noise
     return {
         **asdict(evaluator.settings),
+        "preset": evaluator.preset.name,
         "preset_details": asdict(evaluator.preset),
         "recipe": asdict(evaluator.recipe),
         "noise": {"steps": steps, "level": level},

@@ -24,7 +24,7 @@ from seg4diff.segmentation.grouping import find_regions
 from seg4diff.segmentation.inputs import Noising, View, views_of
 from seg4diff.segmentation.layers import LayerChoice, layer_groups
 from seg4diff.segmentation.maps import ImageMaps, Reading, run_maps
-from seg4diff.segmentation.presets import Clustering, Grouping, PresetName, find_preset
+from seg4diff.segmentation.presets import Clustering, Grouping, Preset, PresetName, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt
 from seg4diff.segmentation.result import Segmentation
 from seg4diff.segmentation.scores import resize_scores
@@ -35,7 +35,7 @@ def segment_unsupervised(  # type: ignore[overload-overlap]  # a str is a sequen
     pipe: Pipeline,
     image: Image.Image | str | os.PathLike[str],
     *,
-    preset: PresetName = ...,
+    preset: PresetName | Preset = ...,
     layers: LayerChoice = ...,
     threshold: float | None = ...,
     regions: int | None = ...,
@@ -49,7 +49,7 @@ def segment_unsupervised(
     pipe: Pipeline,
     image: Sequence[ImageInput],
     *,
-    preset: PresetName = ...,
+    preset: PresetName | Preset = ...,
     layers: LayerChoice = ...,
     threshold: float | None = ...,
     regions: int | None = ...,
@@ -63,7 +63,7 @@ def segment_unsupervised(
     pipe: Pipeline,
     image: np.ndarray | torch.Tensor,
     *,
-    preset: PresetName = ...,
+    preset: PresetName | Preset = ...,
     layers: LayerChoice = ...,
     threshold: float | None = ...,
     regions: int | None = ...,
@@ -76,7 +76,7 @@ def segment_unsupervised(
     pipe: Pipeline,
     image: ImageInput | Sequence[ImageInput],
     *,
-    preset: PresetName = "default",
+    preset: PresetName | Preset = "default",
     layers: LayerChoice = None,
     threshold: float | None = None,
     regions: int | None = None,
@@ -95,7 +95,7 @@ def segment_unsupervised(
         pipe: a pipeline of a supported family.
         image: an image, or several (list, or array with a batch axis): PIL, path, numpy or tensor, any size.
         preset: how the image is fitted to the model, as in `seg4diff.segment`, and how tokens are grouped:
-            a name in `seg4diff.segmentation.presets.PRESETS`.
+            a name in `seg4diff.segmentation.presets.PRESETS`, or a preset.
         layers: transformer blocks to read: outputs of exactly these, or means of their maps. When None, the
             model's expert layers (for outputs with those behind). `"auto"`, and None where no expert is
             known: at most three layers instead, chosen for each image by the mutual information of place and
@@ -123,7 +123,7 @@ def segment_unsupervised(
     if not hasattr(pipe, "vae"):
         raise TypeError(f"{type(pipe).__name__} has no VAE; segment_unsupervised takes a whole pipeline")
     choices = find_preset(preset, threshold=threshold)
-    grouping = choices.grouping if regions is None else _with_regions(preset, regions, threshold)
+    grouping = choices.grouping if regions is None else _with_regions(choices, regions, threshold)
     images, single = as_list(image)
     span = state.backbone.name_span(pipe)
     views = views_of(pipe, images, choices.fit)
@@ -143,7 +143,7 @@ def segment_unsupervised(
             noising, progress=progress,
         ):  # fmt: skip
             metadata = {
-                "preset": preset,
+                "preset": choices.name,
                 "layers": used,
                 "timestep": found.timestep,
                 "threshold": grouping.threshold if regions is None else None,
@@ -161,13 +161,14 @@ def layers_behind(chosen: Sequence[int], grouping: Grouping | Clustering, count:
     return tuple(sorted({min(layer + k, count - 1) for layer in chosen for k in range(behind + 1)}))
 
 
-def _with_regions(preset: PresetName, regions: int, threshold: float | None) -> Clustering:
+def _with_regions(preset: Preset, regions: int, threshold: float | None) -> Clustering:
     """The clustering of a preset, with the number of regions given."""
-    grouping = find_preset(preset).grouping
+    grouping = preset.grouping
     if not isinstance(grouping, Clustering):
         raise ValueError(
-            f"regions={regions!r}: preset {preset!r} merges text tokens up to a threshold, whatever number "
-            "that gives; leave regions out, or take a preset that clusters image tokens, as the default does"
+            f"regions={regions!r}: preset {preset.name!r} merges text tokens up to a threshold, whatever "
+            "number that gives; leave regions out, or take a preset that clusters image tokens, as the "
+            "default does"
         )
     if threshold is not None:
         raise ValueError(f"regions={regions!r} and threshold={threshold!r} are both given; give one")
