@@ -57,6 +57,7 @@ class Report:
         everything: all names that a scene can hold are given, for every scene.
         hard_present: as ``present``, on the hard versions of the scenes.
         hard_everything: as ``everything``, on the hard versions of the scenes.
+        best: the four before with the preset ``"best"``, under their names.
         shuffled: as ``present``, then the names of each scene change places.
         constant: every pixel gets the most frequent of all classes.
         random: every pixel gets one of the names present, drawn at random.
@@ -71,6 +72,7 @@ class Report:
     everything: Score
     hard_present: Score
     hard_everything: Score
+    best: dict[str, Score]
     shuffled: Score
     constant: Score
     random: Score
@@ -133,7 +135,7 @@ def show(
     blocks = len(pipe.transformer.transformer_blocks)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=scenes * (blocks + 4))
+        task = progress.add_task("", total=scenes * (blocks + 8))
 
         def run(
             description: str, names: Sequence[Sequence[str]], of: Sequence[Scene] = drawn, **options: Any
@@ -153,9 +155,16 @@ def show(
         started = time.perf_counter()
         present = run("names present", occurring)
         milliseconds = 1e3 * (time.perf_counter() - started) / scenes
-        everything = run("all names", [CLASSES] * scenes)
-        hard_present = run("hard scenes, names present", occurring, hard)
-        hard_everything = run("hard scenes, all names", [CLASSES] * scenes, hard)
+        others: dict[str, tuple[str, Sequence[Sequence[str]], Sequence[Scene]]] = {
+            "everything": ("all names", [CLASSES] * scenes, drawn),
+            "hard_present": ("hard scenes, names present", occurring, hard),
+            "hard_everything": ("hard scenes, all names", [CLASSES] * scenes, hard),
+        }
+        default = {"present": present, **{key: run(*arguments) for key, arguments in others.items()}}
+        others["present"] = ("names present", occurring, drawn)
+        best = {
+            key: run(f"best, {title}", names, of, preset="best") for key, (title, names, of) in others.items()
+        }
         layers = [run(f"layer {layer}", occurring, layers=[layer]) for layer in range(blocks)]
 
     rng = np.random.default_rng(_SEED)
@@ -163,10 +172,8 @@ def show(
     report = Report(
         scenes=scenes,
         expert_layers=tuple(present[0].metadata["layers"]),
-        present=compare(truth, map(labels_of, present)),
-        everything=compare(truth, map(labels_of, everything)),
-        hard_present=compare(truth, map(labels_of, hard_present)),
-        hard_everything=compare(truth, map(labels_of, hard_everything)),
+        **{key: compare(truth, map(labels_of, found)) for key, found in default.items()},
+        best={key: compare(truth, map(labels_of, found)) for key, found in best.items()},
         shuffled=compare(truth, [_renamed(result, rng) for result in present]),
         constant=compare(truth, _constant(truth)),
         random=compare(truth, [_random(item, rng) for item in drawn]),
@@ -227,18 +234,21 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _table(report: Report) -> Table:
-    table = Table(title=f"{report.scenes} held-out scenes, {len(CLASSES)} classes")
+    table = Table(title=f"{report.scenes} held-out scenes, {len(CLASSES)} classes; %")
     table.add_column("")
-    table.add_column("mIoU %", justify="right")
-    table.add_column("pixel accuracy %", justify="right")
+    for column in ("mIoU", "acc.", "best mIoU", "best acc."):
+        table.add_column(column, justify="right")
 
-    def add(title: str, result: Score, style: str | None = None) -> None:
-        table.add_row(title, f"{100 * result.miou:.1f}", f"{100 * result.accuracy:.1f}", style=style)
+    def add(title: str, result: Score, style: str | None = None, best: Score | None = None) -> None:
+        scores = (result,) if best is None else (result, best)
+        cells = [f"{100 * share:.1f}" for score in scores for share in (score.miou, score.accuracy)]
+        table.add_row(title, *cells, style=style)
 
-    add("segment, names present", report.present, "bold")
-    add("segment, names present, hard scenes", report.hard_present)
-    add("segment, all names", report.everything, "bold")
-    add("segment, all names, hard scenes", report.hard_everything)
+    best = report.best
+    add("segment, names present", report.present, "bold", best["present"])
+    add("segment, names present, hard scenes", report.hard_present, None, best["hard_present"])
+    add("segment, all names", report.everything, "bold", best["everything"])
+    add("segment, all names, hard scenes", report.hard_everything, None, best["hard_everything"])
     add("names present, shuffled", report.shuffled)
     add("chance: most frequent class", report.constant)
     add("chance: random name present", report.random)

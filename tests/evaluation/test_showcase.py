@@ -33,21 +33,23 @@ def test_compare_is_intersection_over_union_over_all_scenes():
 @pytest.fixture
 def model(monkeypatch):
     """Stands in for the model: right at layer 1, all of one class at layer 0 and on hard scenes; by default
-    layer 1."""
+    layer 1. The preset "best" is right everywhere."""
     pipe = SimpleNamespace(transformer=SimpleNamespace(transformer_blocks=[None] * 2), device="cpu")
-    truths = {}
+    truths, hard = {}, {}
     for number in range(10):
         item = scene(HELD_OUT + number)
         truths[item.image.tobytes()] = showcase.in_vocabulary(item.labels, item.classes)
+        hard[scene(HELD_OUT + number, "hard").image.tobytes()] = truths[item.image.tobytes()]
 
-    def segment(pipe, images, names, *, layers=None, **_):
+    def segment(pipe, images, names, *, layers=None, preset="default", **_):
         single = isinstance(images, Image.Image)
         results = []
         for image, own in zip([images], [names], strict=True) if single else zip(images, names, strict=True):
             labels = np.zeros((image.height, image.width), np.int64)
-            if (layers is None or layers == [1]) and image.tobytes() in truths:
+            known = truths | hard if preset == "best" else truths
+            if (layers is None or layers == [1]) and image.tobytes() in known:
                 for index, name in enumerate(own):
-                    labels[truths[image.tobytes()] == CLASSES.index(name)] = index
+                    labels[known[image.tobytes()] == CLASSES.index(name)] = index
             scores = torch.from_numpy(labels)[None].eq(torch.arange(len(own))[:, None, None]).float()
             results.append(
                 Segmentation(torch.from_numpy(labels), scores, tuple(own), image, {"layers": (1,)})
@@ -63,6 +65,8 @@ def test_show(model, tmp_path):
     report = showcase.show(10, tmp_path / "out", console=Console(file=text, width=120))
     assert report.present == report.everything == report.layers[1] == showcase.Score(1.0, 1.0)
     assert report.layers[0] == report.hard_present
+    assert set(report.best) == {"present", "everything", "hard_present", "hard_everything"}
+    assert all(score == showcase.Score(1.0, 1.0) for score in report.best.values())
     assert report.hard_everything.accuracy < report.hard_present.accuracy  # apple, which is in no other scene
     assert report.layers[0].miou < 0.5
     assert 0 < report.layers[0].accuracy < 0.5

@@ -44,10 +44,13 @@ def test_the_tuned_layer_finds_names_better(shown: tuple[Demonstration, str, Pat
     assert report.layer != report.expert
     assert report.after.zero_shot[4] > report.before.zero_shot[4] + 0.1
     assert report.after.zero_shot[report.expert] > report.before.zero_shot[report.expert] - 0.05
+    assert report.after.hard[4] > report.before.hard[4] + 0.05
+    assert 0.3 < report.before.hard[report.expert] < report.before.zero_shot[report.expert] - 0.02
     assert report.after.flow < 1.3 * report.before.flow
     for words in (
         "zero-shot mIoU %, layer 4 (tuned)",
         "(expert)",
+        "on hard scenes",
         "matched unsupervised",
         "flow-matching loss",
     ):
