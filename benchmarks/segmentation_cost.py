@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.segmentation_cost [--heads 24] [--layers 12]
 
-Times are medians of rounds in turns. A peak is the largest resident set of a process of its own, less what was
-resident before the call: weights do not count, and neither does the VAE, which is a tiny one.
+Times are medians of rounds in turns. A peak is the largest resident set of a process of its own, less what
+was resident before the call: weights do not count, and neither does the VAE, which is a tiny one.
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ def kernel_and_ward(heads: int) -> None:
     print(f"kernel W on {NAMES} maps: {medians['ours'] / medians['SDPA']:.2f} of one SDPA")
     stacked = torch.randn(3, tokens, width)
     clustering = PRESETS["default"].grouping
-    started = time.perf_counter()
-    cluster_tokens(stacked, grid=(SIDE, SIDE), clustering=clustering)  # type: ignore[arg-type]
-    print(f"Ward, {tokens} tokens of {3 * width} channels: {time.perf_counter() - started:.1f} s")
+    ward = compare(
+        lambda: cluster_tokens(stacked, grid=(SIDE, SIDE), clustering=clustering),  # type: ignore[arg-type]
+        {},
+        rounds=3,
+    )
+    print(f"Ward, {tokens} tokens of {3 * width} channels: {ward['ours']:.1f} s")
 
 
 def pipeline(heads: int, layers: int) -> Any:
@@ -101,13 +104,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--layers", type=int, default=EXPERT + 3, help="later ones never run")
+    parser.add_argument("--only", choices=("steps", "segment"), help="the kernel and Ward, or `segment`")
     parser.add_argument("--preset", help="measure in this process and print JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.preset is not None:
         print(json.dumps(measure(options.preset, options.heads, options.layers)))
         return
-    kernel_and_ward(options.heads)
+    if options.only != "segment":
+        kernel_and_ward(options.heads)
+    if options.only == "steps":
+        return
     words = ["--heads", str(options.heads), "--layers", str(options.layers), "--preset"]
     # Tensors come from and go back to the system one by one, so that the resident set is what they need.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -182,7 +182,7 @@ def test_layers_that_are_chosen_are_those_of_segment(
     monkeypatch.setattr(
         evaluation,
         "run_scores",
-        lambda *a, **options: read.append(options["layers"]) or run_scores(*a, **options),
+        lambda *given, **options: read.append(given[4]) or run_scores(*given, **options),
     )
     dataset = subset(open_dataset("scenes"), limit=2)
     settings = EvaluationSettings(("full", "presence", "unsupervised"), "best", layers)
