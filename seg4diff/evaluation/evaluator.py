@@ -21,7 +21,7 @@ from seg4diff.evaluation.protocols import Protocol, predict
 from seg4diff.evaluation.results import Result
 from seg4diff.metrics import IGNORED, Counts, boundary_counts, confusion_matrix, counts_of, matched_counts
 from seg4diff.segmentation.inputs import Noising, View, views_of
-from seg4diff.segmentation.layers import known_layers, layer_groups
+from seg4diff.segmentation.layers import LayerChoice, known_layers, layer_groups
 from seg4diff.segmentation.passes import recipe_of, run_scores
 from seg4diff.segmentation.presets import Preset, PresetName, find_preset
 from seg4diff.segmentation.prompts import PlannedPrompt
@@ -99,7 +99,7 @@ class Evaluator:
             for name in settings.protocols
         }
         self._classes = len(dataset.classes)
-        self._given_layers = settings.layers
+        self._given_layers: LayerChoice = settings.layers
         self.recipe = recipe_of(pipe, self.preset)
         self._text: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings of recent prompts
 

@@ -155,16 +155,14 @@ def show(
         started = time.perf_counter()
         present = run("names present", occurring)
         milliseconds = 1e3 * (time.perf_counter() - started) / scenes
-        others: dict[str, tuple[str, Sequence[Sequence[str]], Sequence[Scene]]] = {
+        asked: dict[str, tuple[str, Sequence[Sequence[str]], Sequence[Scene]]] = {
+            "present": ("names present", occurring, drawn),
             "everything": ("all names", [CLASSES] * scenes, drawn),
             "hard_present": ("hard scenes, names present", occurring, hard),
             "hard_everything": ("hard scenes, all names", [CLASSES] * scenes, hard),
         }
-        default = {"present": present, **{key: run(*arguments) for key, arguments in others.items()}}
-        others["present"] = ("names present", occurring, drawn)
-        best = {
-            key: run(f"best, {title}", names, of, preset="best") for key, (title, names, of) in others.items()
-        }
+        default = {key: run(*of) if key != "present" else present for key, of in asked.items()}
+        best = {key: run(*of, preset="best") for key, of in asked.items()}
         layers = [run(f"layer {layer}", occurring, layers=[layer]) for layer in range(blocks)]
 
     rng = np.random.default_rng(_SEED)
