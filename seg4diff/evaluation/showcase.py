@@ -145,8 +145,7 @@ def show(
             for first in range(0, scenes, _BATCH):
                 chunk = slice(first, first + _BATCH)
                 images = [item.image for item in of[chunk]]
-                found = segment(pipe, images, names[chunk], batch_size=_BATCH, progress=False, **options)
-                results += found
+                results += segment(pipe, images, names[chunk], batch_size=_BATCH, progress=False, **options)
                 progress.advance(task, len(images))
             return results
 
