@@ -139,7 +139,9 @@ def _named_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(f"image {str(path)!r} does not exist; check the path") from None
     except IsADirectoryError:
-        raise ValueError(f"image {str(path)!r} is a folder; give the images in it one by one") from None
+        raise ValueError(
+            f"image {str(path)!r} is a folder; give the images in it, such as {str(path / '*.jpg')}"
+        ) from None
     except PermissionError:
         raise ValueError(f"image {str(path)!r} may not be read; check its permissions") from None
     except UnidentifiedImageError:

@@ -61,7 +61,7 @@ def load_pipeline(
         ConnectionError: the hub cannot be reached.
         MemoryError: the model does not fit; the message says what would help.
     """
-    place = _device(device)
+    place = choose_device(device)
     if offload and place.type == "cpu":
         raise ValueError("offload=True needs a GPU to run on, but the device is cpu; leave it out")
     precision = _precision(dtype, place)
@@ -112,7 +112,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or `default_device()`.
+
+    Raises:
+        ValueError: it is unknown or absent; the message names what there is.
+    """
     if device is None:
         return default_device()
     try:

@@ -54,7 +54,8 @@ def shares(layers: Sequence[int], text_shares: Mapping[str, Tensor], uniform: fl
         axes.axhline(1 - uniform, color="black", linestyle="--", linewidth=1, label="uniform")
         axes.set(title=title, xlabel="layer", ylabel="share of attention", ylim=(0, 1))
         axes.tick_params(axis="x", labelsize=7)
-        axes.legend(loc="lower left", fontsize=8)
+    # Beside the panels, since bars fill them.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

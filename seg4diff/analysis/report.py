@@ -152,6 +152,7 @@ class AnalysisReport:
         for position, layer in enumerate(self.layers):
             at = (level, position)
             to_text = float(measures.image_to_text[at])
+            of_prompt = measures.prompt_value_norm[at]  # NaN for empty prompts
             table.add_row(
                 str(layer),
                 f"{100 * float(measures.image_to_image[at]):.2f}",
@@ -161,7 +162,7 @@ class AnalysisReport:
                 f"{100 * float(measures.text_to_text[at]):.2f}",
                 f"{float(measures.image_value_norm[at]):.3g}",
                 f"{float(measures.text_value_norm[at]):.3g}",
-                f"{float(measures.prompt_value_norm[at]):.3g}",
+                f"{float(of_prompt):.3g}" if not of_prompt.isnan() else "-",
                 f"{float(measures.value_norm_ratio[at]):.3g}",
             )
         return table
@@ -195,7 +196,7 @@ class AnalysisReport:
         if not self.projections:
             raise ValueError("the report holds no projections; analyse with projections=True")
         images = [
-            {f"{layer} {name}": self.projection(name, layer, noise_level) for name in self.projections}
+            {f"layer {layer} {name}": self.projection(name, layer, noise_level) for name in self.projections}
             for layer in self.layers
         ]
         return plots.panels(images, columns)

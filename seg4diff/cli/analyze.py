@@ -33,7 +33,7 @@ class Analyze(ModelOptions):
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")] = ()
     """What to draw; with --images, what is in them: one text for each, or one for all."""
     prompts_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """More prompts, one to a line."""
+    """More prompts, one to a line (or a JSON list)."""
     images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")] = ()
     """Images to measure on."""
     out: Path = Path("analyze-output")
@@ -115,13 +115,12 @@ class Analyze(ModelOptions):
         finish(self.out, ["report.json", "report.safetensors", *drawn], figures)
 
     def _prompts(self) -> list[str]:
-        prompts = list(self.prompts)
-        if self.prompts_file is not None:
-            if not self.prompts_file.is_file():
-                raise FileNotFoundError(f"--prompts-file {str(self.prompts_file)!r} does not exist")
-            lines = self.prompts_file.read_text(encoding="utf-8").splitlines()
-            prompts += [line.strip() for line in lines if line.strip()]
-        return prompts
+        if self.prompts_file is None:
+            return list(self.prompts)
+
+        from seg4diff.evaluation.clip_score import read_prompts
+
+        return [*self.prompts, *read_prompts(self.prompts_file)]
 
 
 def finish(out: Path, written: list[str], figures: Callable[[], Mapping[str, Figure]]) -> None:

@@ -44,7 +44,7 @@ class Estimate(ConfigOptions):
         from seg4diff.training.memory import estimate_variants, report
 
         announce(f"tracing training steps of {settings.model}, without its weights")
-        found = estimate_variants(settings)
+        found = estimate_variants(settings, progress=True)
         Console().print(report(found))
         smallest = min(found, key=lambda name: found[name].peak)
         peak = found[smallest].peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from seg4diff.backbones import Pipeline
 
 _Pixels = Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="")]
+# Options that do nothing unless one of others is given.
+_BLUR = ("perturb", "guide")
+_NEEDS = {
+    "words": ("save_maps",),
+    "map_layers": ("save_maps",),
+    "guide_layers": ("guide",),
+    "replace_until": ("replace",),
+    "sigma": _BLUR,
+    "kernel_size": _BLUR,
+    "padding": _BLUR,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +38,8 @@ class Generate(ModelOptions):
     """Draw images, and see, perturb or edit what their words do meanwhile.
 
     Writes OUT/NUMBER.png, with prompt, seed and model in its text chunks, and with --save-maps a sheet
-    OUT/NUMBER-maps.png with a heat map for every word. Numbers go on after those in OUT:
+    OUT/NUMBER-maps.png with a heat map for every word, each with colours of its own range, and its highest
+    attention beside the word. Numbers go on after those in OUT:
 
         seg4diff generate "a cat on a sofa" --save-maps
         seg4diff generate "a cat on a sofa" --perturb 9
@@ -95,9 +108,19 @@ class Generate(ModelOptions):
         """
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("no prompt given; write what to draw")
-        at_least_one(self, "images", "steps")
-        if self.words and not self.save_maps:
-            raise ValueError("--words chooses among heat maps; add --save-maps")
+        at_least_one(self, "images", "steps", "width", "height")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"--guidance-scale {self.guidance_scale} must be a finite number, such as 7")
+        for entry in fields(self):
+            needed = _NEEDS.get(entry.name, ())
+            changed = getattr(self, entry.name) != entry.default
+            if (
+                needed
+                and changed
+                and not any(getattr(self, name) not in (None, False, ()) for name in needed)
+            ):
+                others = " or ".join(map(_option, needed))
+                raise ValueError(f"{_option(entry.name)} does nothing by itself; add {others}")
         edits = self._edits()
         self.check(self.out)
 
@@ -185,15 +208,16 @@ def _draw(
     image = output.images[0]
     path = options.out / f"{number:03}.png"
     _save_with_origin(image, path, options, prompt, seed)
+    written = str(path)
     if captured is not None:
         tiles = [("", image)]
-        tiles += [
-            (word, heatmap_overlay(image, captured.heatmap(word)))
-            for word in options.words or words_of(prompt)
-        ]
+        for word in options.words or words_of(prompt):
+            heat = captured.heatmap(word)
+            tiles.append((f"{word} {float(heat.max()):.2g}", heatmap_overlay(image, heat)))
         rows = [tiles[first : first + 6] for first in range(0, len(tiles), 6)]
-        save_image(contact_sheet(rows), options.out / f"{number:03}-maps.png")
-    tqdm.write(f"{prompt!r}, seed {seed} -> {path}")
+        sheet = save_image(contact_sheet(rows), options.out / f"{number:03}-maps.png")
+        written = f"{path}, {sheet}"
+    tqdm.write(f"{prompt!r}, seed {seed} -> {written}")
 
 
 def _save_with_origin(image: Image.Image, path: Path, options: Generate, prompt: str, seed: int) -> None:
@@ -211,6 +235,10 @@ def _save_with_origin(image: Image.Image, path: Path, options: Generate, prompt:
         text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         chunks.add_itxt(name, text)
     write_atomically(path, lambda temporary: image.save(temporary, pnginfo=chunks))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _pair(text: str, example: str) -> tuple[str, str]:

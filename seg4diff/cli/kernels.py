@@ -56,7 +56,9 @@ class Kernels(DebugOptions):
         path = measured.user_table()
         measured.read_rows(path)
         if not torch.cuda.is_available():
-            raise RuntimeError("kernels tune measures on a GPU, and PyTorch sees none")
+            raise RuntimeError(
+                "kernels tune measures on a GPU, and PyTorch sees none; without one there is nothing to tune"
+            )
 
         from seg4diff.kernels.tune import tune
 

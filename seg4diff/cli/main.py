@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any, TypeAlias, Union, get_args
 
 import tyro
@@ -26,8 +27,8 @@ from seg4diff.cli.regions import Regions
 from seg4diff.cli.segment import Segment
 from seg4diff.cli.train import Train
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: all went well; something failed; an option or input makes no sense; Ctrl-C."""
+DONE, FAILED, WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+"""Exit codes: all went well; something failed; an option or input makes no sense; Ctrl-C; nobody reads stdout."""
 
 Verb: TypeAlias = (
     Segment
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `seg4diff`; those of the process by default.
 
     Returns:
-        An exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+        An exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted, 141 broken pipe.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
@@ -85,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"seg4diff {version('seg4diff')}")
         return DONE
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that a terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     verb = parse(words)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed here
     _show_warnings()
@@ -93,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
+        return BROKEN_PIPE
     except Exception as error:
         if verb.debug:
             traceback.print_exc()

@@ -63,10 +63,14 @@ class ModelOptions(DebugOptions):
 
         Raises:
             FileNotFoundError: the LoRA does not exist.
+            ValueError: a seed is out of range.
             OSError: the folder of results cannot be written to.
         """
         if self.lora is not None and not self.lora.exists():
             raise FileNotFoundError(f"LoRA {str(self.lora)!r} does not exist; check the path")
+        for seed in (getattr(self, "seed", 0), *getattr(self, "seeds", ())):
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seed {seed} is out of range; give one from 0 to 2**63 - 1")
         check_folder(out)
 
     def files(self) -> list[Path]:

@@ -13,8 +13,10 @@ from seg4diff.files import check_folder
 class Prepare(DataOptions):
     """Check every file of a data set, and write it as a plain folder where --out is given.
 
-    seg4diff prepare --dataset voc20 --data-root data
-    seg4diff prepare --dataset cityscapes19 --data-root data --out cityscapes-folder
+    Prints how many images each class is in, and its share of the pixels:
+
+        seg4diff prepare --dataset voc20 --data-root data
+        seg4diff prepare --dataset cityscapes19 --data-root data --out cityscapes-folder
     """
 
     dataset: DatasetName

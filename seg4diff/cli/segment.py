@@ -45,10 +45,12 @@ class Segment(ImageOptions):
     preset: PresetName = "default"
     """`default` keeps the image whole, `best` refines that and drops names that are not in the image, `fast`
     is `best` in one pass, `paper` crops to a square, `reference` squashes to one."""
-    absent: Absent | None = None
+    absent: Annotated[
+        Absent | None, tyro.conf.arg(metavar="{ignore,keep,background}", help_behavior_hint="")
+    ] = None
     """Names that are not in the image: `ignore` drops them, `background` drops them and leaves pixels that no
     other explains without a name, `keep` lets all compete. By default as the preset has it."""
-    false_names: float | None = None
+    false_names: Annotated[float | None, tyro.conf.arg(metavar="COUNT", help_behavior_hint="")] = None
     """Find a name only if at most this many absent names per image are found at its certainty; the demo model
     is calibrated."""
 

@@ -18,6 +18,7 @@ from seg4diff.data.items import Item, UnusableItemError
 from seg4diff.data.registry import open_dataset
 from seg4diff.files import write_atomically
 from seg4diff.jobs import claim, results_in
+from seg4diff.loading import choose_device, default_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,12 @@ def write_captions(
         prompt: what to ask; models that chat get `PROMPT` when None, others nothing.
         batch_size: images that run together.
         max_tokens: longest caption; CLIP reads 75 tokens.
-        device: the GPU if there is one when None.
+        device: the GPU if there is one (CUDA, ROCm or MPS) when None.
         progress: whether to show a bar.
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no image.
-        ValueError: `out` holds something else, the model is of another kind, or an interrupted run had
+        ValueError: `out` holds something else, the device is absent, the model is of another kind, or an interrupted run had
             another model or prompt.
         FolderInUseError: another run writes the same file.
     """
@@ -108,8 +109,8 @@ class Captioner:
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+        place = choose_device(device)
+        dtype = default_dtype(place)
         try:
             self._processor: Any = AutoProcessor.from_pretrained(model)
             self._model: Any = (

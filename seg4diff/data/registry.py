@@ -111,7 +111,9 @@ def open_dataset(
         items, source = scenes.read_scenes(seeds, "hard" if hard else "clean")
         return _dataset(name, "hard demo scenes" if hard else "demo scenes", CLASSES, items, source)
     if root is None:
-        raise ValueError(f"data set {name!r} needs a data root: the folder that holds the downloads")
+        raise ValueError(
+            f"data set {name!r} needs a data root (--data-root): the folder that holds the downloads"
+        )
     if not root.is_dir():
         raise IncompleteDatasetError(f"the data root {str(root)!r} is not a folder; check the path")
     if name in _KINDS:

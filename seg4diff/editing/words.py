@@ -5,7 +5,6 @@ All but the last are a matrix on the text values, as in `seg4diff.editing.blur`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from seg4diff.editing.blur import edited_text_value
 from seg4diff.editing.replacement import Replacement
 from seg4diff.kernels.types import wide_dtype
 
+_LARGEST_WEIGHT = 1e4  # far below where products overflow
+
 
 @dataclass(frozen=True)
 class WordEdits:
@@ -34,7 +35,7 @@ class WordEdits:
         weights: words and the factors by which what is read of them is multiplied.
 
     Raises:
-        ValueError: a weight that is not finite.
+        ValueError: a weight that is not a number below 10000.
         TypeError: an argument of another type.
     """
 
@@ -46,8 +47,11 @@ class WordEdits:
         for word, weight in self.weights:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise TypeError(f"weights={{{word!r}: {weight!r}}} must hold numbers")
-            if not math.isfinite(weight):
-                raise ValueError(f"weights={{{word!r}: {weight!r}}} must be finite")
+            if not abs(weight) < _LARGEST_WEIGHT:  # NaN is not
+                raise ValueError(
+                    f"weights={{{word!r}: {weight!r}}} must be a number below {_LARGEST_WEIGHT:.0f}; "
+                    "1 changes nothing"
+                )
 
     @property
     def any(self) -> bool:

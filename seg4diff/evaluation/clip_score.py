@@ -209,12 +209,19 @@ def clip_score(
     Raises:
         FileNotFoundError: an image is missing.
         ModuleNotFoundError: torchmetrics is not installed.
+        OSError: the CLIP model cannot be loaded.
     """
     try:
         from torchmetrics.multimodal.clip_score import CLIPScore
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("CLIPScore needs torchmetrics: pip install 'seg4diff[eval]'") from error
-    metric = CLIPScore(model_name_or_path=lambda: _tensor_clip(clip)).to(device)
+    try:
+        metric = CLIPScore(model_name_or_path=lambda: _tensor_clip(clip)).to(device)
+    except OSError as error:  # of transformers, which does not name the model
+        raise OSError(
+            f"CLIP model {clip!r} cannot be loaded ({error}); the images are kept: run the same command again "
+            "where the hub can be reached, or give a local folder"
+        ) from error
     every = [(number, place) for number in range(len(prompts)) for place in range(len(settings.seeds))]
     starts = range(0, len(every), _IMAGES_SCORED_AT_ONCE)
     for first in tqdm(starts, unit="batch", desc=f"CLIPScore {folder.name}", disable=not progress):

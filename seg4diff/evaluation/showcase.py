@@ -181,7 +181,7 @@ def show(
     )
     _write(out, drawn, present, report)
     console.print(_table(report))
-    console.print(f"Pictures: {out / 'scenes.png'} and {out}/scene-*.png. Numbers: {out / 'numbers.json'}.")
+    console.print(f"Images: {out / 'scenes.png'} and {out}/scene-*.png. Numbers: {out / 'numbers.json'}.")
     return report
 
 

@@ -155,7 +155,9 @@ def check_levels(noise_levels: Sequence[int], steps: int) -> None:
         raise ValueError(f"noise_levels={noise_levels!r} must name at least one level, each once")
     for level in noise_levels:
         if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= steps:
-            raise ValueError(f"noise level {level!r} is out of range: 1 to {steps} of {steps} steps")
+            raise ValueError(
+                f"noise level {level!r} is out of range: 1 to {steps} of {steps} steps; give other noise levels"
+            )
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 from seg4diff.backbones import Backbone, families, find_backbone
 from seg4diff.kernels.api import backend as kernel_backend
@@ -150,8 +151,12 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def estimate_variants(settings: TrainSettings) -> dict[str, Estimate]:
+def estimate_variants(settings: TrainSettings, *, progress: bool = False) -> dict[str, Estimate]:
     """Estimates of a run as it is configured, and with what saves memory, by the settings that change.
+
+    Args:
+        settings: of the run.
+        progress: whether to show a bar.
 
     Raises:
         FileNotFoundError: see :func:`model_shape`.
@@ -159,7 +164,7 @@ def estimate_variants(settings: TrainSettings) -> dict[str, Estimate]:
     """
     config, text_tokens, pixels = model_shape(settings.model)
     found: dict[str, Estimate] = {}
-    for name, changes in _VARIANTS.items():
+    for name, changes in tqdm(_VARIANTS.items(), desc="configurations", disable=None if progress else True):
         if settings.mask.weight == 0 and "fm_weight" in changes:
             continue  # nothing would be left to train
         changed = settings.replaced(**changes)

@@ -59,3 +59,14 @@ def test_analyze_images(stand_in: Any, image_file: str, tmp_path: Path) -> None:
     assert (report.layers, report.noise_levels, report.grid) == ((1,), (8,), (3, 5))
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
     assert modes == {stat.S_IMODE(Path(image_file).stat().st_mode)}  # as the umask has it
+
+
+def test_without_prompts_there_are_no_values_of_a_prompt(
+    stand_in: Any, image_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["analyze", "--images", image_file, "--noise-levels", "8", "--layers", "1"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    (row,) = [line.split() for line in printed.splitlines() if line.split()[:1] == ["1"]]
+    assert row[-2] == "-"
+    assert float(row[-1]) > 0

@@ -74,7 +74,9 @@ def test_saves_maps_of_words_and_continues_numbers(
     assert main([*words, "--words", "cat", "--guide", "1"]) == 0
     assert size_of(out / "002-maps.png")[0] < whole[0]
     assert (out / "000.png").read_bytes() == first
-    assert f"'a cat on a sofa', seed 1 -> {out / '003.png'}" in capsys.readouterr().out
+    assert (
+        f"'a cat on a sofa', seed 1 -> {out / '003.png'}, {out / '003-maps.png'}" in capsys.readouterr().out
+    )
 
 
 def test_images_carry_what_they_were_made_from(stand_in: Any, tmp_path: Path) -> None:

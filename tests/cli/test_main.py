@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import seg4diff
-from seg4diff.cli.main import main
+from seg4diff.cli.main import Verb, main
 from tests.support.paths import ROOT
 
 VERBS = (
@@ -53,6 +55,15 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
         (["generate", "a cat", "--weight", "cat=x"], "'x' is not a number"),
         (["generate", "a", "--words", "cat"], "add --save-maps"),
         (["generate", "a", "--steps", "0"], "--steps 0"),
+        (["generate", "a", "--height", "0"], "--height 0"),
+        (["generate", "a", "--guidance-scale", "nan"], "--guidance-scale nan"),
+        (["generate", "a", "--seed", str(2**70)], f"seed {2**70} is out of range"),
+        (["generate", "a", "--guide-layers", "1"], "--guide-layers does nothing by itself; add --guide"),
+        (["generate", "a", "--sigma", "3"], "--sigma does nothing by itself; add --perturb or --guide"),
+        (["segment", "IMAGE", "--classes", "cat", "--seed", "-1"], "seed -1 is out of range"),
+        (["segment", "FOLDER", "--classes", "cat"], "give the images in it, such as"),
+        (["clip-score", "--prompts", "TEXT", "--seeds", "0", "-1"], "seed -1 is out of range"),
+        (["analyze", "--prompts-file", "BROKEN_TEXT"], "latin.txt' holds no prompts"),
         (["clip-score", "--prompts", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["demo", "--scenes", "0"], "--scenes 0 must be at least 1"),
         (["train", "--set", "steps=0"], "steps=0 must be"),
@@ -72,7 +83,15 @@ def test_wrong_input_is_2_before_a_model_is_loaded(
 
     monkeypatch.setattr("seg4diff.loading.load_pipeline", load_pipeline)
     (tmp_path / "broken.png").write_text("text")
-    stand_ins = {"IMAGE": image_file, "BROKEN": str(tmp_path / "broken.png")}
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    stand_ins = {
+        "IMAGE": image_file,
+        "BROKEN": str(tmp_path / "broken.png"),
+        "BROKEN_TEXT": str(tmp_path / "latin.txt"),
+        "TEXT": str(tmp_path / "prompts.txt"),
+        "FOLDER": str(tmp_path),
+    }
     assert main([stand_ins.get(word, word) for word in words] + ["--out", str(tmp_path / "out")]) == 2
     assert message in error_of(capsys)
 
@@ -250,3 +269,35 @@ def test_module_runs_as_a_command() -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "seg4diff: error: --scenes 0 must be at least 1\n"
+
+
+def test_examples_in_the_help_have_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in get_args(Verb):
+        name = re.sub("(?<=[a-z])(?=[A-Z])", "-", verb.__name__).lower()
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        printed = capsys.readouterr().out.splitlines()
+        examples = [
+            line for line in printed if "seg4diff " in line and not line.startswith(("usage", "\u2502"))
+        ]
+        own = [line for line in examples if line.startswith(f"    seg4diff {name}")]
+        assert own, f"{name} has no example on a line of its own"
+        assert all(line.count("seg4diff") == 1 for line in own)
+
+
+def test_a_reader_that_ends_early_ends_the_command_quietly(tmp_path: Path) -> None:
+    command = f"{sys.executable} -u -c 'import sys; from seg4diff.cli.main import main; sys.exit(main())'"
+    command += f" prepare --dataset scenes --limit 1 --out {tmp_path / 'out'} | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", f"{command}"], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, "rror" in ended.stderr) == (141, False), ended.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show() -> None:
+    script = (
+        "import sys; from seg4diff.cli import kernels, main\n"
+        "kernels.Kernels.run = lambda self: print('\\u043a\\u043e\\u0442.png')\n"
+        "sys.exit(main.main(['kernels', 'tune']))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, env=environment)
+    assert (ended.returncode, ended.stdout) == (0, rb"\u043a\u043e\u0442.png" + b"\n"), ended.stderr

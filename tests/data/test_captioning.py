@@ -117,5 +117,7 @@ def test_wrong_input(model: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be loaded as an image-to-text model"):
         write_captions(tmp_path, str(tmp_path), tmp_path / "c.json", progress=False)
     assert not (tmp_path / "c.json.part").exists()
+    with pytest.raises(ValueError, match="device='gpu' is unknown"):
+        write_captions(tmp_path, model, tmp_path / "c.json", device="gpu", progress=False)
     with pytest.raises(ValueError, match="batch_size=0"):
         write_captions(tmp_path, model, tmp_path / "c.json", batch_size=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import seg4diff
-from seg4diff.editing.words import edit
+from seg4diff.editing.words import WordEdits, edit
 from tests.support import tiny
 from tests.support.edits import CALL, assert_same
 from tests.support.materialised import materialised
@@ -219,3 +219,9 @@ def test_what_cannot_be_edited() -> None:
     pipe = tiny.pipeline()
     with pytest.raises(TypeError, match="bare transformer"), edit(pipe.transformer, drop="cat"):
         pass
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e308, -1e4])
+def test_a_weight_that_would_overflow(weight: float) -> None:
+    with pytest.raises(ValueError, match="must be a number below 10000"):
+        WordEdits(weights=(("cat", weight),))

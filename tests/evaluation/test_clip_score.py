@@ -190,3 +190,9 @@ def test_one_table_for_all_models() -> None:
     assert "| lora | 26.7500 |" in table
     assert "3 prompts, seeds 0, 7, 2 steps, guidance scale 7.5." in table
     assert "| SD3 | 27.0252 | 26.0638 | 28.3422 | 27.1437 |" in table
+
+
+@pytest.mark.extra("eval", "torchmetrics")
+def test_a_clip_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"CLIP model '.*nowhere' cannot be loaded .* the images are kept"):
+        clip_score(["a cat"], tmp_path, GenerationSettings(), str(tmp_path / "nowhere"))
