@@ -140,7 +140,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise FileNotFoundError(f"image {str(path)!r} does not exist; check the path") from None
     except IsADirectoryError:
         raise ValueError(
-            f"image {str(path)!r} is a folder; give the images in it, such as {str(path / '*.jpg')}"
+            f"image {str(path)!r} is a folder; give the images in it, such as {path}/*.jpg"
         ) from None
     except PermissionError:
         raise ValueError(f"image {str(path)!r} may not be read; check its permissions") from None

@@ -28,7 +28,7 @@ from seg4diff.cli.segment import Segment
 from seg4diff.cli.train import Train
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
-"""Exit codes: all went well; something failed; an option or input makes no sense; Ctrl-C; nobody reads stdout."""
+"""Exit codes: all went well; something failed; an option or input makes no sense; Ctrl-C; `| head` ended."""
 
 Verb: TypeAlias = (
     Segment

@@ -54,8 +54,8 @@ def write_captions(
 
     Raises:
         FileNotFoundError: the folder does not exist, or holds no image.
-        ValueError: `out` holds something else, the device is absent, the model is of another kind, or an interrupted run had
-            another model or prompt.
+        ValueError: `out` holds something else, the device is absent, the model is of another kind, or an
+            interrupted run had another model or prompt.
         FolderInUseError: another run writes the same file.
     """
     out = Path(out)

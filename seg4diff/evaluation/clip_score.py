@@ -219,7 +219,7 @@ def clip_score(
         metric = CLIPScore(model_name_or_path=lambda: _tensor_clip(clip)).to(device)
     except OSError as error:  # of transformers, which does not name the model
         raise OSError(
-            f"CLIP model {clip!r} cannot be loaded ({error}); the images are kept: run the same command again "
+            f"CLIP model {clip!r} cannot be loaded ({error}); the images are kept: run the command again "
             "where the hub can be reached, or give a local folder"
         ) from error
     every = [(number, place) for number in range(len(prompts)) for place in range(len(settings.seeds))]

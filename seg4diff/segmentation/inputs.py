@@ -156,7 +156,7 @@ def check_levels(noise_levels: Sequence[int], steps: int) -> None:
     for level in noise_levels:
         if isinstance(level, bool) or not isinstance(level, int) or not 1 <= level <= steps:
             raise ValueError(
-                f"noise level {level!r} is out of range: 1 to {steps} of {steps} steps; give other noise levels"
+                f"noise level {level!r} is out of range: 1 to {steps} of {steps} steps; give other levels"
             )
 
 
