@@ -94,11 +94,12 @@ def patch_of(pipe: Pipeline | nn.Module) -> Patch:
 
 @dataclass(frozen=True, eq=False)
 class _OpenRequest:
-    """What one open context asks; `layers` ascend."""
+    """What one open context asks, and the thread that opened it; `layers` ascend."""
 
     layers: tuple[int, ...]
     request: LayerRequest
     stop_early: bool
+    thread: int
 
 
 class Patch:
@@ -189,17 +190,27 @@ class Patch:
         """Ask `request` of `layers` for the length of the context.
 
         With `stop_early` the last of them computes what is asked and nothing else, and later ones nothing.
+
+        Raises:
+            RuntimeError: another thread has a context open, whresults would be replaced.
+            NotImplementedError, ValueError: as `check_supported`.
         """
         self.check_supported()
-        entry = _OpenRequest(layers, request, stop_early)
-        self._open.append(entry)
+        entry = _OpenRequest(layers, request, stop_early, threading.get_ident())
+        with _LOCK:
+            if any(other.thread != entry.thread for other in self._open):
+                raise RuntimeError(
+                    "another thread is using this pipeline; use one thread for each pipeline, or a lock"
+                )
+            self._open.append(entry)
         try:
             self._install()
             yield
         finally:
-            if entry in self._open:  # unpatch() may have removed it already
-                self._open.remove(entry)
-                self._install()
+            with _LOCK:
+                if entry in self._open:  # unpatch() may have removed it already
+                    self._open.remove(entry)
+                    self._install()
 
     def restore(self) -> None:
         """Make the transformer stock again, whatever contexts are open."""

@@ -485,6 +485,17 @@ def test_two_threads_on_two_pipelines() -> None:
             torch.testing.assert_close(heat, expected)
 
 
+def test_a_second_thread_on_one_pipeline_is_refused(pipe: Any) -> None:
+    image = torch.rand(3, 64, 64)
+    with ThreadPoolExecutor(1) as threads:
+        with (
+            seg4diff.capture(pipe, 1),
+            pytest.raises(RuntimeError, match="another thread is using this pipeline"),
+        ):
+            threads.submit(seg4diff.segment, pipe, image, ["cat"], layers=1).result()
+        threads.submit(seg4diff.segment, pipe, image, ["cat"], layers=1).result()  # later it may
+
+
 @torch.no_grad()
 def test_segmentation_inside_a_capture(pipe: Any) -> None:
     """An inner context that stops early leaves the outer one the layers that ran."""

@@ -92,7 +92,7 @@ def test_an_example_runs(
             assert asked["args"][0].data.kind == "coco"
         return
     if verb == "estimate":
-        monkeypatch.setattr(memory, "estimate_variants", lambda settings: {"": Sized()})
+        monkeypatch.setattr(memory, "estimate_variants", lambda settings, progress: {"": Sized()})
         monkeypatch.setattr(memory, "report", lambda found: "")
     if verb == "kernels":
         monkeypatch.setenv("XDG_CACHE_HOME", str(surroundings))
