@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,7 +154,8 @@ def find_instances(
 
 def _parts(mask: np.ndarray) -> np.ndarray:
     """Numbers from 1 of the instances of a class [height, width], 0 outside."""
-    components, count = label(mask)
+    of_mask: Any = label(mask)
+    components, count = of_mask
     parts = components.astype(np.int64)
     for number, window in enumerate(find_objects(components), start=1):
         inside = components[window] == number
@@ -169,7 +171,7 @@ def large_parts(parts: np.ndarray) -> np.ndarray:
     areas = np.bincount(parts.ravel())
     large = np.flatnonzero(areas >= min(_SMALLEST * parts.size, areas[1:].max()))
     kept = np.isin(parts, large[large > 0])
-    nearest = distance_transform_edt(~kept, return_distances=False, return_indices=True)
+    nearest: Any = distance_transform_edt(~kept, return_distances=False, return_indices=True)
     return np.where(parts > 0, parts[tuple(nearest)], 0)
 
 
@@ -210,7 +212,8 @@ def _peaks(depth: np.ndarray) -> list[int]:
     peaks: list[int] = []
     level = flat.max() * _LEVEL
     while level >= 1:
-        components, count = label(depth > level)
+        found: Any = label(depth > level)
+        components, count = found
         above = components.ravel()
         kept: dict[int, int] = {}
         for place in sorted(peaks, key=lambda place: -flat[place]):
