@@ -34,6 +34,9 @@ from tests.support.families import (
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 
 
+COMPILED = ("sd3", "sd3.5", "qwen", "qwen edit", "z-image", "flux", "flux kontext", "flux.2", "chroma")
+
+
 def sample_of(transformer: Any, inputs: dict[str, Any]) -> Tensor:
     output = transformer(**inputs).sample
     return torch.stack(output) if isinstance(output, list) else output
@@ -251,7 +254,14 @@ def test_map_gradients_are_finite_differences(family: Family) -> None:
             assert float(gradient[place]) == pytest.approx((above - below) / (2 * step), rel=2e-2, abs=1e-7)
 
 
-@every_family
+@pytest.mark.parametrize(
+    "family",
+    [
+        # One of each kind of block; the others take many seconds each.
+        pytest.param(case, id=case.name, marks=() if case.name in COMPILED else pytest.mark.slow)
+        for case in FAMILIES
+    ],
+)
 @torch.no_grad()
 def test_compiled_whole(family: Family) -> None:
     if not family.compiles:
