@@ -196,6 +196,8 @@ class Patch:
             NotImplementedError, ValueError: as `check_supported`.
         """
         self.check_supported()
+        if self.backbone.cross_attention:
+            request.check_cross_attention(self.backbone.name)
         entry = _OpenRequest(layers, request, stop_early, threading.get_ident())
         with _LOCK:
             if any(other.thread != entry.thread for other in self._open):

@@ -64,6 +64,25 @@ class LayerRequest:
         """Whether the answer depends on the queries of text tokens."""
         return self.statistics or (self.maps is not None and self.maps.rows[0] == "text")
 
+    def check_cross_attention(self, family: str) -> None:
+        """Refuse what has no meaning where image tokens read the text alone, and text tokens nothing.
+
+        Raises:
+            NotImplementedError: the message names what was asked.
+        """
+        refused = {
+            "attention mass": self.statistics,
+            "map of text rows or image columns": self.maps is not None and not self.maps.image_to_text,
+            "image-to-image attention": self.edit_image is not None,
+            "projections of one sequence": self.observe is not None,
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise NotImplementedError(
+                    f"{family} reads text by cross-attention, which has no {what}; it has maps of image rows "
+                    "and text columns, so capture, segment and edits of words work"
+                )
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -107,6 +126,8 @@ class JointAnswer(Answer):
         layout = self.place.layout
         if layout is None:
             raise RuntimeError("a block ran outside of a call of its transformer; call the transformer")
+        if layout.cross:
+            return self._cross(query.to(value.dtype), key.to(value.dtype), value, mask, layout, scale)
         if query.shape[1] != layout.tokens or key.shape[1] != layout.tokens:
             return None  # image tokens of an IP-Adapter
         if mask is not None and layout.added:
@@ -126,6 +147,42 @@ class JointAnswer(Answer):
             return query, tuple(_answer(request, projections, layout, scale) for request in self.requests)
         joint, results = self._attend(projections, layout, scale)
         return query if self.last else joint, results
+
+    def _cross(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        layout: Layout,
+        scale: float | None,
+    ) -> tuple[Tensor, tuple[LayerResult, ...]] | None:
+        """Image tokens that read the text alone; `Patch.asking` has refused all but maps and text edits."""
+        if query.shape[1] != layout.image_tokens or key.shape[1] != layout.text_tokens:
+            return None
+        bias = _bias_of_keys(mask)
+        first = next((request for request in self.requests if request.maps is not None), LayerRequest())
+        image, of_first = query, None
+        if not self.last or any(request.output for request in self.requests):
+            read = value
+            for request in self.requests:
+                if request.edit_text_value is not None:
+                    read = request.edit_text_value(read)
+            attention = joint_attention(
+                query, None, None, None, key, read, scale=scale, maps=first.maps, text_bias=bias
+            )
+            image, of_first = attention.image, attention.maps
+
+        def maps(request: LayerRequest) -> Tensor | None:
+            if request.maps is None or (request is first and of_first is not None):
+                return of_first if request is first else None
+            return attention_maps(query, None, None, key, scale=scale, maps=request.maps, text_bias=bias).maps
+
+        results = tuple(
+            LayerResult(maps(request), None, output=image.flatten(2) if request.output else None)
+            for request in self.requests
+        )
+        return query if self.last else image, results
 
     def _attend(
         self, all_tokens: Projections, layout: Layout, scale: float | None
@@ -253,6 +310,22 @@ def _text_bias(mask: Tensor | None, layout: Layout) -> Tensor | None:
     if of_text.dtype != torch.bool:
         return of_text.float()
     return torch.zeros_like(of_text, dtype=torch.float32).masked_fill(~of_text, -torch.inf)
+
+
+def _bias_of_keys(mask: Tensor | None) -> Tensor | None:
+    """Float32 [B, T] of a mask [B, H, 1, T] over text tokens, which every head and image token shares.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 4 or mask.shape[2] != 1:
+        raise ValueError(f"an attention mask of shape {list(mask.shape)} is given; expected [B, heads, 1, T]")
+    keys = mask[:, 0, 0]
+    if keys.dtype == torch.bool:
+        return torch.zeros_like(keys, dtype=torch.float32).masked_fill(~keys, -torch.inf)
+    return keys.float()
 
 
 def _of_generated(request: MapRequest, layout: Layout) -> MapRequest:

@@ -78,6 +78,7 @@ class Layout:
         order: positions in the sequence [B, tokens] of the tokens of both streams, where the streams lie at
             other places in every row; None where they do not.
         added: whether it may come with a mask that adds the product of two tokens' numbers to their score.
+        cross: whether image tokens read the text alone, and text tokens nothing (cross-attention).
     """
 
     text_first: bool
@@ -87,6 +88,7 @@ class Layout:
     masked: bool = False
     order: Tensor | None = field(default=None, compare=False)
     added: bool = False
+    cross: bool = False
 
     @property
     def tokens(self) -> int:
@@ -208,6 +210,9 @@ class Backbone:
         text_tokens: length of the text stream that `encode_text` makes, without optional text encoders.
         name_tokens: text tokens of the encoder in which segmentation looks for names.
         configurations: configurations of published transformers by repository, for estimates without a file.
+        cross_attention: whether its image tokens read the text in a softmax of its own; then there is no
+            attention mass, no text row and no image column in what layers are asked for.
+        experts_source: where `experts` are from, as Markdown, for the table of models.
     """
 
     name: str
@@ -225,6 +230,8 @@ class Backbone:
     text_tokens: int = 512
     name_tokens: int = 512
     configurations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cross_attention: bool = False
+    experts_source: str = ""
 
     # Blocks
 
@@ -425,6 +432,10 @@ class Backbone:
                 scheduler_config.get("max_shift", 1.15),
             )
         )
+
+    def noisy(self, pipe: Pipeline, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Latents at noise level `sigma`, [1], as the pipeline's scheduler mixes them with noise."""
+        return torch.lerp(latents, noise, sigma.to(latents))
 
     def schedule(self, scheduler_config: Mapping[str, Any], steps: int) -> dict[str, Any]:
         """Arguments of `set_timesteps` as the pipeline gives them."""

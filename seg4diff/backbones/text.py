@@ -164,6 +164,20 @@ def templated_span(
     )
 
 
+@dataclass(frozen=True)
+class LowerCaseSpan(TextSpan):
+    """Of a text encoder whose pipeline lower-cases prompts."""
+
+    def token_count(self, text: str) -> int:
+        return super().token_count(text.lower())
+
+    def offsets(self, prompt: str) -> list[tuple[int, int, int]]:
+        return super().offsets(prompt.lower())
+
+    def special_columns(self, prompt: str, special: Special) -> list[int]:
+        return super().special_columns(prompt.lower(), special)
+
+
 def words_of(prompt: str) -> list[str]:
     """The distinct words of a prompt, in order, lower-cased."""
     return list(dict.fromkeys(word.lower() for word in re.findall(r"\w+(?:['\u2019-]\w+)*", prompt)))

@@ -193,7 +193,7 @@ def model_inputs(
         pairs = [(row, prompt) for row, i in enumerate(batch) for prompt in prompts[i]]
         for level in levels:
             sigma = backbone.sigma(pipe, latents, steps, -level)
-            noisy = torch.lerp(latents, noise, sigma.to(latents)).to(state.transformer.dtype)  # type: ignore[arg-type]
+            noisy = backbone.noisy(pipe, latents, noise, sigma).to(state.transformer.dtype)  # type: ignore[arg-type]
             for alike in _alike(pairs, text, batch_size):
                 rows, texts = zip(*alike, strict=True)
                 encoded = {

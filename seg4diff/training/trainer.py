@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from seg4diff.backbones import Pipeline, transformer_of
+from seg4diff.backbones import Pipeline, find_backbone, transformer_of
 from seg4diff.data.examples import open_training_set
 from seg4diff.data.registry import Dataset
 from seg4diff.lora.adapters import add_adapters
@@ -59,6 +59,7 @@ def train(
     Raises:
         FileNotFoundError, ValueError: a setting, a file or the data set is invalid; see
             :mod:`seg4diff.training.settings` and :mod:`seg4diff.data.examples`.
+        NotImplementedError: the model has no joint attention.
         FloatingPointError: losses stayed NaN or infinite; the latest checkpoint is untouched.
         ImportError: ``report``, ``optimizer.name`` or ``memory.quantise`` needs a package that is missing.
         OSError: the adapters could not be written at the end. A checkpoint that cannot be written meanwhile
@@ -71,6 +72,11 @@ def train(
     dataset = open_training_set(settings.data)  # before a model is loaded, which takes longer
     pipe = _load(settings, accelerator.device) if pipe is None else pipe
     transformer: Any = transformer_of(pipe)
+    family = find_backbone(transformer)
+    if family.cross_attention:
+        raise NotImplementedError(
+            f"{family.name} reads text by cross-attention, and training is for joint attention"
+        )
     if settings.mask.weight > 0:
         mask_layers(transformer, settings.mask)  # refused here rather than after hours of encoding
 

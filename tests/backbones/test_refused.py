@@ -22,9 +22,7 @@ COMING = {
     "HiDreamImageTransformer2DModel",
     "LongCatImageTransformer2DModel",
     "OvisImageTransformer2DModel",
-    "PixArtTransformer2DModel",
     "QwenImageTransformer2DModel",
-    "SanaTransformer2DModel",
     "ZImageTransformer2DModel",
 }
 """Classes whose backbones are being written."""

@@ -38,6 +38,7 @@ class Family:
         tokens: length of the sequence.
         layers: number of layers.
         compiles: whether the stock model compiles into one graph.
+        keys: tokens that are read, where they are not all (cross-attention).
     """
 
     name: str
@@ -48,6 +49,11 @@ class Family:
     tokens: int
     layers: int
     compiles: bool = True
+    keys: int | None = None
+
+    def is_joint(self, query: Tensor, key: Tensor) -> bool:
+        """Whether these [B, H, S, D] are of the attention that has the maps."""
+        return query.shape[2] == self.tokens and key.shape[2] == (self.keys or self.tokens)
 
 
 FAMILIES = (
@@ -127,6 +133,8 @@ FAMILIES = (
         4,
     ),
     Family("cogview4", models.cogview4_transformer, models.cogview4_inputs, slice(9, 33), slice(0, 9), 33, 4),
+    Family("pixart", tiny.pixart_transformer, tiny.pixart_inputs, slice(0, 24), slice(0, 9), 24, 3, keys=9),
+    Family("sana", tiny.sana_transformer, tiny.sana_inputs, slice(0, 24), slice(0, 9), 24, 3, keys=9),
 )
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -200,7 +208,7 @@ def joint_calls(family: Family, transformer: Any, inputs: dict[str, Any]) -> lis
     """The joint attention of every layer of a stock forward; shares no code with the library."""
     with recorded_calls() as calls, torch.no_grad():
         transformer(**inputs)
-    joint = [call for call in calls if call.query.shape[2] == call.key.shape[2] == family.tokens]
+    joint = [call for call in calls if family.is_joint(call.query, call.key)]
     assert len(joint) == family.layers
     return joint
 

@@ -369,6 +369,146 @@ def qwen_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
     # 34 with the tokenizer of the published model
     pipe.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
     pipe.default_sample_size = 8  # a constant of the pipeline's class: 1024 pixels
+
+
+def pixart_transformer(layers: int = 3, sample_size: int = 8, seed: int = 0) -> Any:
+    """A random PixArt transformer of two heads of 8."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(seed)
+    return PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=layers,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=32,
+        cross_attention_dim=16,
+        in_channels=4,
+        out_channels=8,
+        use_additional_conditions=False,
+    ).eval()
+
+
+def pixart_inputs(height: int = 8, width: int = 12, seed: int = 1) -> dict[str, Any]:
+    """Random arguments of a call of two rows; 24 image tokens on a 4 x 6 grid."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(2, 4, height, width, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 9, 32, generator=generator),
+        "timestep": torch.full((2,), 500.0),
+    }
+
+
+def pixart_pipeline(seed: int = 0) -> Any:
+    """A random PixArtSigmaPipeline that draws 256 x 256 images, or 64 x 64 without resolution binning."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer = copy.deepcopy(t5_tokenizer())
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ).eval()
+    pipe = PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae(),
+        transformer=pixart_transformer(seed=seed),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sana_transformer(layers: int = 3, sample_size: int = 4, seed: int = 0) -> Any:
+    """A random SANA transformer of two heads of 8."""
+    from diffusers import SanaTransformer2DModel
+
+    torch.manual_seed(seed)
+    return SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+        sample_size=sample_size,
+    ).eval()
+
+
+def sana_inputs(seed: int = 1) -> dict[str, Any]:
+    """Random arguments of a call of two rows; 24 image tokens on a 4 x 6 grid."""
+    return pixart_inputs(height=4, width=6, seed=seed)
+
+
+@cache
+def gemma_tokenizer() -> Any:
+    """A byte-level tokenizer with the begin of text of Gemma, in which some words are one token each."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<unk>", *WORDS, "a", "on", ".", ":", "user", "prompt"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def sana_pipeline(seed: int = 0) -> Any:
+    """A random SanaPipeline that draws 128 x 128 images without resolution binning."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(seed)
+    tokenizer = copy.deepcopy(gemma_tokenizer())
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            pad_token_id=0,
+            bos_token_id=1,
+        )
+    ).eval()
+    depths = (1,) * 6
+    shrinking = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 6,
+        decoder_block_types=("ResBlock",) * 6,
+        encoder_block_out_channels=(4,) * 6,
+        decoder_block_out_channels=(4,) * 6,
+        encoder_layers_per_block=depths,
+        decoder_layers_per_block=depths,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    ).eval()
+    pipe = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=shrinking,
+        transformer=sana_transformer(seed=seed),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
