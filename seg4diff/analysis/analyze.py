@@ -18,12 +18,13 @@ from torch import Tensor
 
 from seg4diff.analysis.pca import principal_components
 from seg4diff.analysis.report import AnalysisReport, Measures
+from seg4diff.analysis.sinks import SinkSums, token_labels
 from seg4diff.attention.observer import Forward, Observer, PromptCall, SameText, attach
 from seg4diff.attention.patch import Patch, patch_of
 from seg4diff.attention.requests import LayerRequest, LayerResult, Projections
 from seg4diff.backbones import Pipeline
 from seg4diff.images import ImageInput, as_list
-from seg4diff.kernels.types import AttentionStatistics
+from seg4diff.kernels.types import AttentionStatistics, MapRequest
 from seg4diff.segmentation.inputs import Noising, check_levels, model_inputs, views_of
 from seg4diff.segmentation.maps import progress_bar
 from seg4diff.segmentation.presets import find_preset
@@ -90,7 +91,12 @@ def analyze(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
     measurement = _Measurement(state, pipe, chosen, len(noise_levels), projections)
-    request = LayerRequest(statistics=True, observe=measurement.observe if projections else None)
+    request = LayerRequest(
+        maps=MapRequest(),
+        reduce=_mean_over_image_tokens,
+        statistics=True,
+        observe=measurement.observe if projections else None,
+    )
     # Images go to the transformer alone; what encodes their prompts is not a pipeline call.
     target = pipe if images is None else pipe.transformer
     with torch.no_grad(), attach(target, chosen, request, measurement):
@@ -121,6 +127,11 @@ def analyze(
             "model": type(state.transformer).__name__,
         },
     )
+
+
+def _mean_over_image_tokens(maps: Tensor) -> Tensor:
+    """[B, T] of a map [B, N, T]."""
+    return maps.mean(dim=1)
 
 
 def _measure_prompts(
@@ -197,6 +208,7 @@ class _Measurement(Observer):
         names = [f.name for f in fields(Measures)]
         self._by_layer = {name: torch.zeros(levels, len(layers), dtype=torch.float64) for name in names}
         self._by_head = {name: torch.zeros(levels, len(layers), heads, dtype=torch.float64) for name in names}
+        self._sinks = SinkSums(levels, len(layers))
         self._images = torch.zeros(levels, dtype=torch.float64)
         self._with_prompt = torch.zeros(levels, dtype=torch.float64)
         self._uniform = 0.0
@@ -259,10 +271,17 @@ class _Measurement(Observer):
         if level is None:
             return
         call = forward.call
-        prompt_columns = self._prompt_columns(call.layout.text_tokens)
+        spans = self._backbone.text_spans(self._pipe, call.layout.text_tokens)
+        prompt_columns = [
+            [column for span in spans for column in span.columns(texts[span.encoder])]
+            for texts in self._texts
+        ]
+        labels = [token_labels(spans, texts, call.layout.text_tokens) for texts in self._texts]
         for position, layer in enumerate(self._layers):
             result = results[layer]
             assert result.statistics is not None
+            assert result.maps is not None
+            self._sinks.add(level, position, result.maps[self._rows], labels)
             self._add(level, position, result.statistics, prompt_columns)
             if result.observed is not None:
                 self._projections[level, position] = result.observed
@@ -272,14 +291,6 @@ class _Measurement(Observer):
         self._with_prompt[level] += sum(len(columns) > 0 for columns in prompt_columns)
         if call.timestep is not None:
             self._timesteps[level] = float(call.timestep.reshape(-1)[0])
-
-    def _prompt_columns(self, text_length: int) -> list[list[int]]:
-        """For every row, the text columns of its prompt's tokens."""
-        spans = self._backbone.text_spans(self._pipe, text_length)
-        return [
-            [column for span in spans for column in span.columns(texts[span.encoder])]
-            for texts in self._texts
-        ]
 
     def _add(
         self,
@@ -331,6 +342,7 @@ class _Measurement(Observer):
             timesteps=tuple(self._timesteps),
             by_layer=measures(self._by_layer),
             by_head=measures(self._by_head) if per_head else None,
+            sinks=self._sinks.means(self._images),
             uniform_to_text=self._uniform / float(self._images.sum()),
             images=int(self._images[0]),
             projections=components,

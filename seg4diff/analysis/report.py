@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-_FORMAT = "seg4diff analysis 2"
+_FORMAT = "seg4diff analysis 3"
+_FORMATS = ("seg4diff analysis 2", _FORMAT)  # 2 has no sinks
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,10 @@ class AnalysisReport:
         projections: for `"query"`, `"key"`, `"value"` the first three principal components of the first
             image's tokens, float32 [levels, layers, N, 3]; empty if not asked for.
         grid: height and width of its image tokens, N = height * width.
+        sinks: share of their attention that image tokens give to each text token, float64 [levels, layers],
+            by text encoder and token, largest first: `"clip <bos>"`, `"clip <pad>"` (all padding together),
+            `"clip cat"`. The largest tokens of prompts by themselves, others as `"other words"`; together
+            they are `by_layer.image_to_text`. Empty in reports of earlier versions.
         metadata: how the report was made.
         generated: the images that the pipeline made from the prompts, where the call asks for them with
             `output_type="pil"`; else, and in a report read from files, empty.
@@ -93,6 +98,7 @@ class AnalysisReport:
     images: int
     projections: Mapping[str, Tensor]
     grid: tuple[int, int]
+    sinks: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     generated: tuple[Image.Image, ...] = ()
 
@@ -167,6 +173,32 @@ class AnalysisReport:
             )
         return table
 
+    def sink_table(self, noise_level: int | None = None) -> Table:
+        """Which text tokens take the attention of image tokens at a noise level (the first when None)."""
+        from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
+        from rich.table import Table
+
+        level = self._level(noise_level)
+        table = Table(
+            title=f"attention of image tokens to text tokens, {self.noise_levels[level]} steps left",
+            caption="in % of all their attention; most: the layer that gives the token most",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        table.add_column("token")
+        for name in ("mean of layers", "most", "in layer"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for token, shares in self.sinks.items():
+            most = int(shares[level].argmax())
+            table.add_row(
+                escape(token),
+                f"{100 * float(shares[level].mean()):.2f}",
+                f"{100 * float(shares[level, most]):.2f}",
+                str(self.layers[most]),
+            )
+        return table
+
     def plot_attention_mass(self, noise_level: int | None = None) -> Figure:
         """Where the attention of image and of text tokens goes, layer by layer, beside uniform attention."""
         level = self._level(noise_level)
@@ -213,6 +245,7 @@ class AnalysisReport:
         if self.by_head is not None:
             tensors |= {f"by_head.{name}": tensor for name, tensor in _tensors(self.by_head).items()}
         tensors |= {f"projections.{name}": tensor for name, tensor in self.projections.items()}
+        tensors |= {f"sinks.{name}": tensor for name, tensor in self.sinks.items()}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(tensors_path, lambda temporary: save_file(contiguous, temporary))
         description = {
@@ -224,6 +257,7 @@ class AnalysisReport:
             "images": self.images,
             "grid": self.grid,
             "by_layer": {name: _numbers(tensor) for name, tensor in _tensors(self.by_layer).items()},
+            "sinks": {name: _numbers(tensor) for name, tensor in self.sinks.items()},
             "metadata": dict(self.metadata),
         }
         text = json.dumps(description, indent=2, default=str)
@@ -244,7 +278,7 @@ class AnalysisReport:
                 raise FileNotFoundError(f"{str(needed)!r} does not exist; a report is a pair of files")
         try:
             description = json.loads(description_path.read_text(encoding="utf-8"))
-            if description.get("format") != _FORMAT:
+            if description.get("format") not in _FORMATS:
                 raise ValueError(f"format is {description.get('format')!r}, expected {_FORMAT!r}")
             tensors = load_file(tensors_path)
 
@@ -265,6 +299,7 @@ class AnalysisReport:
                     if name.startswith("projections.")
                 },
                 grid=tuple(description["grid"]),
+                sinks={name: tensors[f"sinks.{name}"] for name in description.get("sinks", ())},
                 metadata=description["metadata"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

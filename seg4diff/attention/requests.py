@@ -41,6 +41,7 @@ class LayerRequest:
 
     Attributes:
         maps: the I2T map to return, if any.
+        reduce: what is kept of that map, from the map; None keeps it.
         statistics: whether to return attention mass and value norms.
         output: whether to return the attention output of the image tokens.
         edit_text_value: text values that image rows read, from the text values [B, T, H, D]; None leaves
@@ -53,6 +54,7 @@ class LayerRequest:
     """
 
     maps: MapRequest | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
     statistics: bool = False
     output: bool = False
     edit_text_value: Callable[[Tensor], Tensor] | None = None
@@ -63,6 +65,10 @@ class LayerRequest:
     def needs_text_rows(self) -> bool:
         """Whether the answer depends on the queries of text tokens."""
         return self.statistics or (self.maps is not None and self.maps.rows[0] == "text")
+
+    def kept(self, maps: Tensor | None) -> Tensor | None:
+        """What is kept of a map."""
+        return maps if maps is None or self.reduce is None else self.reduce(maps)
 
     def check_cross_attention(self, family: str) -> None:
         """Refuse what has no meaning where image tokens read the text alone, and text tokens nothing.
@@ -179,7 +185,9 @@ class JointAnswer(Answer):
             return attention_maps(query, None, None, key, scale=scale, maps=request.maps, text_bias=bias).maps
 
         results = tuple(
-            LayerResult(maps(request), None, output=image.flatten(2) if request.output else None)
+            LayerResult(
+                request.kept(maps(request)), None, output=image.flatten(2) if request.output else None
+            )
             for request in self.requests
         )
         return query if self.last else image, results
@@ -228,6 +236,7 @@ class JointAnswer(Answer):
                 maps = _answer(LayerRequest(maps=request.maps), p, layout, scale).maps
             statistics = attention.statistics if request.statistics else None
             output = image[:, : layout.generated].flatten(2) if request.output else None
+            maps = request.kept(maps)
             results.append(LayerResult(maps, _statistics_of_generated(statistics, layout), seen, output))
         if self.last:  # nothing reads it, and its text rows may be missing
             return attention.joint, tuple(results)
@@ -251,7 +260,7 @@ def _answer(request: LayerRequest, p: Projections, layout: Layout, scale: float 
         statistics=request.statistics,
         text_bias=p.text_bias,
     )
-    return LayerResult(attention.maps, _statistics_of_generated(attention.statistics, layout))
+    return LayerResult(request.kept(attention.maps), _statistics_of_generated(attention.statistics, layout))
 
 
 _MORE_CHANNELS = 8  # kernels take multiples of it

@@ -101,7 +101,13 @@ class Analyze(ModelOptions):
         drawn = {f"image-{number:03d}.png": image for number, image in enumerate(report.generated)}
         for name, image in drawn.items():
             save_image(image, self.out / name)
-        print_tables([report.table(level) for level in report.noise_levels])
+        print_tables(
+            [
+                table
+                for level in report.noise_levels
+                for table in (report.table(level), report.sink_table(level))
+            ]
+        )
 
         def figures() -> dict[str, Figure]:
             drawn = {}

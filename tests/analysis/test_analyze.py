@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,56 @@ def test_given_images_equal_hooks_in_float64(model: str) -> None:
     assert float(report.by_layer.prompt_value_norm[0, 1]) == pytest.approx(float(expected), rel=1e-5)
     ratio = expected / report.by_layer.image_value_norm[0, 1]
     assert float(report.by_layer.value_norm_ratio[0, 1]) == pytest.approx(float(ratio), rel=1e-5)
+
+
+@pytest.mark.parametrize("listed", [50, 2])
+def test_sinks_equal_hooks_in_float64(listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of token, summed over its columns, from the materialised softmax; in total, I2T."""
+    monkeypatch.setattr("seg4diff.analysis.sinks.WORDS_LISTED", listed)
+    pipe = seg4diff.patch(tiny.pipeline(t5=True))
+    prompts = ["a cat, red", "a dog"]
+    with hooked_projections(pipe.transformer) as projections:
+        report = analyze(
+            pipe, prompts, images=[random_image(seed=1), random_image(seed=2)], noise_levels=[3], steps=5,
+            batch_size=2,
+        )  # fmt: skip
+    for position, found in enumerate(projections.values()):
+        query = torch.cat([found["to_q"], found["add_q_proj"]], dim=1).double()
+        key = torch.cat([found["to_k"], found["add_k_proj"]], dim=1).double()
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        image = found["to_q"].shape[1]
+        shares = scores.softmax(dim=-1)[:, :, :image, image:].mean(dim=(1, 2))  # [B, T]
+        cut = [len(pipe.tokenizer(prompt).input_ids) for prompt in prompts]
+        clip = shares[:, :77]
+        expected = {
+            "clip <bos>": clip[:, 0].mean(),
+            "clip <eos>": (clip[0, cut[0] - 1] + clip[1, cut[1] - 1]) / 2,
+            "clip <pad>": (clip[0, cut[0] :].sum() + clip[1, cut[1] :].sum()) / 2,
+            "clip cat": clip[0, 2] / 2,
+            "clip ,": clip[0, 3] / 2,
+            "clip dog": clip[1, 2] / 2,
+            "clip a": clip[:, 1].mean(),
+        }
+        assert ("other words" in report.sinks) == (listed == 2)
+        assert sum("<" not in token for token in report.sinks) == (3 if listed == 2 else 10)
+        for token, share in expected.items():
+            if listed == 2 and "<" not in token:
+                continue
+            ours = float(report.sinks[token][0, position])
+            assert ours == pytest.approx(float(share), rel=1e-4), token
+        t5 = [shares[row, 77 + len(pipe.tokenizer_3(p).input_ids) :].sum() for row, p in enumerate(prompts)]
+        assert float(report.sinks["t5 <pad>"][0, position]) == pytest.approx(float(sum(t5) / 2), rel=1e-4)
+    total = torch.stack(list(report.sinks.values())).sum(dim=0)
+    torch.testing.assert_close(total, report.by_layer.image_to_text, rtol=1e-5, atol=0)
+    means = [float(shares.mean()) for name, shares in report.sinks.items() if name != "other words"]
+    assert means == sorted(means, reverse=True)
+
+
+def test_columns_without_an_encoder_are_named(pipe: Any) -> None:
+    report = analyze(pipe, "a cat", images=[random_image()], noise_levels=[2], steps=3)
+    assert "<without encoder>" in report.sinks  # the slot of the encoder that was left out
+    total = torch.stack(list(report.sinks.values())).sum(dim=0)
+    torch.testing.assert_close(total, report.by_layer.image_to_text, rtol=1e-5, atol=0)
 
 
 def test_demo_model_equals_hooks_in_float64() -> None:
@@ -225,6 +276,8 @@ def test_report_survives_saving(report: AnalysisReport, tmp_path: Path) -> None:
         assert loaded.uniform_to_text == report.uniform_to_text
         assert loaded.grid == report.grid
         assert loaded.metadata["prompts"] == ["a cat"]
+        assert list(loaded.sinks) == list(report.sinks)
+        assert all(torch.equal(shares, report.sinks[name]) for name, shares in loaded.sinks.items())
         assert loaded.by_head is not None
         assert report.by_head is not None
         for mine, other in ((loaded.by_layer, report.by_layer), (loaded.by_head, report.by_head)):
@@ -260,6 +313,23 @@ def test_table_holds_the_numbers(report: AnalysisReport) -> None:
     assert cells[2] == pytest.approx(100 * float(measures.image_to_text[1, 2]), abs=0.01)
     assert cells[5] == pytest.approx(100 * float(measures.text_to_text[1, 2]), abs=0.01)
     assert cells[9] == pytest.approx(float(measures.value_norm_ratio[1, 2]), rel=0.01)
+    console.print(report.sink_table(noise_level=3))
+    row = next(line for line in console.export_text().splitlines() if line.strip().startswith("clip <bos>"))
+    shares = report.sinks["clip <bos>"][1]
+    mean, most, layer = (float(cell) for cell in row.split()[2:])
+    assert mean == pytest.approx(100 * float(shares.mean()), abs=0.01)
+    assert most == pytest.approx(100 * float(shares.max()), abs=0.01)
+    assert layer == report.layers[int(shares.argmax())]
+
+
+def test_a_report_of_the_format_before_is_read(report: AnalysisReport, tmp_path: Path) -> None:
+    _, description = report.save(tmp_path / "report")
+    content = json.loads(description.read_text())
+    del content["sinks"]
+    description.write_text(json.dumps({**content, "format": "seg4diff analysis 2"}))
+    loaded = AnalysisReport.load(tmp_path / "report")
+    assert loaded.sinks == {}
+    assert torch.equal(loaded.by_layer.image_to_text, report.by_layer.image_to_text)
 
 
 @pytest.mark.extra("viz", "matplotlib")
