@@ -278,6 +278,11 @@ class _Measurement(Observer):
         ]
         labels = [token_labels(spans, texts, call.layout.text_tokens) for texts in self._texts]
         for position, layer in enumerate(self._layers):
+            if layer not in results:
+                raise RuntimeError(
+                    f"layer {layer} did not run in this step: a cache took its output from an earlier one; "
+                    "call transformer.disable_cache() before an analysis"
+                )
             result = results[layer]
             assert result.statistics is not None
             assert result.maps is not None

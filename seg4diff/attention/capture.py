@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from seg4diff.attention.requests import LayerRequest, LayerResult
 from seg4diff.backbones import Pipeline, TransformerCall
 from seg4diff.backbones.text import Words, find_words
 from seg4diff.kernels.types import AttentionStatistics, MapRequest, Tokens, wide_dtype
+
+logger = logging.getLogger(__name__)
 
 Steps = Literal["mean", "each", "last"]
 _Kept = Literal["mean", "each"] | tuple[int, ...]
@@ -60,6 +63,15 @@ class Capture:
     def records(self) -> tuple[Record, ...]:
         """Oldest first: one per layer and forward, or per layer and call where steps are averaged."""
         return self._recorder.records()
+
+    @property
+    def gaps(self) -> dict[int, int]:
+        """Steps of the latest pipeline call in which a layer left no record, by layer; no entry for none.
+
+        Caches of diffusers (`enable_cache`) skip layers whose outputs they take from an earlier step. A mean
+        is over the steps that ran.
+        """
+        return dict(self._recorder.gaps)
 
     def columns(self, words: Words, *, image: int = 0, encoder: str | None = None) -> list[int]:
         """Columns of the captured maps that hold a word or phrase of the prompt of the latest call.
@@ -212,7 +224,9 @@ def capture(
     request = LayerRequest(maps=maps, statistics=statistics)
     heads = tuple(state.backbone.heads(state.transformer, layer) for layer in chosen)
     limit = _Limit(max_bytes, request, heads)
-    recorder = _Recorder(request, kept, branch, None if device is None else torch.device(device), limit)
+    recorder = _Recorder(
+        request, chosen, kept, branch, None if device is None else torch.device(device), limit
+    )
     given = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
     with attach(target, chosen, request, recorder, stop_early=stop_early):
         yield Capture(state, pipe, recorder, given)
@@ -330,9 +344,17 @@ class _Recorder(Observer):
     """Keeps the results of the forwards that count."""
 
     def __init__(
-        self, request: LayerRequest, steps: _Kept, branch: Branch, device: torch.device | None, limit: _Limit
+        self,
+        request: LayerRequest,
+        layers: tuple[int, ...],
+        steps: _Kept,
+        branch: Branch,
+        device: torch.device | None,
+        limit: _Limit,
     ) -> None:
         self.request = request
+        self.gaps: dict[int, int] = {}
+        self._layers = layers
         self._steps = steps
         self._branch: Branch = branch
         self._device = device
@@ -353,6 +375,7 @@ class _Recorder(Observer):
 
     def begin_call(self, prompt: PromptCall) -> None:
         self._drain()
+        self.gaps = {}
         self._number += 1
         self._prompts[self._number] = prompt
         self._conditional = {}
@@ -386,6 +409,9 @@ class _Recorder(Observer):
         rows = forward.rows(self._branch)
         if rows.stop == rows.start:
             return
+        for layer in self._layers:
+            if layer not in results:
+                self.gaps[layer] = self.gaps.get(layer, 0) + 1
         if self._branch == "both" and forward.prompt is not None and forward.prompt.unconditional is not None:
             if not forward.unconditional:
                 self._conditional = {layer: self._take(result, rows) for layer, result in results.items()}
@@ -406,6 +432,14 @@ class _Recorder(Observer):
             if prompt is not None and prompt.conditional.conditional_first and self._branch == "both":
                 taken = _combine(lambda both: both.roll(prompt.images % len(both), dims=0), taken)
             self._add(layer, taken, timestep, forward)
+
+    def end_call(self) -> None:
+        if self.gaps:
+            logger.warning(
+                "layers left no record in some steps (by layer: %s), where a cache took their outputs from "
+                "an earlier step; transformer.disable_cache() records every step",
+                self.gaps,
+            )
 
     def _take(self, result: LayerResult, rows: slice) -> LayerResult:
         """`rows` of the batch, on the device where records are kept."""

@@ -132,14 +132,20 @@ class Patch:
             NotImplementedError: its tokens or heads are sharded over devices.
             ValueError: a processor that cannot be intercepted.
         """
-        for layer, attention in enumerate(self._joint_attentions()):
+        attentions = self._joint_attentions()
+        # Context parallelism marks processors as well; tensor parallelism marks the model alone.
+        for part in (self.transformer, *(stock_of(attention.processor) for attention in attentions)):
+            config = getattr(part, "_parallel_config", None)
+            if config is not None:
+                sharded = getattr(config, "tensor_parallel_config", None) is not None
+                kind = "heads over devices (tensor" if sharded else "tokens over devices (context"
+                raise NotImplementedError(
+                    f"{type(part).__name__} shards its {kind} parallelism), so no device has whole maps; "
+                    "load the transformer without enable_parallelism()"
+                )
+        for layer, attention in enumerate(attentions):
             processor = stock_of(attention.processor)
             name = type(processor).__name__
-            if getattr(processor, "_parallel_config", None) is not None:
-                raise NotImplementedError(
-                    f"layer {layer} shards its tokens or heads over devices ({name} has a parallel "
-                    "configuration); load the transformer without enable_parallelism()"
-                )
             if not can_intercept(processor):
                 raise ValueError(
                     f"layer {layer} runs the attention processor {name}, which is not known; "

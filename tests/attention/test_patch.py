@@ -360,7 +360,7 @@ def test_unknown_processors_are_refused_by_name() -> None:
     sharded = type(transformer.transformer_blocks[0].attn.processor)()
     sharded._parallel_config = object()
     transformer.transformer_blocks[1].attn.processor = sharded
-    with pytest.raises(NotImplementedError, match="layer 1 shards its tokens or heads"):
+    with pytest.raises(NotImplementedError, match="JointAttnProcessor2_0 shards its tokens over devices"):
         seg4diff.patch(transformer)
 
 
