@@ -3,9 +3,9 @@
     python -m benchmarks.sinks [--scenes 100] [--first SEED] [--out benchmarks/results/sinks.json]
 
 Shares are of `seg4diff.analyze` on images with their captions. Segments are of the preset "default", mIoU
-in % of the names present ("oracle") and of all 18 ("full"), with the map of every head changed before heads are
-averaged: divided by its text in total ("text alone"), or by its names ("names alone": sinks are ignored), or
-with the attention to sinks given to the names in proportion ("redistributed").
+in % of the names present ("oracle") and of all 18 ("full"), with the map of every head changed before heads
+are averaged: divided by its text in total ("text alone"), or by its names ("names alone": sinks are
+ignored), or with the attention to sinks given to the names in proportion ("redistributed").
 """
 
 from __future__ import annotations

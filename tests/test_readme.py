@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import inspect
+import importlib.util
 import json
 import os
 import re
@@ -40,12 +40,6 @@ gathered = [key_average(query, shard_of_keys)[1]]
 """
 }
 """What a page's blocks take for granted, by the page's name."""
-EXPERTS_FROM = {
-    "Flux.1": "provisional: [ConceptAttention](https://arxiv.org/abs/2502.04320) reads these layers",
-    "Stable Diffusion 3": "[Seg4Diff](https://arxiv.org/abs/2509.18096), figure 8",
-}
-MEASURED_HERE: set[str] = set()
-"""Names of families whose expert layers a command of this repository found."""
 
 
 def ids(page: Path) -> str:
@@ -215,49 +209,31 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
-def model_table() -> str:
-    """README's table of model families, from the families themselves."""
-    titles = ("family", "transformer", "text encoders", "expert layers", "measured here")
-    rows = [(*titles, "source of the expert layers"), ("---",) * 6]
-    for family in backbones.families():
-        experts = [f"{_range(layers)} of {count}" for count, layers in sorted(family.experts.items())]
-        rows.append(
-            (
-                family.name,
-                f"`{family.transformer}`",
-                _text_encoders(family),
-                ", ".join(experts) or "none known",
-                "yes" if family.name in MEASURED_HERE else "no",
-                EXPERTS_FROM.get(family.name, "none is published"),
-            )
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _range(layers: tuple[int, ...]) -> str:
-    together = len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]} to {layers[-1]}" if together else ", ".join(map(str, layers))
-
-
-def _text_encoders(family: backbones.Backbone) -> str:
-    import diffusers
-
-    parameters = inspect.signature(getattr(diffusers, family.pipeline).__init__).parameters.values()
-    found = []
-    for parameter in parameters:
-        if re.fullmatch(r"text_encoder(_\d)?", parameter.name):
-            kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
-            short = re.match(r"[A-Z]+\d*(?=[A-Z][a-z]|$)", kind.rpartition(".")[2])
-            optional = " (optional)" if parameter.name in family.optional else ""
-            long = re.sub(r"(ForConditionalGeneration|(PreTrained)?Model)$", "", kind.rpartition(".")[2])
-            found.append((short.group() if short else long or "a language model") + optional)
-    return ", ".join(found)
+def models() -> Any:
+    """`docs/models.py`, which writes the tables of models."""
+    specification = importlib.util.spec_from_file_location("docs_models", ROOT / "docs" / "models.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_model_table_is_that_of_the_families() -> None:
-    shown = re.search(r"<!-- models:.*?-->\n(.*?)\n<!-- /models -->", PAGES[0].read_text("utf-8"), re.DOTALL)
+    shown = models().TABLE.search(PAGES[0].read_text("utf-8"))
     assert shown is not None
-    assert shown.group(1) == model_table(), f"README's table should be:\n{model_table()}"
+    assert shown.group() == models().readme_table(), "run `python docs/models.py`"
+
+
+def test_page_of_models_is_that_of_the_families() -> None:
+    import diffusers
+
+    shown = (ROOT / "docs" / "models.md").read_text("utf-8")
+    if f"diffusers {diffusers.__version__};" not in shown:
+        pytest.skip("the page lists the pipelines of another diffusers")
+    assert shown == models().page(), "run `python docs/models.py`"
+    for family in backbones.families():
+        assert f"`{family.pipeline}`" in shown
 
 
 def test_version_of_the_citation() -> None:

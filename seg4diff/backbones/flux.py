@@ -204,6 +204,7 @@ BACKBONE = Flux(
     # Provisional, from ConceptAttention (arXiv 2502.04320), which reads the last of the 19 double-stream
     # blocks; not measured by this project.
     experts={57: tuple(range(10, 19))},
+    experts_source="provisional: [ConceptAttention](https://arxiv.org/abs/2502.04320) reads these layers",
     configurations={
         "black-forest-labs/FLUX.1-dev": _FLUX_DEV,
         "black-forest-labs/FLUX.1-schnell": {**_FLUX_DEV, "guidance_embeds": False},

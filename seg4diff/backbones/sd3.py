@@ -134,6 +134,7 @@ BACKBONE = StableDiffusion3(
     # Layer 9 of 24 is the semantic expert of SD3-medium, and the best one of SD3.5 (Seg4Diff, figure 8 and
     # appendix C).
     experts={24: (9,)},
+    experts_source="[Seg4Diff](https://arxiv.org/abs/2509.18096), figure 8",
     optional=("text_encoder_3", "tokenizer_3"),
     text_tokens=2 * _CLIP_TOKENS,
     name_tokens=_CLIP_TOKENS,
