@@ -148,17 +148,17 @@ Written by `python docs/models.py` with diffusers {version}; change the backbone
 
 {models}
 
-Layers are numbered from 0 through all block lists. Where no expert layer is known, `seg4diff.segment` chooses
-layers for each image, and `seg4diff.rank_layers` measures them. No family has been run with its published weights
-here; tests run random models of the real classes.
+Layers are numbered from 0 through all block lists. Where no expert layer is known, `seg4diff.segment`
+chooses layers for each image, and `seg4diff.rank_layers` measures them. No family has been run with its
+published weights here; tests run random models of the real classes.
 
 ## What works
 
 {capabilities}
 
-"Words" are heat maps and columns of words. A family with cross-attention has a softmax over the text alone: an
-entry of a map is the share of one text token among all text tokens (`kind="logit"` aside). There, attention mass,
-maps of text rows or image columns, `analyze` and training do not exist and are refused.
+"Words" are heat maps and columns of words. A family with cross-attention has a softmax over the text alone:
+an entry of a map is the share of one text token among all text tokens (`kind="logit"` aside). There,
+attention mass, maps of text rows or image columns, `analyze` and training do not exist and are refused.
 
 ## Pipelines
 
@@ -175,11 +175,11 @@ A pipeline of another class with one of these transformers can be captured as we
 | group offload by blocks and leaves, sequential offload | yes | tiny models on a CPU |
 | group offload with streams | not run: needs CUDA | - |
 | `set_attention_backend` | layers that are asked compute their own attention | tiny models on a CPU |
-| `enable_cache` (first block, MagCache, pyramid broadcast, TaylorSeer) | with gaps, see below | tiny models on a CPU |
+| `enable_cache` (first block, Mag, pyramid, TaylorSeer) | with gaps, see below | tiny models on a CPU |
 | context and tensor parallelism (`enable_parallelism`) | refused | marked models |
 
-A cache skips layers in some steps, and these are missing from the record: `Capture.gaps` counts them, and a warning
-says so. `segment` runs without the cache, and `analyze` refuses.
+A cache skips layers in some steps, and these are missing from the record: `Capture.gaps` counts them, and a
+warning says so. `segment` runs without the cache, and `analyze` refuses.
 
 ## What is refused
 
