@@ -60,9 +60,10 @@ class CrossAttention(Backbone):
         return {"encoder_hidden_states": output[0], "encoder_attention_mask": output[1]}
 
     def text_spans(self, pipe: Pipeline, text_tokens: int | None = None) -> tuple[TextSpan, ...]:
-        if text_tokens is None:
-            text_tokens = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
-        return (LowerCaseSpan(self.encoder, pipe.tokenizer, 0, text_tokens, special=1),)
+        # 120 in PixArt alpha, 300 in sigma and SANA.
+        own = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+        length = int(own) if text_tokens is None else text_tokens
+        return (LowerCaseSpan(self.encoder, pipe.tokenizer, 0, length, special=1),)
 
     def read_encoded(self, arguments: Mapping[str, Any], output: tuple[Any, ...]) -> EncodedText:
         given = as_texts(arguments.get("prompt"))
