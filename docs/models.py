@@ -62,9 +62,10 @@ def text_encoders(family: Backbone) -> str:
     for parameter in parameters:
         if re.fullmatch(r"text_encoder(_\d)?", parameter.name):
             kind = getattr(parameter.annotation, "__name__", str(parameter.annotation)).rpartition(".")[2]
+            kind = re.sub(r"^PreTrainedModel$", "", kind)
             short = re.match(r"[A-Z][a-z]+\d*|[A-Z]+\d*(?=[A-Z][a-z]|$)", kind)
             optional = " (optional)" if parameter.name in family.optional else ""
-            found.append((short.group() if short else kind) + optional)
+            found.append((short.group() if short else kind or "a language model") + optional)
     return ", ".join(found)
 
 
