@@ -246,7 +246,7 @@ def test_bad_choices(pipe: Any) -> None:
     with pytest.raises(ValueError, match="preset='paper' does not compare image tokens; use \"fast\""):
         seg4diff.discover(pipe, picture(), ["cat"], preset="paper")  # type: ignore[call-overload]
     plain = seg4diff.patch(tiny.pipeline(layers=4))
-    with pytest.raises(ValueError, match=r"no expert layer is known .* name it with layers="):
+    with pytest.raises(ValueError, match=r"no expert layer is known .* name it: layers="):
         seg4diff.discover(plain, picture(), ["cat"])
     with pytest.raises(TypeError, match="discover takes a whole pipeline"):
         seg4diff.discover(plain.transformer, picture(), ["cat"])
