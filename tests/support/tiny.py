@@ -369,6 +369,8 @@ def qwen_pipeline(seed: int = 0, **transformer_arguments: Any) -> Any:
     # 34 with the tokenizer of the published model
     pipe.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
     pipe.default_sample_size = 8  # a constant of the pipeline's class: 1024 pixels
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def pixart_transformer(layers: int = 3, sample_size: int = 8, seed: int = 0) -> Any:
