@@ -198,7 +198,7 @@ class Patch:
         With `stop_early` the last of them computes what is asked and nothing else, and later ones nothing.
 
         Raises:
-            RuntimeError: another thread has a context open, whresults would be replaced.
+            RuntimeError: another thread has a context open, and both would get mixed results.
             NotImplementedError, ValueError: as `check_supported`.
         """
         self.check_supported()

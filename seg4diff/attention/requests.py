@@ -315,10 +315,7 @@ def _text_bias(mask: Tensor | None, layout: Layout) -> Tensor | None:
             f"an attention mask of shape {list(mask.shape)} differs between queries or heads, or is not over "
             f"the {layout.tokens} tokens of image and text; only a mask of keys can be captured"
         )
-    of_text = layout.split(keys)[1]
-    if of_text.dtype != torch.bool:
-        return of_text.float()
-    return torch.zeros_like(of_text, dtype=torch.float32).masked_fill(~of_text, -torch.inf)
+    return _as_bias(layout.split(keys)[1])
 
 
 def _bias_of_keys(mask: Tensor | None) -> Tensor | None:
@@ -331,10 +328,14 @@ def _bias_of_keys(mask: Tensor | None) -> Tensor | None:
         return None
     if mask.dim() != 4 or mask.shape[2] != 1:
         raise ValueError(f"an attention mask of shape {list(mask.shape)} is given; expected [B, heads, 1, T]")
-    keys = mask[:, 0, 0]
-    if keys.dtype == torch.bool:
-        return torch.zeros_like(keys, dtype=torch.float32).masked_fill(~keys, -torch.inf)
-    return keys.float()
+    return _as_bias(mask[:, 0, 0])
+
+
+def _as_bias(keys: Tensor) -> Tensor:
+    """Float32 of the same shape: a mask that is added as it is, a boolean one as 0 and minus infinity."""
+    if keys.dtype != torch.bool:
+        return keys.float()
+    return torch.zeros_like(keys, dtype=torch.float32).masked_fill(~keys, -torch.inf)
 
 
 def _of_generated(request: MapRequest, layout: Layout) -> MapRequest:
