@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"seg4diff {version('seg4diff')}")
         return DONE
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a name that a terminal cannot show is no reason to stop
+        if isinstance(stream, TextIOWrapper):  # a letter that the terminal lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
     verb = parse(words)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed here

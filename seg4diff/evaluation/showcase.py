@@ -1,4 +1,4 @@
-"""The demonstration: the bundled model segments scenes that its training never saw; pictures and numbers."""
+"""The demonstration: the bundled model segments scenes that its training never saw; images and numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from seg4diff.demo.scenes import CLASSES, HELD_OUT, Scene, scene
-from seg4diff.files import write_atomically
+from seg4diff.files import save_image, write_atomically
 from seg4diff.metrics import confusion_matrix, counts_of
 from seg4diff.visualization import colorize, contact_sheet, heatmap_overlay
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from seg4diff.segmentation.result import Segmentation
 
 _SEED = 0  # of the shuffled names and the random pixels, so that the numbers repeat
-_PICTURED = 8  # scenes on the sheet
+_SHOWN = 8  # scenes on the sheet
 _BATCH = 8
 
 
@@ -109,11 +109,11 @@ def show(
     device: str | None = None,
     console: Console | None = None,
 ) -> Report:
-    """Segment held-out scenes with the bundled model, write pictures and numbers, print a table.
+    """Segment held-out scenes with the bundled model, write images and numbers, print a table.
 
     Args:
         scenes: how many.
-        out: folder for ``scenes.png`` (a sheet with picture, truth, result and heat maps), ``scene-N.png``
+        out: folder for ``scenes.png`` (a sheet with image, truth, result and heat maps), ``scene-N.png``
             (an overlay each) and ``numbers.json``.
         device: where to run; the GPU if there is one by default.
         console: where to print; the terminal by default.
@@ -205,13 +205,13 @@ def _random(item: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def _write(out: Path, drawn: Sequence[Scene], results: Sequence[Segmentation], report: Report) -> None:
     for number, result in enumerate(results):
-        _save(result.overlay(), out / f"scene-{number}.png")
-    _save(sheet(drawn[:_PICTURED], results[:_PICTURED]), out / "scenes.png")
+        save_image(result.overlay(), out / f"scene-{number}.png")
+    save_image(sheet(drawn[:_SHOWN], results[:_SHOWN]), out / "scenes.png")
     write_atomically(out / "numbers.json", lambda path: path.write_text(json.dumps(asdict(report), indent=2)))
 
 
 def sheet(drawn: Sequence[Scene], results: Sequence[Segmentation], words: int = 3) -> Image.Image:
-    """A row for each scene: picture, truth, result, and heat maps of its ``words`` first names."""
+    """A row for each scene: image, truth, result, and heat maps of its ``words`` first names."""
     rows = []
     for item, result in zip(drawn, results, strict=True):
         truth, found = in_vocabulary(item.labels, item.classes), labels_of(result)
@@ -224,10 +224,6 @@ def sheet(drawn: Sequence[Scene], results: Sequence[Segmentation], words: int = 
             row.append((name, heatmap_overlay(item.image, scores, alpha=0.75)))
         rows.append(row)
     return contact_sheet(rows)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda temporary: picture.save(temporary))
 
 
 def _table(report: Report) -> Table:
